@@ -1,0 +1,586 @@
+"""How skipped columns become time: the sparse matrix-vector product.
+
+Decoding one token multiplies every weight matrix by one vector. Each weight is read from memory, used in one
+multiplication and not seen again until the next token, so the time is the bytes read over the bandwidth of the
+memory; arithmetic is free. The only way to be faster is to read less, and a channel whose input is zero needs
+no weights at all:
+
+    y = W x = Σ_i x_i · (column i of W)          with |x_i| ≤ threshold, column i is not read
+
+Why the weight is stored transposed. PyTorch keeps W as (out, in), row by row; a column is then one number every
+`in` numbers, and memory hands out whole lines of 64 bytes or more: skipping it saves nothing. Transposed, as
+`weight_t` (in, out), a column of W is one contiguous row, and skipping it skips real memory:
+
+                  W (out, in)                        weight_t (in, out)
+            x:  ■ · ■ ■ · · ■ ·                 x:
+                ▓ ░ ▓ ▓ ░ ░ ▓ ░                 ■   ▓▓▓▓▓▓▓▓▓▓▓▓   read
+                ▓ ░ ▓ ▓ ░ ░ ▓ ░                 ·   ────────────   never touched
+                ▓ ░ ▓ ▓ ░ ░ ▓ ░                 ■   ▓▓▓▓▓▓▓▓▓▓▓▓   read
+                ▓ ░ ▓ ▓ ░ ░ ▓ ░                 ■   ▓▓▓▓▓▓▓▓▓▓▓▓   read
+            every line is fetched anyway        ·   ────────────   never touched
+
+So y is a weighted sum of the rows whose input is large. Two things are left to arrange.
+
+Who adds up what. On a CPU each thread owns a range of outputs and walks down all kept rows; its outputs stay in
+the first cache. A GPU has ten thousand threads and a 4096 x 4096 layer only 32 tiles of 128 outputs, so the rows
+are divided too ("split-K"): tile (j, s) sums the s-th part of the rows for the j-th range of outputs and writes
+its partial sum to a buffer of its own; a second, small kernel adds the parts in a fixed order. No atomics, so the
+same input gives the same bits on every run.
+
+Several tokens. From 2 to 8 rows of x (a draft to verify, a short prompt) a weight row is read once if any
+token keeps its channel, and each token adds it with its own mask.
+
+The limit is bytes of kept rows / memory bandwidth. `python kernel.py` shows how near to it we are.
+
+Three backends compute the same function: "triton" (GPU), "c" (CPU, where a C compiler is found), "torch" (anywhere).
+Thresholds are compared, and sums are taken, in float32; a float64 input stays float64 and takes "torch".
+
+    python kernel.py                                          dense against sparse at Llama-2-7B's shapes
+    python kernel.py --shapes llama-3-8b --dtype bfloat16 --sparsity 0 0.5
+"""
+import argparse
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                        # there is no Triton for macOS; the other backends do
+    triton = None
+
+MAX_ROWS = 8             # more rows than this are a matrix product, bound by arithmetic, not a few vectors
+
+
+def sparse_gemv(x, weight_t, threshold, backend=None, counts=None):
+    """x with its small channels dropped, times the weight: where(|x| > threshold, x, 0) @ weight_t.
+
+    x: (B, in), B from 1 to 8, floating point
+    weight_t: (in, out), contiguous, of x's dtype: the transposed weight of a linear
+    threshold: a number, a 0-d tensor, or a tensor (in,), one a channel; below 0 keeps all
+    backend: "triton", "c", "torch", or None for the fastest there is for the device and dtype
+    counts: None, or a (2,) int64 tensor: the entries of x that are kept, and all of them, are added to it
+    Returns (B, out) in x's dtype. Raises ValueError for shapes and dtypes that do not fit.
+    """
+    return sparse_gemv_group(x, [weight_t], [threshold], backend, None if counts is None else counts[None])[0]
+
+
+def sparse_gemv_group(x, weights_t, thresholds, backend=None, counts=None):
+    """`sparse_gemv` for up to three linears that read the same x, in one launch on a GPU.
+
+    weights_t: list of (in, out_l); thresholds: list, one for each, as in sparse_gemv;
+    counts: None or (len(weights_t), 2) int64, contiguous. Returns the list of (B, out_l).
+    """
+    _check(x, weights_t)
+    backend = backend or best_backend(x)
+    if backend == "triton":
+        return list(_triton_group(x, weights_t, _vectors(thresholds, x), counts, gated=False)
+                    .split([w.shape[1] for w in weights_t], dim=1))
+    one = {"c": _c_gemv, "torch": _torch_gemv}.get(backend)
+    if one is None:
+        raise ValueError(f'backend is "triton", "c", "torch" or None, not {backend!r}')
+    return [one(x, weight_t, threshold, None if counts is None else counts[i])
+            for i, (weight_t, threshold) in enumerate(zip(weights_t, _vectors(thresholds, x)))]
+
+
+def sparse_gated(x, gate_t, up_t, gate_threshold, up_threshold, backend=None, counts=None):
+    """silu(gate) * up, of two sparse products with the same x; on a GPU applied where the partial sums meet.
+
+    Shapes as in sparse_gemv_group with two linears of one width; returns (B, out).
+    """
+    _check(x, [gate_t, up_t])
+    if gate_t.shape != up_t.shape:
+        raise ValueError(f"gate is {tuple(gate_t.shape)}, up is {tuple(up_t.shape)}: expected one shape")
+    if (backend or best_backend(x)) == "triton":
+        return _triton_group(x, [gate_t, up_t], _vectors([gate_threshold, up_threshold], x), counts, gated=True)
+    gate, up = sparse_gemv_group(x, [gate_t, up_t], [gate_threshold, up_threshold], backend, counts)
+    return F.silu(gate) * up
+
+
+def dense(x, weight_t):
+    """x (..., in) @ weight_t (in, out), by whichever way is fastest for so many rows; nothing is dropped."""
+    rows = x.numel() // x.shape[-1]
+    if x.device.type == "cpu" and x.dtype != torch.float64 and c_library() is not None:
+        if rows <= MAX_ROWS:
+            return _c_gemv(x.reshape(rows, -1), weight_t, x.new_tensor(-1.0), None).view(*x.shape[:-1], -1)
+        if x.dtype == torch.float16:                       # float16 products of several rows are done one by one there
+            return (x.float() @ weight_t.float()).half()
+    return x @ weight_t
+
+
+def best_backend(x):
+    """The name of the fastest backend for a tensor of x's device and dtype."""
+    if x.dtype == torch.float64:
+        return "torch"
+    if x.device.type == "cuda" and triton is not None:
+        return "triton"
+    return "c" if x.device.type == "cpu" and c_library() is not None else "torch"
+
+
+def _check(x, weights_t):
+    if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected floating point (1 to {MAX_ROWS}, in)")
+    for w in weights_t:
+        if w.ndim != 2 or w.shape[0] != x.shape[1] or w.dtype != x.dtype or w.device != x.device:
+            raise ValueError(f"weight_t is {w.dtype} {tuple(w.shape)} on {w.device}, expected "
+                             f"{x.dtype} ({x.shape[1]}, out) on {x.device}, as x is")
+        if not w.is_contiguous():
+            raise ValueError("weight_t is not contiguous: its rows must be the input channels, one after another")
+
+
+def _vectors(thresholds, x):
+    """Each threshold as a tensor of x's device and of the comparison's dtype: () or (in,)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    vectors = [torch.as_tensor(t, dtype=dtype, device=x.device) for t in thresholds]
+    for t in vectors:
+        if t.shape not in ((), (x.shape[1],)):
+            raise ValueError(f"threshold is {tuple(t.shape)}, expected a number or ({x.shape[1]},)")
+    return vectors
+
+
+# ---------------------------------------------------------------------------------------------------------
+# PyTorch: an embedding lookup is a gather of rows, and `embedding_bag` sums what it gathers with weights.
+
+def _torch_gemv(x, weight_t, threshold, counts):
+    """One bag is one thread's work, so each row of x is cut into a few bags, added up at the end."""
+    keep = x.to(threshold.dtype).abs() > threshold                                          # (B, in)
+    row, channel = keep.nonzero(as_tuple=True)
+    if counts is not None:
+        counts += torch.tensor([len(channel), x.numel()], device=counts.device)
+    bags = 4 * torch.get_num_threads()
+    ends = keep.sum(1).cumsum(0).tolist()
+    starts = [begin + (end - begin) * bag // bags for begin, end in zip([0] + ends, ends) for bag in range(bags)]
+    sums = F.embedding_bag(channel, weight_t, torch.tensor(starts, device=x.device), mode="sum",
+                           per_sample_weights=x[row, channel])                              # (B * bags, out)
+    return sums.view(len(x), bags, -1).sum(1, dtype=threshold.dtype).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# C: first the kept channels are listed, then each thread walks down the listed rows over its range of outputs.
+# A 16-bit weight is half of a 32-bit word, and unpacking a word gives two neighbouring outputs, "low" and "high":
+#     bfloat16   the upper half of a float32: shift, or mask
+#     float16    sign, exponent and mantissa moved to their places in a float32; that is the value / 2^112
+# float32 weights take the two halves of a range of outputs for low and high, so that one loop serves all three.
+
+C_SOURCE = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define GROUP 4          // kept rows added in one pass over the outputs, so that these are loaded and stored less
+#define ROOM 8192        // sums a thread holds at a time: 32 KB, the first cache
+
+typedef uint32_t __attribute__((aligned(2), may_alias)) word;
+static inline float number(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
+
+#define F32_LOW(row, j)   ((const float *)(row))[j]
+#define F32_HIGH(row, j)  ((const float *)(row))[j + pairs]
+#define BF16_LOW(row, j)  number(((const word *)(row))[j] << 16)
+#define BF16_HIGH(row, j) number(((const word *)(row))[j] & 0xffff0000u)
+#define F16_LOW(row, j)   number((uint32_t)((int32_t)(((const word *)(row))[j] << 16) >> 3) & 0x8fffe000u)
+#define F16_HIGH(row, j)  number((uint32_t)((int32_t)((const word *)(row))[j] >> 3) & 0x8fffe000u)
+
+// The kept channels and, GROUP by GROUP, their inputs (tokens, GROUP); returns how many there are, padded with
+// inputs of zero to whole groups. A channel is listed if any token keeps it; a token that does not has zero there.
+static long list_kept(const float *x, const float *threshold, long step, long tokens, long in,
+                      int *channel, float *input, int64_t *counts) {
+    long n = 0, entries = 0;
+    for (long i = 0; i < in; i++) {
+        float *place = input + n / GROUP * GROUP * tokens + n % GROUP;
+        int needed = 0;
+        for (long t = 0; t < tokens; t++) {
+            int keep = fabsf(x[t * in + i]) > threshold[i * step];
+            place[t * GROUP] = keep ? x[t * in + i] : 0.0f;
+            needed |= keep;
+            entries += keep;
+        }
+        channel[n] = i;
+        n += needed;
+    }
+    for (; n % GROUP; n++) {
+        channel[n] = channel[n - 1];
+        for (long t = 0; t < tokens; t++) input[n / GROUP * GROUP * tokens + t * GROUP + n % GROUP] = 0.0f;
+    }
+    counts[0] += entries;
+    counts[1] += tokens * in;
+    return n;
+}
+
+#define DEFINE(NAME, SIZE, LOW, HIGH, SCALE)                                                                      \
+/* sums[t][j] += input[t][r] * row[r][j] for GROUP rows; TOKENS is a constant wherever this is inlined */         \
+static inline __attribute__((always_inline)) void NAME##_add(const int TOKENS, const char *const *rows,           \
+        const float *restrict input, float *restrict low, float *restrict high, long pairs, long stride) {        \
+    const char *row[GROUP];                                                                                       \
+    for (int r = 0; r < GROUP; r++) row[r] = rows[r];                                                             \
+    VECTORIZE                                                                                                     \
+    for (long j = 0; j < pairs; j++)                                                                              \
+        UNROLL                                                                                                    \
+        for (int t = 0; t < TOKENS; t++) {                                                                        \
+            float l = 0, h = 0;                                                                                   \
+            UNROLL                                                                                                \
+            for (int r = 0; r < GROUP; r++) {                                                                     \
+                l += input[t * GROUP + r] * LOW(row[r], j);                                                       \
+                h += input[t * GROUP + r] * HIGH(row[r], j);                                                      \
+            }                                                                                                     \
+            low[t * stride + j] += l;                                                                             \
+            high[t * stride + j] += h;                                                                            \
+        }                                                                                                         \
+}                                                                                                                 \
+                                                                                                                  \
+/* x (tokens, in), weight (in, out), threshold (in) or one, by step; y (tokens, out). 0, or 1: out of memory */   \
+int NAME(const float *x, const char *weight, const float *threshold, long step, float *y,                         \
+         long tokens, long in, long out, int threads, int64_t *counts) {                                          \
+    int *channel = malloc((in + GROUP) * sizeof(int));                                                            \
+    float *input = malloc((in + GROUP) * tokens * sizeof(float));                                                 \
+    if (!channel || !input) { free(channel); free(input); return 1; }                                             \
+    long n = list_kept(x, threshold, step, tokens, in, channel, input, counts);                                   \
+    PARALLEL                                                                                                      \
+    {                                                                                                             \
+        float low[ROOM / 2] __attribute__((aligned(64))), high[ROOM / 2] __attribute__((aligned(64)));            \
+        long share = ((out + TEAM - 1) / TEAM + 63) / 64 * 64;                                                    \
+        long begin = MEMBER * share, end = begin + share < out ? begin + share : out;                             \
+        long stride = ROOM / 2 / tokens / 16 * 16;                                                                \
+        for (long first = begin; first < end; first += 2 * stride) {                                              \
+            long width = end - first < 2 * stride ? end - first : 2 * stride, pairs = width / 2;                  \
+            memset(low, 0, sizeof low);                                                                           \
+            memset(high, 0, sizeof high);                                                                         \
+            for (long k = 0; k < n; k += GROUP) {                                                                 \
+                const char *rows[GROUP];                                                                          \
+                for (int r = 0; r < GROUP; r++) rows[r] = weight + ((long)channel[k + r] * out + first) * SIZE;   \
+                /* four tokens at a time keep the sums in registers; the rows are in the cache by then */         \
+                for (long t = 0; t < tokens; t += 4) {                                                            \
+                    const float *in4 = input + k * tokens + t * GROUP;                                            \
+                    float *l = low + t * stride, *h = high + t * stride;                                          \
+                    switch (tokens - t) {                                                                         \
+                    case 1:  NAME##_add(1, rows, in4, l, h, pairs, stride); break;                                \
+                    case 2:  NAME##_add(2, rows, in4, l, h, pairs, stride); break;                                \
+                    case 3:  NAME##_add(3, rows, in4, l, h, pairs, stride); break;                                \
+                    default: NAME##_add(4, rows, in4, l, h, pairs, stride);                                       \
+                    }                                                                                             \
+                }                                                                                                 \
+            }                                                                                                     \
+            for (long t = 0; t < tokens; t++) {                                                                   \
+                float *to = y + t * out + first;                                                                  \
+                for (long j = 0; j < pairs; j++) {                                                                \
+                    to[SIZE == 2 ? 2 * j : j] = SCALE * low[t * stride + j];                                      \
+                    to[SIZE == 2 ? 2 * j + 1 : j + pairs] = SCALE * high[t * stride + j];                         \
+                }                                                                                                 \
+                if (width % 2) {        /* an odd number of outputs: the last one has no pair */                  \
+                    const char *last = weight + (first + 2 * pairs) * SIZE;                                       \
+                    float sum = 0;                                                                                \
+                    for (long k = 0; k < n; k++)                                                                  \
+                        sum += input[k / GROUP * GROUP * tokens + t * GROUP + k % GROUP]                          \
+                               * NAME##_one(last + (long)channel[k] * out * SIZE);                                \
+                    to[2 * pairs] = SCALE * sum;                                                                  \
+                }                                                                                                 \
+            }                                                                                                     \
+        }                                                                                                         \
+    }                                                                                                             \
+    free(channel);                                                                                                \
+    free(input);                                                                                                  \
+    return 0;                                                                                                     \
+}
+
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define VECTORIZE PRAGMA(clang loop vectorize(assume_safety))
+#define UNROLL PRAGMA(clang loop unroll(full))
+#else
+#define VECTORIZE PRAGMA(GCC ivdep)
+#define UNROLL PRAGMA(GCC unroll 4)
+#endif
+#ifdef _OPENMP
+#define PARALLEL PRAGMA(omp parallel num_threads(threads))
+#define TEAM omp_get_num_threads()
+#define MEMBER omp_get_thread_num()
+#else
+#define PARALLEL
+#define TEAM 1
+#define MEMBER 0
+#endif
+
+static inline uint32_t half(const char *at) { uint16_t bits; memcpy(&bits, at, 2); return bits; }
+static inline float f32_one(const char *at) { float value; memcpy(&value, at, 4); return value; }
+static inline float bf16_one(const char *at) { return number(half(at) << 16); }
+static inline float f16_one(const char *at) { return number((uint32_t)((int32_t)(half(at) << 16) >> 3) & 0x8fffe000u); }
+
+DEFINE(f32, 4, F32_LOW, F32_HIGH, 1.0f)
+DEFINE(bf16, 2, BF16_LOW, BF16_HIGH, 1.0f)
+DEFINE(f16, 2, F16_LOW, F16_HIGH, 0x1p112f)
+"""
+C_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# No -ffast-math: a library linked with it makes the whole process flush denormals. -march is for gcc and clang
+# on x86, -mcpu for arm. Apple's compiler has no OpenMP of its own: there the last line builds for one thread.
+C_FLAGS = ["-O3 -fopenmp -march=native -mprefer-vector-width=512", "-O3 -fopenmp -march=native",
+           "-O3 -fopenmp -mcpu=native", "-O3 -mcpu=native", "-O3"]
+
+
+@functools.cache
+def c_library():
+    """C_SOURCE compiled for this processor and loaded, or None where no C compiler builds it.
+
+    Built on first use, in under a second, into MINTEAL_CACHE or ~/.cache/minteal under a name that carries a hash
+    of source, flags, compiler and processor. Set MINTEAL_CACHE to "off" to do without.
+    """
+    folder = os.environ.get("MINTEAL_CACHE") or Path.home() / ".cache" / "minteal"
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if str(folder) == "off" or compiler is None:
+        return None
+    folder = Path(folder)
+    try:
+        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
+        for flags in C_FLAGS:
+            identity = "\n".join([C_SOURCE, flags, version, _processor()])
+            library = folder / f"kernel-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+            if not library.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary = library.with_suffix(f".{os.getpid()}.tmp")
+                built = subprocess.run([*compiler.split(), *flags.split(), "-shared", "-fPIC", "-x", "c", "-",
+                                        "-o", str(temporary), "-lm"], input=C_SOURCE, capture_output=True, text=True)
+                if built.returncode:
+                    temporary.unlink(missing_ok=True)
+                    continue
+                os.replace(temporary, library)             # whole or not at all, whoever else is building
+            loaded = ctypes.CDLL(str(library))
+            pointer, long = ctypes.c_void_p, ctypes.c_long
+            for name in C_NAMES.values():
+                getattr(loaded, name).argtypes = [pointer, pointer, pointer, long, pointer, long, long, long,
+                                                  ctypes.c_int, pointer]
+            return loaded
+    except OSError:                                        # no folder to write to, no compiler to run, nothing to load
+        pass
+    return None
+
+
+def _processor():
+    """What -march=native looks at, near enough: a cache folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return platform.machine() + platform.processor() + "".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+
+
+def _c_gemv(x, weight_t, threshold, counts):
+    if x.device.type != "cpu" or x.dtype not in C_NAMES or c_library() is None:
+        raise ValueError(f'backend "c" needs a C compiler and float32, float16 or bfloat16 on the CPU, not '
+                         f'{x.dtype} on {x.device.type}')
+    (rows, channels), outputs = x.shape, weight_t.shape[1]
+    wide, threshold = x.float().contiguous(), threshold.float().contiguous()
+    y = torch.empty(rows, outputs)
+    counts = torch.empty(2, dtype=torch.int64) if counts is None else counts
+    failed = getattr(c_library(), C_NAMES[x.dtype])(
+        wide.data_ptr(), weight_t.data_ptr(), threshold.data_ptr(), threshold.ndim, y.data_ptr(),
+        rows, channels, outputs, torch.get_num_threads(), counts.data_ptr())
+    if failed:
+        raise MemoryError("no memory for the list of kept channels")
+    return y.to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Triton: the same sum, cut into tiles. Program (tile, split) adds the rows of its split for its range of outputs;
+# where a row is masked its load is not issued. Up to three linears stand side by side, one tile range behind another.
+
+if triton is not None:
+
+    @triton.jit
+    def partial_sums_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr, threshold0_ptr, threshold1_ptr,
+                            threshold2_ptr, partial_ptr, counts_ptr, rows, channels, out0, out1, out2,
+                            step0, step1, step2, channels_per_split,
+                            ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, COUNT: tl.constexpr):
+        """partial[split, row, output] = sum over the split's channels of kept x[row, channel] * weight[channel, output]
+
+        grid (tiles of all linears, splits). x (rows, channels); weight_l (channels, out_l); partial float32
+        (splits, rows, out0 + out1 + out2); threshold_l float32 (channels,) with step_l 1, or () with step_l 0.
+        """
+        tile, split = tl.program_id(0), tl.program_id(1)
+        tiles0, tiles1 = tl.cdiv(out0, BLOCK_OUT), tl.cdiv(out1, BLOCK_OUT)
+        # Which of the linears is this tile's?
+        linear, first_tile, first_output = 0, 0, 0
+        weight_ptr, threshold_ptr, outputs, step = weight0_ptr, threshold0_ptr, out0, step0
+        if tile >= tiles0 + tiles1:
+            linear, first_tile, first_output = 2, tiles0 + tiles1, out0 + out1
+            weight_ptr, threshold_ptr, outputs, step = weight2_ptr, threshold2_ptr, out2, step2
+        elif tile >= tiles0:
+            linear, first_tile, first_output = 1, tiles0, out0
+            weight_ptr, threshold_ptr, outputs, step = weight1_ptr, threshold1_ptr, out1, step1
+        output = (tile - first_tile) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                  # (BLOCK_OUT,)
+        row = tl.arange(0, ROWS)                                                            # (ROWS,)
+        sums = tl.zeros((ROWS, BLOCK_IN, BLOCK_OUT), tl.float32)     # added up over BLOCK_IN once, at the end
+        kept = tl.zeros((ROWS, BLOCK_IN), tl.int32)
+        seen = tl.zeros((ROWS, BLOCK_IN), tl.int32)
+        for start in range(split * channels_per_split, (split + 1) * channels_per_split, BLOCK_IN):
+            channel = start + tl.arange(0, BLOCK_IN)                                        # (BLOCK_IN,)
+            inside = (row < rows)[:, None] & (channel < channels)[None, :]                  # (ROWS, BLOCK_IN)
+            x = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+            threshold = tl.load(threshold_ptr + channel * step, mask=channel < channels, other=0.0)
+            keep = (tl.abs(x) > threshold[None, :]) & inside
+            needed = tl.max(keep.to(tl.int32), axis=0) > 0                                  # by any row
+            weight = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * outputs + output[None, :],
+                             mask=needed[:, None] & (output < outputs)[None, :], other=0.0).to(tl.float32)
+            sums += tl.where(keep, x, 0.0)[:, :, None] * weight[None, :, :]
+            kept += keep.to(tl.int32)
+            seen += inside.to(tl.int32)
+        place = (split * rows + row[:, None]) * (out0 + out1 + out2) + first_output + output[None, :]
+        tl.store(partial_ptr + place, tl.sum(sums, axis=1),
+                 mask=(row < rows)[:, None] & (output < outputs)[None, :])
+        if COUNT:
+            if tile == first_tile:                         # one tile of each linear counts for all
+                tl.atomic_add(counts_ptr + 2 * linear, tl.sum(tl.sum(kept, axis=1), axis=0).to(tl.int64))
+                tl.atomic_add(counts_ptr + 2 * linear + 1, tl.sum(tl.sum(seen, axis=1), axis=0).to(tl.int64))
+
+    @triton.jit
+    def put_together_kernel(partial_ptr, y_ptr, rows, outputs, splits,
+                            GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+        """y[row, output] = sum over splits of partial (splits, rows, outputs), in a fixed order.
+
+        GATED: the outputs are gate and up, one behind the other, and y (rows, outputs / 2) is silu(gate) * up.
+        """
+        row = tl.program_id(1)
+        width = outputs // 2 if GATED else outputs
+        output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)                             # (BLOCK,)
+        split = tl.arange(0, SPLITS)                                                        # (SPLITS,)
+        place = (split[:, None] * rows + row) * outputs + output[None, :]
+        mask = (split < splits)[:, None] & (output < width)[None, :]
+        y = tl.sum(tl.load(partial_ptr + place, mask=mask, other=0.0), axis=0)
+        if GATED:
+            up = tl.sum(tl.load(partial_ptr + place + width, mask=mask, other=0.0), axis=0)
+            y = y / (1.0 + tl.exp(-y)) * up
+        tl.store(y_ptr + row * width + output, y.to(y_ptr.dtype.element_ty), mask=output < width)
+
+
+@functools.cache
+def _programs(device):
+    """How many programs fill the device: four for each of its multiprocessors."""
+    if device.type == "cuda":
+        return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 16                                              # the interpreter runs them one by one
+
+
+def _triton_group(x, weights_t, thresholds, counts, gated):
+    if triton is None or x.dtype not in C_NAMES:
+        raise ValueError(f'backend "triton" needs Triton and float32, float16 or bfloat16, not {x.dtype}')
+    (rows, channels), outs = x.shape, [w.shape[1] for w in weights_t]
+    padded = triton.next_power_of_2(rows)
+    # Elements a program holds at once: 32 x 128 sums, over 128 threads; fewer channels where there are more rows.
+    block_in, block_out = max(32 // padded, 8), 128
+    tiles = sum(triton.cdiv(out, block_out) for out in outs)
+    splits = max(1, min(triton.cdiv(_programs(x.device), tiles), triton.cdiv(channels, block_in), 64))
+    per_split = triton.cdiv(triton.cdiv(channels, splits), block_in) * block_in
+    splits = triton.cdiv(channels, per_split)
+    x = x.contiguous()
+    partial = torch.empty(splits, rows, sum(outs), device=x.device, dtype=torch.float32)
+    y = torch.empty(rows, outs[0] if gated else sum(outs), device=x.device, dtype=x.dtype)
+    missing = 3 - len(outs)                                # absent linears have no outputs, so no tile reaches them
+    partial_sums_kernel[(tiles, splits)](
+        x, *weights_t, *[weights_t[0]] * missing, *thresholds, *[thresholds[0]] * missing, partial,
+        partial if counts is None else counts, rows, channels, *outs, *[0] * missing,
+        *[t.ndim for t in thresholds], *[0] * missing, per_split,
+        ROWS=padded, BLOCK_IN=block_in, BLOCK_OUT=block_out, COUNT=counts is not None, num_warps=4)
+    block = 64
+    put_together_kernel[(triton.cdiv(y.shape[1], block), rows)](
+        partial, y, rows, sum(outs), splits, GATED=gated, SPLITS=triton.next_power_of_2(splits), BLOCK=block, num_warps=4)
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+def median_time(call, device, seconds=0.5):
+    """The median time of `call(i)` in seconds, i counting up, after a warm-up, over about `seconds`."""
+    times = []
+    if device.type == "cuda":
+        def once(i):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call(i)
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+    else:
+        def once(i):
+            begin = time.perf_counter()
+            call(i)
+            return time.perf_counter() - begin
+    once(0), once(1)
+    while sum(times) < seconds or len(times) < 11:
+        times.append(once(len(times)))
+    return statistics.median(times)
+
+
+def dense_ways(x, weights_t):
+    """{name: call(i)}: the library's ways to compute x @ weights_t[i]; `linear` and `mv` have the usual (out, in) layout."""
+    weights = [w.t().contiguous() for w in weights_t]
+    n = len(weights)
+    return {"F.linear": lambda i: F.linear(x, weights[i % n]),
+            "torch.mv": lambda i: torch.mv(weights[i % n], x[0]),
+            "x @ weight_t": lambda i: x @ weights_t[i % n]}
+
+
+def main():
+    from model import InputError, PRESETS, block_linears
+
+    parser = argparse.ArgumentParser(
+        description="Times dense against sparse matrix-vector products, at the shapes of a Llama, on this machine.")
+    parser.add_argument("--shapes", default="llama-2-7b", metavar="PRESET",
+                        help=f"whose linears to time: {', '.join(PRESETS)} (default: llama-2-7b)")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"],
+                        help="(default: float32 bfloat16)")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
+                        help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="(default: cuda where there is one, else cpu)")
+    arguments = parser.parse_args()
+    if arguments.shapes not in PRESETS:
+        raise InputError(f"--shapes {arguments.shapes!r} is not known; known are {', '.join(PRESETS)}")
+    for sparsity in arguments.sparsity:
+        if not 0 <= sparsity < 1:
+            raise InputError(f"--sparsity {sparsity} is outside [0, 1)")
+    device = torch.device(arguments.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}. One token; random inputs and weights, many copies in turn.")
+    print("GB/s are bytes of kept weights over time; share: of the bandwidth that the best dense way reaches.")
+    shapes = sorted({(inputs, outputs) for outputs, inputs in block_linears(PRESETS[arguments.shapes]).values()})
+    for dtype in (getattr(torch, name) for name in arguments.dtype):
+        for inputs, outputs in shapes:
+            size = inputs * outputs * dtype.itemsize
+            copies = max(2, -(-512_000_000 // size))       # more than any cache holds
+            first = torch.randn(inputs, outputs, device=device).to(dtype)
+            weights = [first] + [first.roll(i, 0) for i in range(1, copies)]
+            x = torch.randn(1, inputs, device=device).to(dtype)
+            # A way that takes over ten times as long as another is not measured to the end.
+            ways = {name: median_time(call, device) for name, call in dense_ways(x, weights).items()}
+            best = min(ways, key=ways.get)
+            print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB; dense: "
+                  + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in ways.items()))
+            print(f"{'sparsity':>10} {'ms':>9} {'GB/s':>8} {'share':>7} {'ratio':>8}")
+            print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {size / ways[best] / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
+            backend = best_backend(x)
+            magnitudes = x[0].float().abs().sort().values
+            for sparsity in arguments.sparsity:
+                dropped = round(sparsity * inputs)
+                threshold = magnitudes[dropped - 1] if dropped else magnitudes.new_tensor(0.0)
+                kept = (x[0].float().abs() > threshold).sum().item() / inputs
+                seconds = median_time(lambda i: sparse_gemv(x, weights[i % copies], threshold), device)
+                print(f"{sparsity:10.0%} {seconds * 1e3:9.3f} {kept * size / seconds / 1e9:8.1f} "
+                      f"{kept * ways[best] / seconds:7.0%} {ways[best] / seconds:7.2f}x   {backend}", flush=True)
+
+
+if __name__ == "__main__":
+    from model import command_line
+    command_line(main)

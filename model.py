@@ -1,0 +1,689 @@
+"""Llama, from the bytes on disk to the logits.
+
+A decoder-only transformer reads a row of token ids and gives, at each position, a score (logit) for every
+token that may come next. Each of its blocks adds two corrections to a running vector, the residual stream:
+
+    tokens ─► embed_tokens ─► x ─┬────────────────────► + ─┬───────────────► + ─► ... ─► norm ─► lm_head ─► logits
+                                 └► norm ─► attention ─┘   └► norm ─► MLP ─┘
+
+    attention:  q, k, v = q_proj(x), k_proj(x), v_proj(x)     rotate q and k by position (RoPE)
+                o_proj( softmax(q kᵀ / √head_dim) v )         each position looks back at those before it
+    MLP:        down_proj( silu(gate_proj(x)) * up_proj(x) )  SwiGLU
+
+Seven matrices a block; they hold nearly all the weights, and when one token is decoded at a time every one of
+them is read from memory to be used once. That is the cost that activation sparsity attacks in the other files.
+
+The keys and values of earlier positions do not change, so decoding keeps them in a `KVCache` and computes
+only the new position. Module names are the checkpoint's tensor names (`model.layers.0.self_attn.q_proj.weight`),
+so loading renames nothing.
+
+Sources: Llama 2 (arXiv 2307.09288); RoPE (arXiv 2104.09864); grouped-query attention (arXiv 2305.13245);
+SwiGLU (arXiv 2002.05202); RMSNorm (arXiv 1910.07467); the safetensors format (its README on GitHub).
+
+    python model.py [FOLDER]        the shape of a checkpoint: parameters and bytes by part
+"""
+import argparse
+import json
+import mmap
+import os
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+DEMO = Path(__file__).parent / "demo"
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line: what was found, what was expected."""
+
+
+def command_line(main):
+    """Runs a file's `main()`; input it cannot use ends it with one line and exit status 2, not a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:                                # the reader of our output has closed it (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Safetensors: 8 bytes that give the header's length, the header as JSON, then the tensors' raw bytes.
+#
+#     {"__metadata__": {text: text}, name: {"dtype": "BF16", "shape": [4096, 4096], "data_offsets": [begin, end]}}
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def read_header(path):
+    """The header of a safetensors file, every part of it checked, and the file offset at which the data begins.
+
+    Returns (entries: {name: (dtype, shape, begin, end)}, metadata: {str: str}, data_start: int), the
+    entries in the order of their bytes; `begin` and `end` count from `data_start`.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise InputError(f"{path}: truncated: {size} bytes, a safetensors file begins with 8 of length")
+            length, = struct.unpack("<Q", prefix)
+            if length > size - 8:
+                raise InputError(f"{path}: truncated, or no safetensors file: its header should be {length} bytes "
+                                 f"long, {size - 8} follow")
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: no safetensors file: its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the header is a JSON {type(header).__name__}, expected an object")
+    metadata = header.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise InputError(f"{path}: __metadata__ should map text to text")
+
+    def natural(value):                                    # bool is an int to Python, not to us
+        return type(value) is int and value >= 0
+
+    entries = {}
+    for name, entry in header.items():
+        where = f"{path}: tensor {name}"
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise InputError(f"{where}: should have dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise InputError(f"{where}: dtype {dtype!r} is not known; known are {', '.join(DTYPES)}")
+        if not isinstance(shape, list) or not all(map(natural, shape)):
+            raise InputError(f"{where}: shape {shape!r} is not a list of sizes")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
+            raise InputError(f"{where}: data_offsets {offsets!r} is not [begin, end]")
+        begin, end = offsets
+        count = 1
+        for extent in shape:
+            count *= extent
+        if end - begin != count * DTYPES[dtype].itemsize:
+            raise InputError(f"{where}: data_offsets {offsets} hold {end - begin} bytes, {dtype} x {shape} "
+                             f"needs {count * DTYPES[dtype].itemsize}")
+        if end > size - 8 - length:
+            raise InputError(f"{where}: data_offsets {offsets} run past the {size - 8 - length} bytes of data: "
+                             f"the file is truncated")
+        entries[name] = (DTYPES[dtype], shape, begin, end)
+
+    # The data must be covered without overlap and without a gap, so that a file hides nothing.
+    entries = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
+    covered, previous = 0, None
+    for name, (_, _, begin, end) in entries.items():
+        if begin < covered:
+            raise InputError(f"{path}: tensor {name}: data_offsets [{begin}, {end}] overlap those of {previous}")
+        if begin > covered:
+            raise InputError(f"{path}: tensor {name}: data_offsets [{begin}, {end}] leave a gap after byte {covered}")
+        covered, previous = end, name
+    if covered != size - 8 - length:
+        raise InputError(f"{path}: {size - 8 - length - covered} bytes follow the last tensor")
+    return entries, metadata, 8 + length
+
+
+def read_safetensors(path):
+    """All tensors of a safetensors file, as {name: tensor} views of the memory-mapped file.
+
+    Nothing is read before it is used, and what was read can be dropped by the system again, so a file larger
+    than memory can be opened. Writing to a tensor changes a private copy, never the file.
+    """
+    entries, _, data_start = read_header(path)
+    tensors, mapped = {}, None
+    for name, (dtype, shape, begin, end) in entries.items():
+        if begin == end:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
+        if mapped is None:
+            with open(path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=data_start + begin)
+        if (data_start + begin) % dtype.itemsize:          # the format does not promise alignment
+            flat = flat.clone()
+        tensors[name] = flat.view(dtype).view(shape)
+    return tensors
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Writes {name: tensor} to `path`, whole or not at all: to a temporary name first, renamed when complete.
+
+    metadata: {str: str}, kept in the header. A tensor type the format lacks is an InputError.
+    """
+    path = Path(path)
+    header, offset = {}, 0
+    if metadata:
+        header["__metadata__"] = dict(metadata)
+    # The widest types first, as the reference writer has it: every tensor is then aligned to its own size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPE_NAMES:
+            raise InputError(f"{path}: tensor {name}: {tensor.dtype} cannot be written to a safetensors file")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(raw)))
+        file.write(raw)
+        for name in order:
+            tensor = tensors[name].detach().cpu().contiguous()
+            if tensor.numel():
+                file.write(tensor.view(-1).view(torch.uint8).numpy())
+
+
+class replacing:
+    """`with replacing(path) as file`: a binary file that takes the place of `path` only when it is complete."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self):
+        try:
+            self.file = open(self.temporary, "wb")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
+        return self.file
+
+    def __exit__(self, kind, error, trace):
+        self.file.close()
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            os.unlink(self.temporary)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class Config:
+    """The numbers that make a Llama, under the names of the hub's config.json."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+
+    @staticmethod
+    def read(folder):
+        """The configuration in FOLDER/config.json. What this file does not implement is refused by its name."""
+        path = Path(folder) / "config.json"
+        raw = read_json(path)
+
+        def refuse(key, expected):
+            raise InputError(f"{path}: {key} is {json.dumps(raw.get(key))}, supported is {expected}")
+
+        if raw.get("model_type") not in ("llama", "mistral"):
+            refuse("model_type", '"llama" or "mistral"')
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", '"silu"')
+        # Rotary parameters stand in rope_theta and rope_scaling, or in the newer rope_parameters.
+        rope = raw.get("rope_parameters") or {}
+        for key in ("rope_scaling", "rope_parameters"):
+            scaling = raw.get(key) or {}
+            if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
+                refuse(key, 'the rope type "default"')
+        for key in ("attention_bias", "mlp_bias"):
+            if raw.get(key):
+                refuse(key, "false")
+        if raw.get("sliding_window"):
+            refuse("sliding_window", "null")
+        if raw.get("quantization_config"):
+            refuse("quantization_config", "weights in floating point")
+
+        def number(key, kind=int, default=None):
+            value = raw.get(key)
+            value = default if value is None else value
+            if type(value) is bool or not isinstance(value, (int, float) if kind is float else int) or value <= 0:
+                raise InputError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0")
+            return kind(value)
+
+        heads = number("num_attention_heads")
+        config = Config(
+            hidden_size=number("hidden_size"),
+            intermediate_size=number("intermediate_size"),
+            num_hidden_layers=number("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=number("num_key_value_heads", default=heads),
+            head_dim=number("head_dim", default=number("hidden_size") // heads),
+            vocab_size=number("vocab_size"),
+            max_position_embeddings=number("max_position_embeddings", default=2048),
+            rope_theta=number("rope_theta", float, default=rope.get("rope_theta", 10000.0)),
+            rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        )
+        if heads % config.num_key_value_heads:
+            refuse("num_key_value_heads", f"a divisor of the {heads} num_attention_heads")
+        if config.head_dim % 2:
+            raise InputError(f"{path}: head_dim is {config.head_dim}, RoPE needs an even one")
+        return config
+
+    def write(self, folder, dtype):
+        """Writes FOLDER/config.json as transformers' LlamaForCausalLM reads it."""
+        names = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                 "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": 1, "eos_token_id": 2}
+        with replacing(Path(folder) / "config.json") as file:
+            file.write((json.dumps(names | vars(self), indent=2) + "\n").encode())
+
+
+def read_json(path):
+    """The object in a JSON file, or an InputError that says what is wrong with it."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model. Shapes: B sequences of T new tokens, S positions in all, H query heads, G key-value heads, D head_dim.
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, over the last dimension, in float32 (float64 for a float64 input)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_tables(positions, config, dtype):
+    """cos and sin, each (T, D), by which q and k at `positions` (T,) are rotated (RoPE, section 3.4.2).
+
+    Pair i of a head, made of its channels i and i + D/2, turns by the angle position * theta^(-2i/D).
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).to(wide) / config.head_dim
+    angles = torch.outer(positions.to(wide), config.rope_theta ** -exponents)               # (T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)                                            # (T, D)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """x (B, heads, T, D) turned by the angles of `rope_tables`."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KVCache:
+    """The keys and values of the positions seen so far, allocated once for `length` positions.
+
+    `model(tokens, cache)` appends at `cache.used` and moves it on; setting `used` back forgets what came after.
+    """
+
+    def __init__(self, config, batch, length, device, dtype):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = length
+        self.used = 0
+
+    def append(self, layer, k, v):
+        """Stores k and v (B, G, T, D) behind the used positions; returns the layer's keys and values up to them."""
+        end = self.used + k.shape[2]
+        self.keys[layer, :, :, self.used:end] = k
+        self.values[layer, :, :, self.used:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]                 # (B, G, S, D)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share G key and value heads, H / G each."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def qkv(self, x):
+        """The three projections that read x (B, T, hidden): (B, T, H·D), (B, T, G·D), (B, T, G·D)."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def forward(self, x, cos, sin, mask, cache):
+        B, T, _ = x.shape
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))    # (B, H or G, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                                           # (B, G, S, D)
+        # Without a mask, several tokens have nothing before them and each sees those up to itself; one sees all.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])             # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def gated(self, x):
+        """silu(gate) * up, the two projections that read x (B, T, hidden): (B, T, intermediate)."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
+    def forward(self, x):
+        return self.down_proj(self.gated(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """What a checkpoint calls `model`: all but the head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """A Llama of any size. `Llama(config)` has fresh weights to train; `from_pretrained` loads a checkpoint."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens, cache=None):
+        """tokens (B, T) int64 -> logits (B, T, vocab), float32 (float64 for a float64 model).
+
+        With a cache the tokens stand at positions cache.used and after, see all that the cache holds, and are
+        appended to it.
+        """
+        B, T = tokens.shape
+        past = 0 if cache is None else cache.used
+        if cache is not None and past + T > cache.length:
+            raise InputError(f"{T} tokens do not fit a cache of {cache.length} positions, {past} of them used")
+        if tokens.device.type == "cpu":                    # elsewhere a look at the values would wait for the device
+            check_tokens(tokens, self.config)
+        x = self.model.embed_tokens(tokens)                                                 # (B, T, hidden)
+        positions = torch.arange(past, past + T, device=tokens.device)
+        cos, sin = rope_tables(positions, self.config, x.dtype)
+        mask = None
+        if past and T > 1:                                 # each new token sees the past and the new ones up to itself
+            mask = torch.arange(past + T, device=tokens.device) <= positions[:, None]       # (T, S)
+        for block in self.model.layers:
+            x = block(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.used += T
+        logits = self.lm_head(self.model.norm(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def make_cache(self, batch, length):
+        """An empty KVCache for `batch` sequences of up to `length` positions, in the model's dtype and on its device."""
+        weight = self.model.embed_tokens.weight
+        return KVCache(self.config, batch, length, weight.device, weight.dtype)
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    @staticmethod
+    def from_pretrained(folder, device="cpu", dtype=None):
+        """The Llama in a checkpoint folder of the hub's form, in eval mode and without gradients.
+
+        folder: config.json with model.safetensors, or model.safetensors.index.json and the shards it names.
+        dtype: a floating-point torch.dtype, or None for the checkpoint's own. Each tensor is copied once, from
+        the mapped file to its place. Raises InputError for a folder that does not hold such a model.
+        """
+        config = Config.read(folder)
+        with torch.device("meta"):                         # shapes without memory
+            model = Llama(config)
+        wanted = dict(model.named_parameters())            # a tied head is listed once, as the embedding
+        if dtype is None:
+            dtype = checkpoint_dtype(folder)
+        for path, tensors in read_shards(folder):
+            for name, tensor in tensors.items():
+                if name.endswith("rotary_emb.inv_freq"):   # older checkpoints store it; config.json defines it
+                    continue
+                if name == "lm_head.weight" and config.tie_word_embeddings:
+                    continue                               # the same values once more
+                parameter = wanted.pop(name, None)
+                if parameter is None:
+                    raise InputError(f"{path}: tensor {name}: not part of a Llama with the shape in config.json")
+                if tensor.shape != parameter.shape:
+                    raise InputError(f"{path}: tensor {name}: shape {list(tensor.shape)}, config.json makes it "
+                                     f"{list(parameter.shape)}")
+                if not tensor.is_floating_point():
+                    raise InputError(f"{path}: tensor {name}: {tensor.dtype}, expected floating point")
+                place = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+                parent, leaf = name.rsplit(".", 1)
+                setattr(model.get_submodule(parent), leaf, nn.Parameter(place, requires_grad=False))
+        if wanted:
+            raise InputError(f"{folder}: tensor {min(wanted)} is missing from the checkpoint"
+                             + (f", and {len(wanted) - 1} more" if len(wanted) > 1 else ""))
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model.eval()
+
+    @staticmethod
+    def random(preset, device="cpu", dtype=torch.bfloat16, seed=0):
+        """A Llama of a preset's real shapes with random weights: for speed work only, it writes nonsense."""
+        if preset not in PRESETS:
+            raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
+        with torch.device("meta"):
+            model = Llama(PRESETS[preset])
+        model.to_empty(device=device).to(dtype)
+        # Drawing 7 billion normal numbers would take minutes: one pool of four million is repeated instead.
+        pool = torch.randn((1 << 22) + 7, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(False)
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            scaled = pool * parameter.shape[-1] ** -0.5    # keeps the outputs of a linear as large as its inputs
+            flat = parameter.data.view(-1)
+            for start in range(0, flat.numel(), scaled.numel()):
+                part = flat[start:start + scaled.numel()]
+                part.copy_(scaled[:part.numel()])
+        return model.eval()
+
+    def save_pretrained(self, folder):
+        """Writes config.json and model.safetensors to `folder`, in the model's dtype."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.config.write(folder, self.model.embed_tokens.weight.dtype)
+        write_safetensors(Path(folder) / "model.safetensors", dict(self.named_parameters()), {"format": "pt"})
+
+
+def check_tokens(tokens, config):
+    """Raises InputError if one of `tokens` (any shape, int64) is not a token of the model."""
+    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+        worst = int(tokens.max() if tokens.min() >= 0 else tokens.min())
+        raise InputError(f"token id {worst} is outside the vocabulary of {config.vocab_size}")
+
+
+def _preset(hidden, intermediate, layers, heads, kv_heads, vocab, context, theta, tied=False):
+    return Config(hidden, intermediate, layers, heads, kv_heads, 128 if hidden > 2048 else hidden // heads,
+                  vocab, context, theta, 1e-5, tied)
+
+
+PRESETS = {  # without rope scaling, which costs no time
+    "llama-2-7b": _preset(4096, 11008, 32, 32, 32, 32000, 4096, 1e4),
+    "llama-2-13b": _preset(5120, 13824, 40, 40, 40, 32000, 4096, 1e4),
+    "llama-2-70b": _preset(8192, 28672, 80, 64, 8, 32000, 4096, 1e4),
+    "llama-3-8b": _preset(4096, 14336, 32, 32, 8, 128256, 8192, 5e5),
+    "llama-3-70b": _preset(8192, 28672, 80, 64, 8, 128256, 8192, 5e5),
+    "llama-3.2-1b": _preset(2048, 8192, 16, 32, 8, 128256, 8192, 5e5, tied=True),
+    "llama-3.2-3b": _preset(3072, 8192, 28, 24, 8, 128256, 8192, 5e5, tied=True),
+    "mistral-7b": _preset(4096, 14336, 32, 32, 8, 32000, 8192, 1e4),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The folder: shards and tokenizer
+
+def shard_paths(folder):
+    """The safetensors files of a checkpoint folder, each checked to exist."""
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise InputError(f"{folder}: no checkpoint: neither model.safetensors nor model.safetensors.index.json is there")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{index}: weight_map should map tensor names to files")
+    shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+    for shard in shards:
+        if not shard.exists():
+            raise InputError(f"{shard}: missing, but named by {index.name}")
+    return shards
+
+
+def read_shards(folder):
+    """Yields (path, {name: tensor}) for each safetensors file of a checkpoint folder."""
+    for path in shard_paths(folder):
+        yield path, read_safetensors(path)
+
+
+def checkpoint_dtype(folder):
+    """The dtype that most of a checkpoint's values have."""
+    counts = {}
+    for path in shard_paths(folder):
+        for dtype, _, begin, end in read_header(path)[0].values():
+            if dtype.is_floating_point:
+                counts[dtype] = counts.get(dtype, 0) + end - begin
+    if not counts:
+        raise InputError(f"{folder}: no tensor of the checkpoint is floating point")
+    return max(counts, key=counts.get)
+
+
+class SentencePieceTokenizer:
+    """The tokenizer of Llama-2 and Mistral, from a checkpoint's tokenizer.model."""
+
+    def __init__(self, path, eos_ids=None):
+        import sentencepiece                               # needed only where there is text
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.load(str(path))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{path}: not a SentencePiece model: {str(error).splitlines()[0]}") from None
+        self.vocab_size = self.processor.vocab_size()
+        self.eos_ids = tuple(eos_ids or [self.processor.eos_id()])
+
+    def encode(self, text, bos=True):
+        """Token ids of `text`, the begin-of-sequence token first if `bos`."""
+        return [self.processor.bos_id()] * bos + self.processor.encode(text)
+
+    def decode(self, ids):
+        """The text of token ids; control tokens have none."""
+        return self.processor.decode([int(i) for i in ids])
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint folder: .encode(text, bos=True) -> list[int], .decode(ids) -> str, .eos_ids."""
+    folder = Path(folder)
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        other = folder / "tokenizer.json"
+        raise InputError(f"{other}: this kind of tokenizer is not supported, a SentencePiece tokenizer.model is"
+                         if other.exists() else f"{folder}: no tokenizer: tokenizer.model is not there")
+    eos = None
+    for name in ("generation_config.json", "config.json"):
+        if eos is None and (folder / name).exists():
+            eos = read_json(folder / name).get("eos_token_id")
+    return SentencePieceTokenizer(path, eos if isinstance(eos, list) or eos is None else [eos])
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+def block_linears(config):
+    """The seven linears of a block: {name inside the block: (out_features, in_features)}."""
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    hidden, middle = config.hidden_size, config.intermediate_size
+    return {"self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (middle, hidden), "mlp.up_proj": (middle, hidden), "mlp.down_proj": (hidden, middle)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prints the shape of a checkpoint: parameters and bytes by part.")
+    parser.add_argument("folder", nargs="?", default=str(DEMO), metavar="FOLDER",
+                        help="checkpoint folder, or random:PRESET (default: the demo model)")
+    folder = parser.parse_args().folder
+    if folder.startswith("random:"):
+        preset = folder.removeprefix("random:")
+        if preset not in PRESETS:
+            raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
+        config, itemsize, dtype = PRESETS[preset], 2, torch.bfloat16
+    else:
+        config, dtype = Config.read(folder), checkpoint_dtype(folder)
+    sizes = {name: rows * columns * config.num_hidden_layers for name, (rows, columns) in block_linears(config).items()}
+    embedding = config.vocab_size * config.hidden_size
+    parts = {
+        "embedding": embedding,
+        "attention": sum(size for name, size in sizes.items() if name.startswith("self_attn")),
+        "MLP": sum(size for name, size in sizes.items() if name.startswith("mlp")),
+        "norms": (2 * config.num_hidden_layers + 1) * config.hidden_size,
+        "head": 0 if config.tie_word_embeddings else embedding,
+    }
+    total = sum(parts.values())
+    print(f"{folder}: {config.num_hidden_layers} blocks, hidden {config.hidden_size}, intermediate "
+          f"{config.intermediate_size}, {config.num_attention_heads} heads on {config.num_key_value_heads} "
+          f"key-value heads of {config.head_dim}, {str(dtype).removeprefix('torch.')}")
+    print(f"{'part':>10} {'parameters':>15} {'MB':>10} {'share':>7}")
+    for name, size in (parts | {"all": total}).items():
+        note = "   (the embedding once more)" if name == "head" and config.tie_word_embeddings else ""
+        print(f"{name:>10} {size:15,} {size * dtype.itemsize / 1e6:10,.1f} {size / total:7.1%}{note}")
+    # One row of the embedding is read a token; the head is read whole, and stays dense.
+    read = sum(sizes.values()) + parts["norms"] + embedding
+    print(f"read for one token: {read * dtype.itemsize / 1e6:,.1f} MB; "
+          f"sparsity can skip from attention and MLP, {sum(sizes.values()) / read:.1%} of it")
+
+
+if __name__ == "__main__":
+    command_line(main)
