@@ -35,11 +35,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))    # as seen from where a command is run
 
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: what was found, what was expected."""
+
+
+def progress_line(text):
+    """Shows `text` in place of the last such line, where somebody watches; results go to standard output alone."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
 def command_line(main):
@@ -438,11 +444,11 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, cache=None):
+    def forward(self, tokens, cache=None, last_only=False):
         """tokens (B, T) int64 -> logits (B, T, vocab), float32 (float64 for a float64 model).
 
         With a cache the tokens stand at positions cache.used and after, see all that the cache holds, and are
-        appended to it.
+        appended to it. last_only: logits of the last position alone, (B, 1, vocab), as a prompt needs them.
         """
         B, T = tokens.shape
         past = 0 if cache is None else cache.used
@@ -460,6 +466,8 @@ class Llama(nn.Module):
             x = block(x, cos, sin, mask, cache)
         if cache is not None:
             cache.used += T
+        if last_only:
+            x = x[:, -1:]
         logits = self.lm_head(self.model.norm(x))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -637,6 +645,26 @@ def load_tokenizer(folder):
         if eos is None and (folder / name).exists():
             eos = read_json(folder / name).get("eos_token_id")
     return SentencePieceTokenizer(path, eos if isinstance(eos, list) or eos is None else [eos])
+
+
+def load_model(name, device="cpu", dtype=None):
+    """(model, tokenizer) as every command takes them with --model: a checkpoint folder, or "random:PRESET".
+
+    dtype: None, a torch.dtype, or the name of one. A random model has no tokenizer: None.
+    """
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if str(name).startswith("random:"):
+        return Llama.random(str(name).removeprefix("random:"), device, dtype or torch.bfloat16), None
+    tokenizer = load_tokenizer(name)
+    model = Llama.from_pretrained(name, device, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
+    return model, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------

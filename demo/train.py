@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-import corpus                                                                               # noqa: E402
+sys.path.insert(0, str(HERE.parent))
+from demo import corpus                                                                     # noqa: E402
 from model import (Config, InputError, Llama, command_line, load_tokenizer, read_header,    # noqa: E402
                    read_safetensors, replacing, write_safetensors)
 
@@ -56,7 +56,7 @@ def train_tokenizer(path):
 
 
 def token_stream(texts, tokenizer):
-    """The texts as one row of tokens (int16 where it suffices would be golf: int32), each between its bos and eos."""
+    """The texts as one row of tokens (N,) int32, each text between its bos and eos."""
     ids = []
     for text in texts:
         ids += tokenizer.encode(text) + [tokenizer.eos_ids[0]]
