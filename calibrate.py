@@ -1,8 +1,8 @@
-"""Where thresholds come from: what the activations of a model look like.
+"""Where thresholds come from: what the activations of a model look like, and how much each of them matters.
 
-To drop half of the inputs of a linear one has to know the magnitude that half of them stay below: the median
-of |x|. TEAL takes it offline (arXiv 2408.14690, section 4): run some text through the dense model, keep the
-distribution of |x| where each linear reads it, and use its quantiles as thresholds. At sparsity s,
+To drop half of the inputs of a linear one has to know the magnitude that half of them stay below. TEAL takes it
+offline (arXiv 2408.14690, section 4): run some text through the dense model, keep the distribution of |x| where each
+linear reads it, and use its quantiles as thresholds. At sparsity s,
 
     t(s) = the value that a share s of all |x| stays below
 
@@ -14,41 +14,56 @@ distribution of |x| where each linear reads it, and use its quantiles as thresho
       └─────┴──────────────────► |x|
          t(50 %)
 
-A block has four places where linears read, and so four distributions:
+A block has four places where linears read, and so four distributions: attention in (q, k, v), attention out (o),
+MLP in (gate, up), MLP middle (down). The first tokens of a sequence are left out: they are attention sinks, whose
+activations are many times as large as all others (arXiv 2309.17453).
 
-    attention in     q_proj, k_proj, v_proj     the normalised residual stream
-    attention out    o_proj                     what the heads have gathered
-    MLP in           gate_proj, up_proj         the normalised residual stream
-    MLP middle       down_proj                  silu(gate) * up
+How to share out a model-wide sparsity is a second question; an answer is called an allocation here.
 
-The first tokens of a sequence are left out: they are attention sinks, whose activations are many times as large
-as all others (arXiv 2309.17453). Thresholds belong to a model, so a calibration says what it was made from,
-and is refused elsewhere.
+    uniform         every linear the same sparsity                                          (TEAL, section 4)
+    greedy          block by block: raise the one of the seven linears that adds least to the error of the
+                    block's output, by equal numbers of weights, until the block's target    (TEAL, algorithm 1)
+    fisher          drop what raises the loss least a byte. Dropping x_i changes the loss by about F_i x_i² / 2,
+                    F_i the mean square of the loss's gradient at x_i, and saves one column, `out` weights:
+                    keep x_i where F x_i² > λ · out, one λ for the whole model, F one mean a linear
+    fisher-channel  the same with F_i, so a threshold a channel: |x_i| > √(λ · out / F_i)
+    wina            |x_i| · ‖column i‖ in place of |x_i|, every linear the same sparsity     (arXiv 2505.19427)
+
+fisher takes its gradients from one backward pass, with labels drawn from the model itself (so that F is the Fisher
+information, and any text will do), one block at a time: memory for the weights, for the activations of one block, and
+for the input of each block for four windows.
+
+Thresholds belong to a model, so a calibration says what it was made from, and is refused elsewhere.
 
     python calibrate.py [--model FOLDER] [--text FILE]      writes FOLDER/calibration.safetensors
+    python calibrate.py --greedy                            adds the greedy allocation, in minutes
+    python calibrate.py --figures figures                   draws what the calibration holds
 """
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from model import (DEMO, InputError, block_linears, check_tokens, command_line, load_model, progress_line, read_header,
-                   read_safetensors, write_safetensors)
+                   read_safetensors, rope_tables, write_safetensors)
 from sparsify import default_context, read_tokens, windows_of
 
-SITES = {  # where linears of a block read, and which read there
-    "attention in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention out": ("self_attn.o_proj",),
-    "MLP in": ("mlp.gate_proj", "mlp.up_proj"),
-    "MLP middle": ("mlp.down_proj",),
+SITES = ("attention in", "attention out", "MLP in", "MLP middle")
+SITE_OF = {  # where each of the seven linears of a block reads, in the order of block_linears
+    "self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 1,
+    "mlp.gate_proj": 2, "mlp.up_proj": 2, "mlp.down_proj": 3,
 }
+LINEARS = tuple(SITE_OF)
 SINKS = 4                # tokens at the start of a sequence that are no measure of the others
+BEST_FIRST = ("fisher-channel", "fisher", "greedy", "uniform", "wina")      # which allocation to use if none is named
 
-# Magnitudes are counted on a logarithmic scale that needs no look at the data first: 64 bins an octave, 1.1 % wide,
-# from 2^-30 (what is smaller falls into bin 0, zeros too) to 2^18.
-LOWEST, HIGHEST, PER_OCTAVE = -30, 18, 64
+# Magnitudes are counted on a logarithmic scale that needs no look at the data first: 32 bins an octave, 2.2 % wide,
+# from 2^-20 (what is smaller falls into bin 0, zeros too) to 2^12.
+LOWEST, HIGHEST, PER_OCTAVE = -20, 12, 32
 BINS = (HIGHEST - LOWEST) * PER_OCTAVE
 
 
@@ -59,48 +74,137 @@ def histogram(x):
 
 
 def quantile(counts, share):
-    """The magnitude that a `share` in [0, 1) of what was counted (..., BINS) stays below; 0.0 for a share of 0."""
+    """The magnitudes (...) that shares (...) in [0, 1) of what was counted (..., BINS) stay below; 0 for a share of 0."""
+    share = torch.as_tensor(share, dtype=torch.float64).expand(counts.shape[:-1])
     total = counts.double().cumsum(-1)                                       # (..., BINS)
-    wanted = share * total[..., -1:]
+    wanted = (share * total[..., -1]).unsqueeze(-1)
     place = torch.searchsorted(total, wanted).clamp(max=BINS - 1)            # the bin in which it lies
     inside = counts.double().gather(-1, place)
     below = total.gather(-1, place) - inside
-    position = place + (wanted - below) / inside.clamp(min=1)                # in bins, with the fraction of the last one
-    value = torch.exp2(position / PER_OCTAVE + LOWEST).squeeze(-1)
-    return value if share > 0 else torch.zeros_like(value)
+    position = (place + (wanted - below) / inside.clamp(min=1)).squeeze(-1)  # in bins, with the fraction of the last one
+    return torch.exp2(position / PER_OCTAVE + LOWEST) * (share > 0)
 
+
+def share_below(counts, value):
+    """The inverse of `quantile`: the share (...) of what was counted (..., BINS) that lies below `value` (...)."""
+    position = ((value.double().log2() - LOWEST) * PER_OCTAVE).clamp(0, BINS - 1e-6).unsqueeze(-1)
+    place = position.long()
+    total = counts.double().cumsum(-1)
+    inside = counts.double().gather(-1, place)
+    below = total.gather(-1, place) - inside
+    return ((below + (position - place) * inside) / total[..., -1:]).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The calibration of a model
 
 @dataclass
 class Calibration:
-    """The distributions of a model's activations, from which thresholds for any sparsity are read.
+    """What is known of a model's activations, from which thresholds for any sparsity are read.
 
-    histograms: (layers, 4, BINS) int64, in the order of SITES
-    shapes: what the model looks like; source: what text it was made from
+    shapes: what the model looks like; source: what text this was made from
     fingerprint: (256,) float32 of the model's embedding, which tells models of one shape apart
+    histograms: {"input": (layers, 4, BINS) of |x| by site, "gate": (layers, BINS) of |silu(gate)|, "head": (BINS,) of the
+                 head's |x|, "fisher-channel" and "wina": (layers, 7, BINS) of |x| times that criterion's weights}, int64
+    weights: {"fisher-channel" or "wina": {linear: (in,)}}: how much each channel counts, root mean square 1
+    fisher: (layers, 7): the mean F of each linear
+    greedy: (layers, steps, 7): the sparsity of each linear along the path of the greedy allocation; None without
     """
-    histograms: torch.Tensor
     shapes: dict
     source: str
     fingerprint: torch.Tensor
+    histograms: dict
+    weights: dict = field(default_factory=dict)
+    fisher: torch.Tensor | None = None
+    greedy: torch.Tensor | None = None
+
+    @property
+    def allocations(self):
+        """The names of the allocations that this calibration holds, the best first."""
+        held = {"uniform"} | self.weights.keys()
+        held |= {"fisher"} if self.fisher is not None else set()
+        held |= {"greedy"} if self.greedy is not None else set()
+        return [name for name in BEST_FIRST if name in held]
+
+    def sizes(self):
+        """(outputs (7,), share of a block's weights (7,)) of the linears of a block, float64."""
+        shapes = torch.tensor(list(block_linears(SimpleNamespace(**self.shapes)).values()), dtype=torch.float64)
+        weights = shapes.prod(1)
+        return shapes[:, 0], weights / weights.sum()
+
+    def sparsities(self, sparsity, allocation=None):
+        """The share (layers, 7) of each linear's inputs that an allocation drops, float64; model-wide it is `sparsity`."""
+        return self._read(sparsity, allocation)[1]
 
     def thresholds(self, sparsity, allocation=None):
-        """{name of a linear: 0-d tensor} that make a share `sparsity` in [0, 1) of the blocks' weights skippable.
+        """{name of a linear: tensor () or (in,), float32} that let a share `sparsity` in [0, 1) of the blocks' weights go unread.
 
-        allocation: how the sparsity is shared out. "uniform": each linear's own quantile (TEAL, section 4).
-        None: the best this calibration holds.
+        allocation: one of `allocations`, or None for the first of them. With inputs dropped in front of it, a layer sees
+        others than those that were counted here: the share realised differs by a point or so.
         """
+        values, _, weights = self._read(sparsity, allocation)                # (layers, 7)
+        thresholds = {}
+        for layer in range(len(values)):
+            for linear, value in zip(LINEARS, values[layer]):
+                name = f"model.layers.{layer}.{linear}"
+                thresholds[name] = (value / weights[name] if weights else value).float()
+        return thresholds
+
+    def gate_thresholds(self, sparsity):
+        """(layers,): what a share `sparsity` of all |silu(gate)| of each block stays below, the threshold of CATS."""
+        return quantile(self.histograms["gate"], sparsity).float()
+
+    def head_threshold(self, sparsity):
+        """The threshold () at which the head drops a share `sparsity` of its inputs. The paper leaves the head dense."""
+        return quantile(self.histograms["head"], sparsity).float()
+
+    def _read(self, sparsity, allocation):
+        """(thresholds on the weighted magnitudes (layers, 7), shares they drop (layers, 7), the weights or None)"""
         if not 0 <= sparsity < 1:
             raise InputError(f"sparsity is {sparsity}, expected at least 0 and below 1")
-        if allocation not in (None, "uniform"):
-            raise InputError(f"allocation {allocation!r} is not in this calibration; it holds: uniform")
-        values = quantile(self.histograms, sparsity).float()                 # (layers, 4)
-        return {f"model.layers.{layer}.{name}": values[layer, site]
-                for layer in range(len(values)) for site, names in enumerate(SITES.values()) for name in names}
+        allocation = allocation or self.allocations[0]
+        if allocation not in self.allocations:
+            known = "make it with: python calibrate.py" + " --greedy" * (allocation == "greedy") if allocation in BEST_FIRST \
+                else f"known are {', '.join(BEST_FIRST)}"
+            raise InputError(f"allocation {allocation!r} is not in this calibration, which holds "
+                             f"{', '.join(self.allocations)}; {known}")
+        weights = self.weights.get(allocation)
+        # (layers, 7, BINS): the distribution that each linear's threshold is read from
+        counts = self.histograms[allocation] if weights else self.histograms["input"][:, list(SITE_OF.values())]
+        if allocation == "greedy":
+            shares = self._along_the_path(sparsity)
+            return quantile(counts, shares), shares, None
+        if allocation in ("uniform", "wina") or sparsity == 0:
+            shares = torch.full(counts.shape[:2], float(sparsity), dtype=torch.float64)
+            return quantile(counts, shares), shares, weights
+        # One λ for the whole model, by bisection: the larger, the more is dropped.
+        outputs, size = self.sizes()
+        unit = (outputs / self.fisher.double().clamp(min=1e-300)).sqrt()     # (layers, 7): the threshold at λ = 1
+        low, high = unit.min().log2().neg() - 40, unit.max().log2().neg() + 40          # log2 √λ
+        for _ in range(60):
+            middle = (low + high) / 2
+            share = (share_below(counts, unit * middle.exp2()) * size).sum(1).mean()
+            low, high = (middle, high) if share < sparsity else (low, middle)
+        values = unit * middle.exp2()
+        return values, share_below(counts, values), weights
+
+    def _along_the_path(self, sparsity):
+        """The sparsities (layers, 7) at which the greedy path of each block passes a model-wide sparsity."""
+        _, size = self.sizes()
+        found = []
+        for path in self.greedy.double():                                    # (steps, 7)
+            reached = path @ size                                            # (steps,), rising
+            if sparsity > reached[-1]:                                       # behind its end: what is kept shrinks evenly
+                found.append(1 - (1 - path[-1]) * (1 - sparsity) / (1 - reached[-1]))
+                continue
+            after = int(torch.searchsorted(reached, sparsity).clamp(1, len(path) - 1))
+            fraction = (sparsity - reached[after - 1]) / (reached[after] - reached[after - 1])
+            found.append(path[after - 1] + fraction * (path[after] - path[after - 1]))
+        return torch.stack(found)
 
     def check(self, model):
         """Raises InputError if this was made for another model."""
-        shapes = shapes_of(model.config)
-        for key, value in shapes.items():
+        for key, value in shapes_of(model.config).items():
             if self.shapes.get(key) != value:
                 raise InputError(f"this calibration was made for another model: {key} is {self.shapes.get(key)} in it, "
                                  f"{value} in the model")
@@ -109,29 +213,48 @@ class Calibration:
 
     def save(self, path):
         """Writes the calibration as a safetensors file."""
-        write_safetensors(path, {"histograms": self.histograms.to(torch.int32), "fingerprint": self.fingerprint},
-                          {"format": "minTEAL calibration 1", "source": self.source, "shapes": json.dumps(self.shapes)})
+        tensors = {"fingerprint": self.fingerprint}
+        tensors |= {f"histograms.{name}": counts.to(torch.int32) for name, counts in self.histograms.items()}
+        tensors |= {f"weights.{criterion} {name}": values for criterion, linears in self.weights.items()
+                    for name, values in linears.items()}
+        tensors |= {name: getattr(self, name) for name in ("fisher", "greedy") if getattr(self, name) is not None}
+        write_safetensors(path, tensors, {"format": FORMAT, "source": self.source, "shapes": json.dumps(self.shapes)})
 
     @staticmethod
     def load(path):
         """Reads what `save` wrote; raises InputError for anything else."""
         metadata = read_header(path)[1]
-        if metadata.get("format") != "minTEAL calibration 1":
-            raise InputError(f"{path}: not a calibration: format is {metadata.get('format')!r}, "
-                             f"expected 'minTEAL calibration 1'")
-        tensors = read_safetensors(path)
-        shapes = json.loads(metadata.get("shapes", "{}"))
-        expected = (shapes.get("num_hidden_layers"), len(SITES), BINS)
-        if {"histograms", "fingerprint"} - tensors.keys() or tensors["histograms"].shape != expected:
-            raise InputError(f"{path}: not a whole calibration: expected histograms {expected} and a fingerprint")
-        histograms = tensors["histograms"].long()
-        if (histograms < 0).any() or (histograms.sum(-1) == 0).any():
-            raise InputError(f"{path}: a damaged calibration: a histogram is empty or has negative counts")
-        return Calibration(histograms, shapes, metadata.get("source", "unknown text"), tensors["fingerprint"].clone())
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{path}: not a calibration of this version: format is {metadata.get('format')!r}, "
+                             f"expected {FORMAT!r}; make it with: python calibrate.py")
+        tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
+        made = Calibration(json.loads(metadata["shapes"]), metadata["source"], tensors.pop("fingerprint"), {})
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not (tensor.isfinite().all() and (tensor >= 0).all()):
+                raise InputError(f"{path}: a damaged calibration: {name} holds NaN, infinity or a negative number; "
+                                 f"make it with: python calibrate.py")
+            kind, _, rest = name.partition(".")
+            if kind == "histograms":
+                made.histograms[rest] = tensor.long()
+            elif kind == "weights":
+                criterion, linear = rest.split(" ")
+                made.weights.setdefault(criterion, {})[linear] = tensor
+            else:
+                setattr(made, name, tensor)
+        layers = made.shapes["num_hidden_layers"]
+        if made.histograms.get("input", torch.empty(0)).shape != (layers, len(SITES), BINS):
+            raise InputError(f"{path}: not a whole calibration: expected histograms.input of {[layers, len(SITES), BINS]}")
+        for name, counts in made.histograms.items():
+            if (counts < 0).any() or (counts.sum(-1) == 0).any():
+                raise InputError(f"{path}: a damaged calibration: in histograms.{name} one is empty or has negative counts")
+        return made
+
+
+FORMAT = "minTEAL calibration 2"
 
 
 def shapes_of(config):
-    return {key: getattr(config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers",
+    return {key: getattr(config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
                                                   "num_attention_heads", "num_key_value_heads", "vocab_size")}
 
 
@@ -141,34 +264,257 @@ def fingerprint_of(model):
     return weight[torch.linspace(0, len(weight) - 1, 256, dtype=torch.float64).long()].float().cpu()
 
 
-@torch.no_grad()
-def calibrate(model, tokens, context=None, source="unknown text", progress=lambda text: None):
+# ---------------------------------------------------------------------------------------------------------
+# Making it: a backward pass for F, a forward pass for the distributions
+
+BATCH = 4                # windows at a time
+
+
+def calibrate(model, tokens, context=None, source="unknown text", fisher=True, progress=lambda text: None):
     """Runs `tokens` (N,) int64 through the dense model, in windows of `context`, and returns their Calibration.
 
-    context: None is the model's own, at most 2048. Memory does not grow with the number of tokens.
+    context: None is the model's own, at most 2048. fisher: False leaves the backward pass out, and with it the
+    two allocations that need it. Memory does not grow with the number of tokens.
     """
     check_tokens(tokens, model.config)
     context = context or default_context(model)
     if context <= SINKS:
         raise InputError(f"a window of {context} tokens leaves none behind the first {SINKS}")
     windows = windows_of(tokens, context)
-    counts = torch.zeros(model.config.num_hidden_layers, len(SITES), BINS, dtype=torch.int64, device=model.device)
+    linears = {f"model.layers.{layer}.{linear}": model.get_submodule(f"model.layers.{layer}.{linear}")
+               for layer in range(model.config.num_hidden_layers) for linear in LINEARS}
+    norms = {name: linear.weight.detach().float().norm(dim=0).cpu() for name, linear in linears.items()}
+    made = Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}", fingerprint_of(model), {},
+                       {"wina": {name: relative(norm) for name, norm in norms.items()}})
+    if fisher:
+        information = fisher_information(model, windows, linears, progress)
+        made.fisher = torch.stack([of.mean() for of in information.values()]).view(-1, len(LINEARS))
+        made.weights["fisher-channel"] = {name: relative(of.sqrt()) for name, of in information.items()}
+    made.histograms = count_magnitudes(model, windows, linears, made.weights, progress)
+    return made
+
+
+def relative(values):
+    """values (in,) over their root mean square, none of them so small that a threshold over it is no number."""
+    return (values / values.square().mean().sqrt().clamp(min=1e-30)).clamp(min=2**-10)
+
+
+def fisher_information(model, windows, linears, progress):
+    """{name: F (in,) float32}: the mean square of the gradient of the log-likelihood at each input of each linear.
+
+    The gradient is the one through that linear alone (grad_output @ weight): q, k and v share an input, not a gradient.
+    """
+    sums = {name: torch.zeros(linear.in_features, device=model.device) for name, linear in linears.items()}
     hooks = []
-    for layer, block in enumerate(model.model.layers):
-        for site, names in enumerate(SITES.values()):
-            def count(module, inputs, place=counts[layer, site]):
-                place += histogram(inputs[0][:, SINKS:])
-            hooks.append(block.get_submodule(names[0]).register_forward_pre_hook(count))
+    for name, linear in linears.items():
+        def add(module, grad_input, grad_output, total=sums[name]):
+            total += grad_input[0][:, SINKS:].float().square().sum((0, 1))
+        hooks.append(linear.register_full_backward_hook(add))
+    generator = torch.Generator(model.device).manual_seed(0)
     try:
-        for done, part in enumerate(windows.split(4)):
-            model(part[:, :-1].to(model.device), last_only=True)
-            progress(f"calibrating: {min(4 * done + 4, len(windows)) * context:,} of {len(windows) * context:,} tokens")
+        for done, part in enumerate(windows.split(BATCH)):
+            progress(f"calibrating, gradients: window {BATCH * done} of {len(windows)}")
+            tokens = part[:, :-1].to(model.device)
+            # Forward without a graph, keeping the input of each block; then back through one block at a time.
+            with torch.no_grad():
+                x = model.model.embed_tokens(tokens)
+                cos, sin = rope_tables(torch.arange(tokens.shape[1], device=model.device), model.config, x.dtype)
+                inputs = []
+                for block in model.model.layers:
+                    inputs.append(x)
+                    x = block(x, cos, sin, None, None, None)
+            with torch.enable_grad():
+                x = x.requires_grad_()
+                logits = model.lm_head(model.model.norm(x)).float().flatten(0, 1)           # (B * T, vocab)
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                gradient, = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)
+                for block, x in zip(reversed(model.model.layers), reversed(inputs)):
+                    x = x.requires_grad_()
+                    gradient, = torch.autograd.grad(block(x, cos, sin, None, None, None), x, gradient)
     finally:
         for hook in hooks:
             hook.remove()
-    return Calibration(counts.cpu(), shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}",
-                       fingerprint_of(model))
+    seen = len(windows) * (windows.shape[1] - 1 - SINKS)
+    return {name: (total / seen).cpu() for name, total in sums.items()}
 
+
+@torch.no_grad()
+def count_magnitudes(model, windows, linears, weights, progress):
+    """The histograms of a Calibration, from one forward pass over windows (W, context + 1)."""
+    layers, device = model.config.num_hidden_layers, model.device
+    counts = {"input": torch.zeros(layers, len(SITES), BINS), "gate": torch.zeros(layers, BINS), "head": torch.zeros(BINS)}
+    counts |= {criterion: torch.zeros(layers, len(LINEARS), BINS) for criterion in weights}
+    counts = {name: tensor.long().to(device) for name, tensor in counts.items()}
+    weights = {criterion: {name: weight.to(device) for name, weight in of.items()} for criterion, of in weights.items()}
+    hooks = []
+    for i, (name, linear) in enumerate(linears.items()):
+        layer, place = divmod(i, len(LINEARS))
+
+        def count(module, inputs, output, name=name, layer=layer, place=place):
+            x = inputs[0][:, SINKS:]
+            site = SITE_OF[LINEARS[place]]
+            if site not in list(SITE_OF.values())[:place]:                   # the first that reads there counts for all
+                counts["input"][layer, site] += histogram(x)
+            for criterion, of in weights.items():
+                counts[criterion][layer, place] += histogram(x * of[name])
+            if LINEARS[place] == "mlp.gate_proj":
+                counts["gate"][layer] += histogram(F.silu(output[:, SINKS:]))
+        hooks.append(linear.register_forward_hook(count))
+
+    def count_head(module, inputs):
+        counts["head"] += histogram(inputs[0][:, SINKS:])
+    hooks.append(model.lm_head.register_forward_pre_hook(count_head))
+    try:
+        for done, part in enumerate(windows.split(BATCH)):
+            progress(f"calibrating, magnitudes: window {BATCH * done} of {len(windows)}")
+            model(part[:, :-1].to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: tensor.cpu() for name, tensor in counts.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The greedy allocation (TEAL, algorithm 1)
+
+STEP = 0.01              # of a block's weights, dropped in one step
+END = 0.9                # of a block's weights, where its path ends
+
+
+@torch.no_grad()
+def greedy_path(block, x, cos, sin, counts, size):
+    """The path (steps, 7) of the sparsities of a block's linears, from dense to END.
+
+    x: (B, T, hidden), inputs of the block in the dense model; counts: (4, BINS), its histograms; size: (7,), share of
+    the block's weights. In each step every linear is tried with STEP more of the block's weights dropped, in it
+    alone; the one that adds least to the error of the block's output keeps it. All seven have their own threshold.
+    """
+    linears = [block.get_submodule(name) for name in LINEARS]
+    sites = list(SITE_OF.values())
+    thresholds = [0.0] * len(LINEARS)
+
+    def drop(module, inputs):
+        threshold = thresholds[linears.index(module)]
+        return inputs[0] * (inputs[0].abs() > threshold) if threshold else inputs[0]
+
+    late = slice(x.shape[1] // 4, None)                    # the later part of each sequence, far from the sinks
+    exact = block(x, cos, sin, None, None, None)[:, late].float()
+    hooks = [linear.register_forward_pre_hook(drop) for linear in linears]
+    path = [torch.zeros(len(LINEARS), dtype=torch.float64)]
+    try:
+        while path[-1] @ size < END - STEP / 2:
+            errors = []
+            for i in range(len(LINEARS)):
+                raised = path[-1][i] + STEP / size[i]
+                if raised >= 1:
+                    errors.append(float("inf"))
+                    continue
+                before = thresholds[i]
+                thresholds[i] = quantile(counts[sites[i]], raised).item()
+                errors.append((block(x, cos, sin, None, None, None)[:, late].float() - exact).norm().item())
+                thresholds[i] = before
+            best = min(range(len(LINEARS)), key=errors.__getitem__)
+            if errors[best] == float("inf"):
+                break
+            path.append(path[-1].clone())
+            path[-1][best] += STEP / size[best]
+            thresholds[best] = quantile(counts[sites[best]], path[-1][best]).item()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(path)
+
+
+@torch.no_grad()
+def add_greedy(calibration, model, tokens, partial_path, progress=lambda text: None):
+    """Adds the greedy allocation to a calibration of the model: each block on four windows of `tokens` (N,).
+
+    The block inputs are computed once, in the dense model, and handed from block to block. After each block what is done
+    is written to `partial_path`, from where a run that was killed goes on.
+    """
+    windows = windows_of(tokens, default_context(model))[:4, :-1].to(model.device)
+    _, size = calibration.sizes()
+    done = {}
+    if partial_path.exists() and read_header(partial_path)[1].get("source") == calibration.source:
+        done = {int(layer): path.clone() for layer, path in read_safetensors(partial_path).items()}
+    x = model.model.embed_tokens(windows)
+    cos, sin = rope_tables(torch.arange(windows.shape[1], device=model.device), model.config, x.dtype)
+    for layer, block in enumerate(model.model.layers):
+        if layer not in done:
+            progress(f"calibrating, greedy: block {layer + 1} of {len(model.model.layers)}")
+            done[layer] = greedy_path(block, x, cos, sin, calibration.histograms["input"][layer], size)
+            write_safetensors(partial_path, {str(i): path for i, path in done.items()}, {"source": calibration.source})
+        x = block(x, cos, sin, None, None, None)
+    steps = max(len(path) for path in done.values())       # paths may differ by a step: the last point is repeated
+    calibration.greedy = torch.stack([torch.cat((path, path[-1:].expand(steps - len(path), -1)))
+                                      for _, path in sorted(done.items())]).float()
+    partial_path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures
+
+def pyplot():
+    """matplotlib, set up for figures that can be read on a light and on a dark page."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.rcParams.update({"figure.dpi": 110, "savefig.facecolor": "white", "font.size": 9, "axes.spines.top": False,
+                            "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False})
+    return pyplot
+
+
+def draw_distributions(calibration, path):
+    """The density of x at the four sites of an early, a middle and a late block, thresholds marked."""
+    plt = pyplot()
+    layers = calibration.histograms["input"].shape[0]
+    edges = torch.exp2(torch.arange(0, BINS + 1, 8) / PER_OCTAVE + LOWEST)
+    figure, axes = plt.subplots(3, 4, figsize=(10, 6), layout="constrained")
+    for row, layer in enumerate((0, layers // 2, layers - 1)):
+        for site, axis in enumerate(axes[row]):
+            counts = calibration.histograms["input"][layer, site]
+            density = counts.view(-1, 8).sum(1) / counts.sum() / edges.diff() / 2            # of x: half on either side
+            centre = (edges[1:] + edges[:-1]) / 2
+            reach = quantile(counts, 0.98).item()
+            shown = (centre <= reach) & (centre > reach / 400)
+            axis.fill_between(torch.cat((-centre[shown].flip(0), centre[shown])),
+                              torch.cat((density[shown].flip(0), density[shown])), color="tab:blue", alpha=0.5, lw=0)
+            for sparsity, style in ((0.25, ":"), (0.5, "--"), (0.65, "-")):
+                for sign in (-1, 1):
+                    axis.axvline(sign * quantile(counts, sparsity).item(), color="tab:red", lw=0.9, ls=style,
+                                 label=f"{sparsity:.0%} lie inside" if sign > 0 else None)
+            axis.set(yticks=[], xlim=(-reach, reach), ylim=(0, None))
+            axis.set_title(f"{SITES[site]}, block {layer}", fontsize=9)
+            if site == 0:
+                axis.set_ylabel("density")
+            if row == 2:
+                axis.set_xlabel("activation x")
+    axes[0, 3].legend(fontsize=7, loc="upper right")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_allocations(calibration, path, sparsity=0.5):
+    """The sparsity that each allocation gives each linear, over depth, at one model-wide sparsity."""
+    plt = pyplot()
+    names = [name for name in calibration.allocations if name not in ("uniform", "wina")]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), sharey=True, layout="constrained", squeeze=False)
+    for axis, allocation in zip(axes[0], names):
+        shares = calibration.sparsities(sparsity, allocation)
+        for i, linear in enumerate(LINEARS):
+            axis.plot(shares[:, i] * 100, marker="o", ms=3, lw=1.2, label=linear.split(".")[1].removesuffix("_proj"))
+        axis.axhline(sparsity * 100, color="grey", lw=0.8, ls="--")
+        axis.set(title=allocation, xlabel="block", ylim=(0, 100))
+    axes[0, 0].set_ylabel("sparsity of the input (%)")
+    axes[0, -1].legend(fontsize=7, ncols=2)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 def load_calibration(model, name, path=None):
     """The calibration beside the checkpoint `name`, or at `path`, checked to be the model's.
@@ -177,7 +523,7 @@ def load_calibration(model, name, path=None):
     """
     if path is None and str(name).startswith("random:"):
         tokens = torch.randint(model.config.vocab_size, (129,), generator=torch.Generator().manual_seed(0))
-        return calibrate(model, tokens, 128, "random tokens", progress_line)
+        return calibrate(model, tokens, 128, "random tokens", fisher=False, progress=progress_line)
     path = Path(path or Path(name) / "calibration.safetensors")
     if not path.exists():
         raise InputError(f"{path}: no calibration. Make one with: python calibrate.py --model {name}")
@@ -185,15 +531,19 @@ def load_calibration(model, name, path=None):
     try:
         calibration.check(model)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}; make one with: python calibrate.py --model {name}") from None
     return calibration
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Calibrates a checkpoint: the distributions its thresholds are read from.")
+    parser = argparse.ArgumentParser(description="Calibrates a checkpoint: what its thresholds are read from.")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder (default: the demo model)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run (default: the standard library's held-in part)")
     parser.add_argument("--tokens", type=int, default=100_000, help="how many tokens of it at most (default: 100000)")
+    parser.add_argument("--greedy", action="store_true", help="also the greedy allocation, which takes minutes (default: no)")
+    parser.add_argument("--no-fisher", action="store_true", help="leave the backward pass out (default: no)")
+    parser.add_argument("--figures", metavar="FOLDER", type=Path, help="only draw what the calibration holds, as PNG files")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="(default: calibration.safetensors in the checkpoint folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
@@ -201,14 +551,24 @@ def main():
     if arguments.model.startswith("random:"):
         raise InputError(f"{arguments.model} has random weights: commands calibrate it on random tokens as they start")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
+    path = arguments.out or Path(arguments.model) / "calibration.safetensors"
+    if arguments.figures:
+        calibration = load_calibration(model, arguments.model, path)
+        arguments.figures.mkdir(parents=True, exist_ok=True)
+        draw_distributions(calibration, arguments.figures / "distributions.png")
+        draw_allocations(calibration, arguments.figures / "allocations.png")
+        print(f"{arguments.figures}: distributions.png, allocations.png")
+        return
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
-    calibration = calibrate(model, tokens[:arguments.tokens], source=source, progress=progress_line)
-    path = Path(arguments.model) / "calibration.safetensors"
+    tokens = tokens[:arguments.tokens]
+    calibration = calibrate(model, tokens, source=source, fisher=not arguments.no_fisher, progress=progress_line)
+    if arguments.greedy:
+        add_greedy(calibration, model, tokens, path.with_suffix(".greedy"), progress_line)
     calibration.save(path)
-    print(f"{path}: from {calibration.source}")
+    print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
     print("median of |x| where linears read, by block:")
     print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))
-    for layer, values in enumerate(quantile(calibration.histograms, 0.5)):
+    for layer, values in enumerate(quantile(calibration.histograms["input"], 0.5)):
         print(f"{layer:6}" + "".join(f"{value:15.4f}" for value in values))
 
 

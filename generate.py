@@ -19,7 +19,8 @@ import time
 import torch
 
 from calibrate import load_calibration
-from model import DEMO, InputError, check_tokens, command_line, load_model
+from kernel import best_backend
+from model import DEMO, InputError, check_tokens, command_line, linear_names, load_model
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
 
 PROMPT = 'class Stack:\n    """A last-in, first-out stack of items."""\n\n    def __init__(self'
@@ -82,9 +83,8 @@ def _decode(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, eos_
     generator.seed() if seed is None else generator.manual_seed(seed)
     length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
     cache = model.make_cache(1, length)
-    tokens = prompt
-    for _ in range(length - prompt.shape[1]):
-        logits = model(tokens, cache, last_only=True)[:, -1]                                # (1, vocab)
+    logits, step = model(prompt, cache, last_only=True)[:, -1], None                        # (1, vocab)
+    for left in reversed(range(length - prompt.shape[1])):
         if temperature == 0:
             tokens = logits.argmax(-1, keepdim=True)                                        # (1, 1)
         else:
@@ -93,6 +93,49 @@ def _decode(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, eos_
         if token in eos_ids:
             return
         yield token
+        if left:
+            step = step or (GraphedStep(model, cache) if model.device.type == "cuda" else None)
+            logits = (step(tokens) if step else model(tokens, cache))[:, -1]
+
+
+class GraphedStep:
+    """One step of decoding as a CUDA graph: hundreds of kernels that the host launches at once, not one by one.
+
+    A graph replays the same kernels on the same memory. So the token and its position are tensors that are
+    overwritten before each replay, and attention looks at the whole cache through a mask. Captured once for a cache
+    and a sparse_mode; thresholds are read where they lie, so that changed ones count.
+    """
+
+    def __init__(self, model, cache):
+        self.cache = cache
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self.position = torch.full((1,), cache.used, dtype=torch.int64, device=model.device)
+        places = torch.arange(cache.length, device=model.device)
+
+        def run():                                         # writes to the next free slot, as the first replay will
+            return model(self.token, cache, positions=self.position, slots=self.position,
+                         mask=(places <= self.position)[None])
+
+        state = getattr(model, "sparse_state", None)
+        counts = None if state is None else state.counts.clone()
+        aside = torch.cuda.Stream()                        # libraries set themselves up before the capture, not in it
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            run(), run()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = run()
+        if state is not None:
+            state.counts.copy_(counts)                     # the trial runs decoded nothing
+
+    def __call__(self, token):
+        """token (1, 1) int64 -> logits (1, 1, vocab), valid until the next call; the cache is one position longer."""
+        self.token.copy_(token)
+        self.position.fill_(self.cache.used)
+        self.graph.replay()
+        self.cache.used += 1
+        return self.logits
 
 
 class StreamDecoder:
@@ -196,16 +239,22 @@ def main():
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
     print(f"{arguments.model}, {dtype}, {model.device.type}{threads}, torch {torch.__version__}")
+    thresholds = dict.fromkeys(linear_names(model.config), 0.0)
     if sparsity:
-        calibration = load_calibration(model, arguments.model, arguments.calibration)
-    if sparsity or compare:
-        sparsify(model, calibration.thresholds(sparsity))
+        thresholds = load_calibration(model, arguments.model, arguments.calibration).thresholds(sparsity)
     if not compare:
-        run(f"{sparsity:.0%} sparse" if sparsity else "dense")
+        sparsify(model, thresholds)
+        with sparse_mode(model, "decode" if sparsity else "off"):
+            run(f"{sparsity:.0%} sparse" if sparsity else "dense")
         return
+    # Dense is to be as fast as it can: with our kernel where that is faster than the library's, which is everywhere
+    # but where only the fallback runs.
+    if best_backend(model.model.embed_tokens.weight) != "torch":
+        sparsify(model, thresholds)
     with sparse_mode(model, "off"):
         dense_ids, dense_rate = run("dense")
     print()
+    sparsify(model, thresholds)
     sparse_ids, sparse_rate = run(f"{sparsity:.0%} sparse")
     same = next((i for i, (a, b) in enumerate(zip(dense_ids, sparse_ids)) if a != b), min(len(dense_ids), len(sparse_ids)))
     print(f"\nsparse over dense: {sparse_rate / dense_rate:.2f}x; the first {same} of {len(dense_ids)} tokens are the same")

@@ -109,13 +109,19 @@ def sparse_gated(x, gate_t, up_t, gate_threshold, up_threshold, backend=None, co
 
 
 def dense(x, weight_t):
-    """x (..., in) @ weight_t (in, out), by whichever way is fastest for so many rows; nothing is dropped."""
+    """x (..., in) @ weight_t (in, out), by whichever way is fastest for so many rows; nothing is dropped.
+
+    On a CPU the library's products are made for many rows: one to eight go through the C kernel, which reads the
+    weight at the speed of memory. Its float16 products are done row by row with scalars, a hundred times too slow.
+    """
     rows = x.numel() // x.shape[-1]
-    if x.device.type == "cpu" and x.dtype != torch.float64 and c_library() is not None:
-        if rows <= MAX_ROWS:
-            return _c_gemv(x.reshape(rows, -1), weight_t, x.new_tensor(-1.0), None).view(*x.shape[:-1], -1)
-        if x.dtype == torch.float16:                       # float16 products of several rows are done one by one there
-            return (x.float() @ weight_t.float()).half()
+    if x.device.type == "cpu" and x.dtype in C_NAMES and c_library() is not None:
+        if rows <= MAX_ROWS or x.dtype == torch.float16 and rows <= 8 * MAX_ROWS:
+            keep_all = torch.tensor(-1.0)
+            parts = [_c_gemv(part, weight_t, keep_all, None) for part in x.reshape(rows, -1).split(MAX_ROWS)]
+            return torch.cat(parts).view(*x.shape[:-1], -1)
+    if x.device.type == "cpu" and x.dtype == torch.float16:
+        return (x.float() @ weight_t.float()).half()
     return x @ weight_t
 
 
@@ -473,13 +479,18 @@ def _programs(device):
     return 16                                              # the interpreter runs them one by one
 
 
+def tile(rows):
+    """The channels and outputs a program holds at once: 32 x 128 weights in 16-byte loads over 128 threads; fewer
+    channels where there are more rows, whose sums need the registers."""
+    return {"BLOCK_IN": max(32 // rows, 8), "BLOCK_OUT": 128}
+
+
 def _triton_group(x, weights_t, thresholds, counts, gated):
     if triton is None or x.dtype not in C_NAMES:
         raise ValueError(f'backend "triton" needs Triton and float32, float16 or bfloat16, not {x.dtype}')
     (rows, channels), outs = x.shape, [w.shape[1] for w in weights_t]
     padded = triton.next_power_of_2(rows)
-    # Elements a program holds at once: 32 x 128 sums, over 128 threads; fewer channels where there are more rows.
-    block_in, block_out = max(32 // padded, 8), 128
+    block_in, block_out = tile(padded).values()
     tiles = sum(triton.cdiv(out, block_out) for out in outs)
     splits = max(1, min(triton.cdiv(_programs(x.device), tiles), triton.cdiv(channels, block_in), 64))
     per_split = triton.cdiv(triton.cdiv(channels, splits), block_in) * block_in

@@ -356,12 +356,20 @@ class KVCache:
         self.length = length
         self.used = 0
 
-    def append(self, layer, k, v):
-        """Stores k and v (B, G, T, D) behind the used positions; returns the layer's keys and values up to them."""
-        end = self.used + k.shape[2]
-        self.keys[layer, :, :, self.used:end] = k
-        self.values[layer, :, :, self.used:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]                 # (B, G, S, D)
+    def append(self, layer, k, v, slots):
+        """Stores k and v (B, G, T, D) and returns the layer's keys and values to look at, (B, G, S, D).
+
+        slots None: behind the used positions, and S ends there. Else in the slots (T,) int64, and S is the
+        whole length, so that nothing depends on how far the cache is filled, as a CUDA graph needs it.
+        """
+        if slots is None:
+            end = self.used + k.shape[2]
+            self.keys[layer, :, :, self.used:end] = k
+            self.values[layer, :, :, self.used:end] = v
+            return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.keys[layer].index_copy_(2, slots, k)
+        self.values[layer].index_copy_(2, slots, v)
+        return self.keys[layer], self.values[layer]
 
 
 class Attention(nn.Module):
@@ -381,16 +389,20 @@ class Attention(nn.Module):
         """The three projections that read x (B, T, hidden): (B, T, H·D), (B, T, G·D), (B, T, G·D)."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin, mask, cache, slots):
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))    # (B, H or G, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)                                           # (B, G, S, D)
-        # Without a mask, several tokens have nothing before them and each sees those up to itself; one sees all.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])             # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+            k, v = cache.append(self.layer, k, v, slots)                                    # (B, G, S, D)
+        H, G = q.shape[1], k.shape[1]
+        if mask is None and T > 1:                         # nothing lies before these tokens: plainly causal
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)  # (B, H, T, D)
+        else:
+            # The H / G heads that share keys stand as more queries of one head, so that no key is copied.
+            mask = None if mask is None else mask.repeat(H // G, 1)                         # (H/G * T, S)
+            y = F.scaled_dot_product_attention(q.reshape(B, G, -1, self.head_dim), k, v, attn_mask=mask)
+        return self.o_proj(y.view(B, H, T, -1).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -418,8 +430,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, mask, cache, slots):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, slots)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -444,27 +456,31 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, cache=None, last_only=False):
+    def forward(self, tokens, cache=None, positions=None, mask=None, slots=None, last_only=False):
         """tokens (B, T) int64 -> logits (B, T, vocab), float32 (float64 for a float64 model).
 
-        With a cache the tokens stand at positions cache.used and after, see all that the cache holds, and are
-        appended to it. last_only: logits of the last position alone, (B, 1, vocab), as a prompt needs them.
+        With a cache the tokens stand at positions cache.used and after, see all that the cache holds and each
+        those up to itself, and are appended. last_only: logits of the last position alone, (B, 1, vocab).
+
+        What stands in a row need not follow one another (a tree of drafts does not): positions (T,) int64
+        says where each token stands, mask (T, S) bool which of the S positions to look at it sees. With
+        slots (T,) int64 the tokens go to these places of the cache, S is its whole length, and cache.used stays.
         """
         B, T = tokens.shape
         past = 0 if cache is None else cache.used
-        if cache is not None and past + T > cache.length:
+        if cache is not None and slots is None and past + T > cache.length:
             raise InputError(f"{T} tokens do not fit a cache of {cache.length} positions, {past} of them used")
         if tokens.device.type == "cpu":                    # elsewhere a look at the values would wait for the device
             check_tokens(tokens, self.config)
         x = self.model.embed_tokens(tokens)                                                 # (B, T, hidden)
-        positions = torch.arange(past, past + T, device=tokens.device)
+        if positions is None:
+            positions = torch.arange(past, past + T, device=tokens.device)
+            if past and T > 1:                             # each new token sees the past and the new ones up to itself
+                mask = torch.arange(past + T, device=tokens.device) <= positions[:, None]   # (T, S)
         cos, sin = rope_tables(positions, self.config, x.dtype)
-        mask = None
-        if past and T > 1:                                 # each new token sees the past and the new ones up to itself
-            mask = torch.arange(past + T, device=tokens.device) <= positions[:, None]       # (T, S)
         for block in self.model.layers:
-            x = block(x, cos, sin, mask, cache)
-        if cache is not None:
+            x = block(x, cos, sin, mask, cache, slots)
+        if cache is not None and slots is None:
             cache.used += T
         if last_only:
             x = x[:, -1:]
@@ -676,6 +692,11 @@ def block_linears(config):
     return {"self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
             "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
             "mlp.gate_proj": (middle, hidden), "mlp.up_proj": (middle, hidden), "mlp.down_proj": (hidden, middle)}
+
+
+def linear_names(config):
+    """The full names of all linears of all blocks, those that sparsity is for."""
+    return [f"model.layers.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in block_linears(config)]
 
 
 def main():

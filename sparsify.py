@@ -19,8 +19,11 @@ the prompt for instance, is dense: it is bound by arithmetic, which skipping mem
     python sparsify.py [--model FOLDER] [--text FILE]      quality against sparsity, as a table
 """
 import argparse
+import ast
 import contextlib
+import json
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -230,14 +233,19 @@ def reset_counts(model):
         model.sparse_state.counts.zero_()
 
 
-def windows_of(tokens, context):
-    """tokens (N,) as windows (W, context + 1): each predicts `context` tokens, every token but the first once.
+def windows_of(tokens, context, stride=None):
+    """tokens (N,) as windows (W, context + 1), each of which predicts `context` tokens; they begin `stride` apart.
 
-    The rest behind the last whole window is left out. Raises InputError for a text shorter than one window.
+    stride None: `context`, so that every token but the first is predicted once. The rest behind the last whole
+    window is left out. Raises InputError for a text shorter than one window.
     """
     if tokens.numel() <= context:
         raise InputError(f"the text has {tokens.numel()} tokens, a window of {context} needs {context + 1}")
-    return tokens.unfold(0, context + 1, context)
+    return tokens.unfold(0, context + 1, stride or context)
+
+
+def default_context(model):
+    return min(model.config.max_position_embeddings, 2048)
 
 
 @torch.no_grad()
@@ -259,42 +267,196 @@ def perplexity(model, tokens, context=None, dense_prefix=0):
     return math.exp(total / windows[:, 1:].numel())
 
 
-def default_context(model):
-    return min(model.config.max_position_embeddings, 2048)
+# ---------------------------------------------------------------------------------------------------------
+# Judging: many settings beside the dense model, from one pass over the text
+
+@dataclass
+class Setting:
+    """One way to make the model sparse, a row of the table.
+
+    thresholds: as sparse_mode takes them, with 0 for what is to stay dense. gate_thresholds: (layers,) for CATS
+    (arXiv 2404.08763), which thresholds |silu(gate)| alone, and skips what `up` and `down` need for it.
+    """
+    name: str
+    target: float
+    thresholds: dict | None = None
+    gate_thresholds: torch.Tensor | None = None
+    dense_prefix: int = 0
+
+    @contextlib.contextmanager
+    def applied(self, model, where):
+        """The model made sparse so, inside a `with`; `where` as for sparse_mode. Yields the counts, (linears, 2)."""
+        if self.gate_thresholds is None:
+            with sparse_mode(model, where if self.thresholds else "off", self.thresholds, self.dense_prefix):
+                reset_counts(model)
+                yield model.sparse_state.counts
+            return
+        counts, hooks = torch.zeros_like(model.sparse_state.counts), []
+        names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+        for layer, (block, threshold) in enumerate(zip(model.model.layers, self.gate_thresholds.tolist())):
+            skipping = [names.index(f"model.layers.{layer}.mlp.{name}_proj") for name in ("up", "down")]
+
+            def drop(module, inputs, gate, threshold=threshold, skipping=skipping):
+                if where == "decode" and gate.shape[1] > 1:
+                    return gate
+                keep = F.silu(gate).abs() > threshold
+                counts[skipping] += torch.stack((keep.sum(), torch.tensor(keep.numel(), device=keep.device)))
+                return gate * keep                         # silu(0) is 0: the channel's product is gone
+            hooks.append(block.mlp.gate_proj.register_forward_hook(drop))
+        try:
+            with sparse_mode(model, "off"):
+                yield counts
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @torch.no_grad()
-def judge(model, tokens, levels, context=None, progress=print):
-    """Quality at several settings beside the dense model's, from one pass over the windows.
+def judge(model, tokens, settings, context=None, scored=None, progress=lambda text: None):
+    """Quality under each of `settings` (a list of Setting) beside the dense model's, for a model made sparse already.
 
-    levels: list of thresholds dicts, as sparse_mode takes. Returns a list of dicts, the dense model first:
-    sparsity (realised), perplexity, agreement (share of positions whose likeliest next token is the dense model's).
+    tokens (N,) int64 in windows of `context`, whose last `scored` positions count (None: all). Returns a list of dicts,
+    the dense model first: allocation, target, sparsity (realised), perplexity, agreement (share of positions whose
+    likeliest next token is the dense model's) and kl (mean KL divergence from the dense distribution, nats).
     """
     check_tokens(tokens, model.config)
-    windows = windows_of(tokens, context or default_context(model))
-    loss = [0.0] * (len(levels) + 1)
-    agreed = [0] * (len(levels) + 1)
-    counts = [torch.zeros_like(model.sparse_state.counts) for _ in loss]
+    context = context or default_context(model)
+    windows = windows_of(tokens, context, scored)
+    settings = [Setting("dense", 0.0), *settings]
+    sums = torch.zeros(len(settings), 3, dtype=torch.float64)              # loss, agreements, KL
+    counts = [torch.zeros_like(model.sparse_state.counts) for _ in settings]
     done = 0
     for part in windows.split(4):
-        inputs, targets = part[:, :-1].to(model.device), part[:, 1:].flatten().to(model.device)
-        for i, thresholds in enumerate([None, *levels]):
-            reset_counts(model)
-            with sparse_mode(model, "off" if i == 0 else "all", thresholds):
-                logits = model(inputs).flatten(0, 1)                                        # (B * T, vocab)
-            counts[i] += model.sparse_state.counts
-            loss[i] += F.cross_entropy(logits, targets, reduction="sum").item()
-            likeliest = logits.argmax(-1)
-            dense = likeliest if i == 0 else dense
-            agreed[i] += (likeliest == dense).sum().item()
+        inputs, late = part[:, :-1].to(model.device), slice(context - (scored or context), None)
+        targets = part[:, 1:][:, late].flatten().to(model.device)
+        for i, setting in enumerate(settings):
+            with setting.applied(model, "all") as counted:
+                log_p = model(inputs)[:, late].flatten(0, 1).log_softmax(-1)                # (B * scored, vocab)
+                counts[i] += counted
+            likeliest = log_p.argmax(-1)
+            if i == 0:
+                dense, dense_likeliest = log_p, likeliest
+            sums[i, 0] += F.nll_loss(log_p, targets, reduction="sum").item()
+            sums[i, 1] += (likeliest == dense_likeliest).sum().item()
+            sums[i, 2] += F.kl_div(log_p, dense, reduction="sum", log_target=True).item()
         done += targets.numel()
-        progress(f"judging: {done:,} of {windows[:, 1:].numel():,} tokens")
+        progress(f"judging: window {done // len(targets) * len(part)} of {len(windows)}, {len(settings)} settings")
     rows = []
-    for i in range(len(loss)):
-        model.sparse_state.counts.copy_(counts[i])
-        rows.append({"sparsity": realised_sparsity(model), "perplexity": math.exp(loss[i] / done),
-                     "agreement": agreed[i] / done})
+    for setting, (loss, agreed, kl), counted in zip(settings, (sums / done).tolist(), counts):
+        model.sparse_state.counts.copy_(counted)
+        rows.append({"allocation": setting.name, "target": setting.target, "sparsity": realised_sparsity(model),
+                     "perplexity": math.exp(loss), "agreement": agreed, "kl": kl})
+    reset_counts(model)
     return rows
+
+
+def at_target(rows):
+    """Adds to rows (one allocation's, as from `judge`) the perplexity at the target itself.
+
+    Thresholds set on one text drop somewhat more or less of another. Where that is over half a point, the
+    perplexity at the target is read between the measured ones, log-linearly in the realised sparsity.
+    """
+    points = sorted((row["sparsity"], math.log(row["perplexity"])) for row in rows)
+    for row in rows:
+        row["perplexity_at_target"] = row["perplexity"]
+        if abs(row["sparsity"] - row["target"]) > 0.005:
+            for (x0, y0), (x1, y1) in zip(points, points[1:]):
+                if x0 <= row["target"] <= x1:
+                    row["perplexity_at_target"] = math.exp(y0 + (y1 - y0) * (row["target"] - x0) / (x1 - x0))
+
+
+def function_beginnings(tokenizer, files, count, length=128, seed=0):
+    """Beginnings of functions in Python files, drawn with a seed: [(ids of the last `length` tokens up to the end of
+    the def line, text of the def line)]. files: (path, text) pairs. Those with less text before them are left out."""
+    found = []
+    for _, text in files:
+        lines = text.splitlines(keepends=True)
+        try:
+            functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        except SyntaxError:
+            continue
+        for node in functions:
+            head = "".join(lines[node.lineno - 1:node.body[0].lineno - 1])
+            ids = tokenizer.encode("".join(lines[:node.body[0].lineno - 1]))[-length:]
+            if head.strip() and len(ids) == length and node.end_lineno - node.lineno >= 3:
+                found.append((ids, head))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
+    return [found[i] for i in order]
+
+
+def is_function(head, body):
+    """Whether a def line and what a model wrote behind it, cut where the function ends, are Python."""
+    indent = len(head) - len(head.lstrip())
+    kept = []
+    for line in body.splitlines(keepends=True):
+        if not line.endswith("\n") or line.strip() and len(line) - len(line.lstrip()) <= indent:
+            break                                          # the last line is unfinished, or what follows stands outside
+        kept.append(line)
+    try:
+        ast.parse(textwrap.dedent(head + "".join(kept)))
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+@torch.no_grad()
+def share_of_functions(model, tokenizer, beginnings, setting, new_tokens=96):
+    """The share of `beginnings` that the model, decoding greedily under a Setting, completes to what Python can parse."""
+    prompts = torch.tensor([ids for ids, _ in beginnings], device=model.device)             # (B, length)
+    cache = model.make_cache(len(prompts), prompts.shape[1] + new_tokens)
+    written = []
+    with setting.applied(model, "decode"):
+        step = prompts
+        for _ in range(new_tokens):
+            step = model(step, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)       # (B, 1)
+            written.append(step)
+    texts = [tokenizer.decode(ids) for ids in torch.cat(written, 1).tolist()]
+    return sum(is_function(head, text) for (_, head), text in zip(beginnings, texts)) / len(beginnings)
+
+
+def table_settings(calibration, allocations, levels):
+    """A Setting for each allocation and level; "cats" where its sparsity of the MLP can reach the level."""
+    settings = []
+    for allocation in allocations:
+        for level in levels:
+            if allocation != "cats":
+                settings.append(Setting(allocation, level, calibration.thresholds(level, allocation)))
+                continue
+            _, sizes = calibration.sizes()                 # up and down are the last two of the seven
+            share = level / sizes[-2:].sum().item()
+            if share < 0.99:
+                settings.append(Setting("cats", level, None, calibration.gate_thresholds(share)))
+    return settings
+
+
+def source_settings(calibration, level=0.5):
+    """Where the loss comes from: the start of a sequence, each of the seven linears alone, and the head."""
+    thresholds = calibration.thresholds(level)
+    settings = [Setting(f"{prefix} dense", level, thresholds, dense_prefix=prefix) for prefix in (0, 1, 4, 16, 64)]
+    uniform = calibration.thresholds(level, "uniform")
+    for linear in dict.fromkeys(name.split(".", 3)[3] for name in uniform):
+        alone = {name: value if name.endswith(linear) else 0.0 for name, value in uniform.items()}
+        settings.append(Setting(linear.split(".")[1], level, alone | {"lm_head": 0.0}))
+    nothing = dict.fromkeys(uniform, 0.0)
+    settings += [Setting("lm_head", share, nothing | {"lm_head": calibration.head_threshold(share)}) for share in (0.25, 0.4, 0.5)]
+    return settings
+
+
+def draw_quality(rows, path):
+    """Added perplexity against realised sparsity, a line an allocation."""
+    from calibrate import pyplot
+    plt = pyplot()
+    dense = rows[0]["perplexity"]
+    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for allocation in dict.fromkeys(row["allocation"] for row in rows[1:]):
+        own = [row for row in rows if row["allocation"] == allocation]
+        axis.plot([100 * row["sparsity"] for row in own], [100 * (row["perplexity"] / dense - 1) for row in own],
+                  marker="o", ms=3.5, lw=1.3, label=allocation)
+    axis.set(xlabel="weights of the blocks not read (%)", ylabel=f"perplexity above the dense {dense:.2f} (%)",
+             yscale="log", ylim=(0.05, None))
+    axis.legend()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -323,29 +485,79 @@ def read_tokens(tokenizer, path, part):
 def main():
     from calibrate import load_calibration
 
-    parser = argparse.ArgumentParser(description="Quality against sparsity: perplexity and agreement with the dense model.")
+    parser = argparse.ArgumentParser(description="Quality against sparsity, for each allocation, beside the dense model.")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder, calibrated (default: the demo model)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (default: the standard library's held-out part)")
     parser.add_argument("--tokens", type=int, default=100_000, help="how many tokens of it at most (default: 100000)")
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.65],
-                        help="levels to measure (default: 0.25 0.4 0.5 0.65)")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6, 0.65, 0.75],
+                        help="levels to measure (default: 0.25 0.4 0.5 0.6 0.65 0.75)")
+    parser.add_argument("--allocation", nargs="+", help="of those in the calibration, or cats (default: all of them)")
+    parser.add_argument("--sources", action="store_true", help="instead: where the loss at 50 %% comes from")
+    parser.add_argument("--context", type=int, help="tokens in a window (default: the model's context, at most 2048)")
+    parser.add_argument("--scored", type=int, help="how many at the end of each window count (default: all)")
+    parser.add_argument("--dense-prefix", type=int, default=0, help="tokens at the start of each that stay dense (default: 0)")
+    parser.add_argument("--paper", action="store_true", help="TEAL's protocol: 2048 tokens before 512 scored, half of all dense")
+    parser.add_argument("--functions", type=int, metavar="N", help="of the held-out part to complete and parse (default: 120; 0 with --text)")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON (default: as a table)")
+    parser.add_argument("--figure", metavar="FILE", help="draw perplexity against sparsity as a PNG")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
     arguments = parser.parse_args()
+    if arguments.paper:
+        arguments.context, arguments.scored, arguments.dense_prefix = 2560, 512, 1280
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     calibration = load_calibration(model, arguments.model)
     if tokenizer is None:
         raise InputError(f"{arguments.model} has random weights: it has no quality to measure")
+    context = arguments.context or default_context(model)
+    if not 0 < context <= model.config.max_position_embeddings:
+        raise InputError(f"a window of {context} tokens does not fit the model's context of {model.config.max_position_embeddings}")
+    if arguments.scored is not None and not 0 < arguments.scored <= context:
+        raise InputError(f"--scored is {arguments.scored}, expected 1 to {context}")
+    if not 0 <= arguments.dense_prefix < context:
+        raise InputError(f"--dense-prefix is {arguments.dense_prefix}, expected 0 to {context - 1}")
+    for level in arguments.sparsity:
+        if not 0 <= level < 1:
+            raise InputError(f"--sparsity is {level}, expected at least 0 and below 1")
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
-    levels = [calibration.thresholds(sparsity) for sparsity in arguments.sparsity]
-    sparsify(model, levels[0])
-    rows = judge(model, tokens[:arguments.tokens], levels, progress=progress_line)
-    print(f"{arguments.model}; {source}; {min(len(tokens), arguments.tokens):,} tokens in windows of "
-          f"{default_context(model)}; calibrated on {calibration.source}")
-    print(f"{'target':>8} {'realised':>9} {'perplexity':>11} {'agreement':>10}")
-    for name, row in zip(["dense", *(f"{sparsity:.0%}" for sparsity in arguments.sparsity)], rows):
-        print(f"{name:>8} {row['sparsity']:9.1%} {row['perplexity']:11.3f} {row['agreement']:10.1%}")
+    tokens = tokens[:arguments.tokens]
+
+    if arguments.sources:
+        settings = source_settings(calibration)
+        sparsify(model, settings[-1].thresholds)
+    else:
+        allocations = arguments.allocation or [*calibration.allocations, "cats"]
+        settings = table_settings(calibration, allocations, sorted(arguments.sparsity))
+        sparsify(model, calibration.thresholds(0.0))
+        for setting in settings:
+            setting.dense_prefix = arguments.dense_prefix
+    rows = judge(model, tokens, settings, context, arguments.scored, progress_line)
+    for allocation in {row["allocation"] for row in rows[1:]} if not arguments.sources else ():
+        at_target([rows[0], *(row for row in rows if row["allocation"] == allocation)])
+    rows[0]["perplexity_at_target"] = rows[0]["perplexity"]
+    functions = (0 if arguments.text or arguments.sources else 120) if arguments.functions is None else arguments.functions
+    if functions:
+        from demo import corpus
+        beginnings = function_beginnings(tokenizer, corpus.files("held-out"), functions)
+        for i, (row, setting) in enumerate(zip(rows, [Setting("dense", 0.0), *settings])):
+            progress_line(f"completing functions: setting {i + 1} of {len(rows)}")
+            row["functions"] = share_of_functions(model, tokenizer, beginnings, setting)
+
+    about = {"model": arguments.model, "text": source, "tokens": len(tokens), "context": context,
+             "scored": arguments.scored or context, "dense_prefix": arguments.dense_prefix, "calibration": calibration.source}
+    if arguments.figure:
+        draw_quality(rows, arguments.figure)
+    if arguments.json:
+        print(json.dumps(about | {"rows": rows}, indent=1))
+        return
+    print(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
+    print(f"{'':>14} {'target':>7} {'realised':>9} {'perplexity':>11} {'at target':>10} {'agreement':>10} {'KL':>8}"
+          + f" {'functions':>10}" * bool(functions))
+    for row in rows:
+        at = f"{row['perplexity_at_target']:10.3f}" if "perplexity_at_target" in row else " " * 10
+        print(f"{row['allocation']:>14} {row['target']:7.0%} {row['sparsity']:9.1%} {row['perplexity']:11.3f} {at} "
+              f"{row['agreement']:10.1%} {row['kl']:8.4f}" + (f" {row['functions']:10.1%}" if functions else ""))
 
 
 if __name__ == "__main__":
