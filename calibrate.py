@@ -15,8 +15,8 @@ linear reads it, and use its quantiles as thresholds. At sparsity s,
          t(50 %)
 
 A block has four places where linears read, and so four distributions: attention in (q, k, v), attention out (o),
-MLP in (gate, up), MLP middle (down). The first tokens of a sequence are left out: they are attention sinks, whose
-activations are many times as large as all others (arXiv 2309.17453).
+MLP in (gate, up), MLP middle (down). The first tokens of a sequence are left out: they are attention sinks, to which
+heads that have nothing to say attend, with activations many times as large as all others (arXiv 2309.17453).
 
 How to share out a model-wide sparsity is a second question; an answer is called an allocation here.
 
@@ -39,7 +39,6 @@ Thresholds belong to a model, so a calibration says what it was made from, and i
     python calibrate.py --greedy                            adds the greedy allocation, in minutes
     python calibrate.py --figures figures                   draws what the calibration holds
 """
-import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +47,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from model import (DEMO, InputError, block_linears, check_tokens, command_line, load_model, progress_line, read_header,
-                   read_safetensors, rope_tables, write_safetensors)
+from model import (DEMO, InputError, Parser, block_linears, check_tokens, command_line, load_model, natural, progress_line,
+                   read_header, read_safetensors, rope_tables, write_safetensors)
 from sparsify import default_context, read_tokens, windows_of
 
 SITES = ("attention in", "attention out", "MLP in", "MLP middle")
@@ -58,7 +57,7 @@ SITE_OF = {  # where each of the seven linears of a block reads, in the order of
     "mlp.gate_proj": 2, "mlp.up_proj": 2, "mlp.down_proj": 3,
 }
 LINEARS = tuple(SITE_OF)
-SINKS = 4                # tokens at the start of a sequence that are no measure of the others
+SINKS = 4                # tokens left out at the start of each window
 BEST_FIRST = ("fisher-channel", "fisher", "greedy", "uniform", "wina")      # which allocation to use if none is named
 
 # Magnitudes are counted on a logarithmic scale that needs no look at the data first: 32 bins an octave, 2.2 % wide,
@@ -70,6 +69,8 @@ BINS = (HIGHEST - LOWEST) * PER_OCTAVE
 def histogram(x):
     """Counts (BINS,) int64 of the magnitudes in x (any shape)."""
     place = (x.abs().float().log2() - LOWEST) * PER_OCTAVE                   # -inf for zeros
+    if not place.max() < float("inf"):
+        raise InputError("the activations hold NaN or infinity: the model cannot be calibrated in this dtype")
     return torch.bincount(place.clamp(0, BINS - 1).long().flatten(), minlength=BINS)
 
 
@@ -214,7 +215,8 @@ class Calibration:
     def save(self, path):
         """Writes the calibration as a safetensors file."""
         tensors = {"fingerprint": self.fingerprint}
-        tensors |= {f"histograms.{name}": counts.to(torch.int32) for name, counts in self.histograms.items()}
+        tensors |= {f"histograms.{name}": counts.to(torch.int32 if counts.max() < 2**31 else torch.int64)
+                    for name, counts in self.histograms.items()}
         tensors |= {f"weights.{criterion} {name}": values for criterion, linears in self.weights.items()
                     for name, values in linears.items()}
         tensors |= {name: getattr(self, name) for name in ("fisher", "greedy") if getattr(self, name) is not None}
@@ -228,25 +230,29 @@ class Calibration:
             raise InputError(f"{path}: not a calibration of this version: format is {metadata.get('format')!r}, "
                              f"expected {FORMAT!r}; make it with: python calibrate.py")
         tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
-        made = Calibration(json.loads(metadata["shapes"]), metadata["source"], tensors.pop("fingerprint"), {})
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not (tensor.isfinite().all() and (tensor >= 0).all()):
-                raise InputError(f"{path}: a damaged calibration: {name} holds NaN, infinity or a negative number; "
-                                 f"make it with: python calibrate.py")
-            kind, _, rest = name.partition(".")
-            if kind == "histograms":
-                made.histograms[rest] = tensor.long()
-            elif kind == "weights":
-                criterion, linear = rest.split(" ")
-                made.weights.setdefault(criterion, {})[linear] = tensor
-            else:
-                setattr(made, name, tensor)
-        layers = made.shapes["num_hidden_layers"]
-        if made.histograms.get("input", torch.empty(0)).shape != (layers, len(SITES), BINS):
-            raise InputError(f"{path}: not a whole calibration: expected histograms.input of {[layers, len(SITES), BINS]}")
-        for name, counts in made.histograms.items():
-            if (counts < 0).any() or (counts.sum(-1) == 0).any():
-                raise InputError(f"{path}: a damaged calibration: in histograms.{name} one is empty or has negative counts")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise InputError(f"{path}: a damaged calibration: {name} holds NaN or infinity; make it with: python calibrate.py")
+        try:
+            made = Calibration(json.loads(metadata["shapes"]), metadata["source"], tensors.pop("fingerprint").float(), {})
+            layers = made.shapes["num_hidden_layers"]
+            for name, tensor in tensors.items():
+                kind, _, rest = name.partition(".")
+                if kind == "histograms":
+                    made.histograms[rest] = tensor.long()
+                elif kind == "weights":
+                    criterion, linear = rest.split(" ")
+                    made.weights.setdefault(criterion, {})[linear] = tensor
+                else:
+                    setattr(made, name, tensor)
+            whole = made.fingerprint.shape == (256,) and made.sizes()[0].numel() == len(LINEARS) \
+                and made.histograms["input"].shape == (layers, len(SITES), BINS) \
+                and all((counts >= 0).all() and (counts.sum(-1) > 0).all() for counts in made.histograms.values()) \
+                and all(len(made.weights[name]) == layers * len(LINEARS) for name in made.weights)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            whole = False
+        if not whole:
+            raise InputError(f"{path}: a damaged calibration: a part is missing or misshapen; make it with: python calibrate.py")
         return made
 
 
@@ -277,6 +283,8 @@ def calibrate(model, tokens, context=None, source="unknown text", fisher=True, p
     two allocations that need it. Memory does not grow with the number of tokens.
     """
     check_tokens(tokens, model.config)
+    if hasattr(model, "sparse_state"):
+        raise InputError("calibrate needs the dense model: this one was made sparse")
     context = context or default_context(model)
     if context <= SINKS:
         raise InputError(f"a window of {context} tokens leaves none behind the first {SINKS}")
@@ -536,10 +544,10 @@ def load_calibration(model, name, path=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Calibrates a checkpoint: what its thresholds are read from.")
+    parser = Parser(description="Calibrates a checkpoint: what its thresholds are read from.")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder (default: the demo model)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run (default: the standard library's held-in part)")
-    parser.add_argument("--tokens", type=int, default=100_000, help="how many tokens of it at most (default: 100000)")
+    parser.add_argument("--tokens", type=natural, default=100_000, help="how many tokens of it at most (default: 100000)")
     parser.add_argument("--greedy", action="store_true", help="also the greedy allocation, which takes minutes (default: no)")
     parser.add_argument("--no-fisher", action="store_true", help="leave the backward pass out (default: no)")
     parser.add_argument("--figures", metavar="FOLDER", type=Path, help="only draw what the calibration holds, as PNG files")

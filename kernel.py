@@ -24,8 +24,8 @@ So y is a weighted sum of the rows whose input is large. Two things are left to 
 Who adds up what. On a CPU each thread owns a range of outputs and walks down all kept rows; its outputs stay in
 the first cache. A GPU has ten thousand threads and a 4096 x 4096 layer only 32 tiles of 128 outputs, so the rows
 are divided too ("split-K"): tile (j, s) sums the s-th part of the rows for the j-th range of outputs and writes
-its partial sum to a buffer of its own; a second, small kernel adds the parts in a fixed order. No atomics, so the
-same input gives the same bits on every run.
+its partial sum to a buffer of its own; a second, small kernel adds the parts in a fixed order. No sum is made of atomics, so
+the same input gives the same bits on every run.
 
 Several tokens. From 2 to 8 rows of x (a draft to verify, a short prompt) a weight row is read once if any
 token keeps its channel, and each token adds it with its own mask.
@@ -33,12 +33,12 @@ token keeps its channel, and each token adds it with its own mask.
 The limit is bytes of kept rows / memory bandwidth. `python kernel.py` shows how near to it we are.
 
 Three backends compute the same function: "triton" (GPU), "c" (CPU, where a C compiler is found), "torch" (anywhere).
-Thresholds are compared, and sums are taken, in float32; a float64 input stays float64 and takes "torch".
+Thresholds are compared, and sums are taken, in float32 ("torch" rounds each bag of a 16-bit sum once); a float64
+input stays float64 and takes "torch".
 
     python kernel.py                                          dense against sparse at Llama-2-7B's shapes
     python kernel.py --shapes llama-3-8b --dtype bfloat16 --sparsity 0 0.5
 """
-import argparse
 import ctypes
 import functools
 import hashlib
@@ -47,7 +47,6 @@ import platform
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -57,7 +56,7 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:                                        # there is no Triton for macOS; the other backends do
+except ImportError:                                        # there is no Triton for macOS, which has no CUDA either
     triton = None
 
 MAX_ROWS = 8             # more rows than this are a matrix product, bound by arithmetic, not a few vectors
@@ -70,6 +69,7 @@ def sparse_gemv(x, weight_t, threshold, backend=None, counts=None):
     weight_t: (in, out), contiguous, of x's dtype: the transposed weight of a linear
     threshold: a number, a 0-d tensor, or a tensor (in,), one a channel; below 0 keeps all
     backend: "triton", "c", "torch", or None for the fastest there is for the device and dtype
+    NaN is never small: it is kept, so that it shows.
     counts: None, or a (2,) int64 tensor: the entries of x that are kept, and all of them, are added to it
     Returns (B, out) in x's dtype. Raises ValueError for shapes and dtypes that do not fit.
     """
@@ -82,7 +82,7 @@ def sparse_gemv_group(x, weights_t, thresholds, backend=None, counts=None):
     weights_t: list of (in, out_l); thresholds: list, one for each, as in sparse_gemv;
     counts: None or (len(weights_t), 2) int64, contiguous. Returns the list of (B, out_l).
     """
-    _check(x, weights_t)
+    _check(x, weights_t, counts)
     backend = backend or best_backend(x)
     if backend == "triton":
         return list(_triton_group(x, weights_t, _vectors(thresholds, x), counts, gated=False)
@@ -99,7 +99,7 @@ def sparse_gated(x, gate_t, up_t, gate_threshold, up_threshold, backend=None, co
 
     Shapes as in sparse_gemv_group with two linears of one width; returns (B, out).
     """
-    _check(x, [gate_t, up_t])
+    _check(x, [gate_t, up_t], counts)
     if gate_t.shape != up_t.shape:
         raise ValueError(f"gate is {tuple(gate_t.shape)}, up is {tuple(up_t.shape)}: expected one shape")
     if (backend or best_backend(x)) == "triton":
@@ -117,8 +117,9 @@ def dense(x, weight_t):
     rows = x.numel() // x.shape[-1]
     if x.device.type == "cpu" and x.dtype in C_NAMES and c_library() is not None:
         if rows <= MAX_ROWS or x.dtype == torch.float16 and rows <= 8 * MAX_ROWS:
-            keep_all = torch.tensor(-1.0)
-            parts = [_c_gemv(part, weight_t, keep_all, None) for part in x.reshape(rows, -1).split(MAX_ROWS)]
+            keep_all, parts = torch.tensor(-1.0), x.reshape(rows, -1).split(MAX_ROWS)
+            _check(parts[0], [weight_t])
+            parts = [_c_gemv(part, weight_t, keep_all, None) for part in parts]
             return torch.cat(parts).view(*x.shape[:-1], -1)
     if x.device.type == "cpu" and x.dtype == torch.float16:
         return (x.float() @ weight_t.float()).half()
@@ -134,7 +135,7 @@ def best_backend(x):
     return "c" if x.device.type == "cpu" and c_library() is not None else "torch"
 
 
-def _check(x, weights_t):
+def _check(x, weights_t, counts=None):
     if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected floating point (1 to {MAX_ROWS}, in)")
     for w in weights_t:
@@ -143,12 +144,16 @@ def _check(x, weights_t):
                              f"{x.dtype} ({x.shape[1]}, out) on {x.device}, as x is")
         if not w.is_contiguous():
             raise ValueError("weight_t is not contiguous: its rows must be the input channels, one after another")
+    if counts is not None and (counts.dtype != torch.int64 or counts.device != x.device or not counts.is_contiguous()
+                               or counts.numel() != 2 * len(weights_t)):
+        raise ValueError(f"counts is {counts.dtype} {tuple(counts.shape)} on {counts.device}, expected contiguous int64 "
+                         f"({len(weights_t)}, 2) on {x.device}")
 
 
 def _vectors(thresholds, x):
     """Each threshold as a tensor of x's device and of the comparison's dtype: () or (in,)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    vectors = [torch.as_tensor(t, dtype=dtype, device=x.device) for t in thresholds]
+    vectors = [torch.as_tensor(t, dtype=dtype, device=x.device).contiguous() for t in thresholds]
     for t in vectors:
         if t.shape not in ((), (x.shape[1],)):
             raise ValueError(f"threshold is {tuple(t.shape)}, expected a number or ({x.shape[1]},)")
@@ -160,7 +165,7 @@ def _vectors(thresholds, x):
 
 def _torch_gemv(x, weight_t, threshold, counts):
     """One bag is one thread's work, so each row of x is cut into a few bags, added up at the end."""
-    keep = x.to(threshold.dtype).abs() > threshold                                          # (B, in)
+    keep = ~(x.to(threshold.dtype).abs() <= threshold)                                      # (B, in)
     row, channel = keep.nonzero(as_tuple=True)
     if counts is not None:
         counts += torch.tensor([len(channel), x.numel()], device=counts.device)
@@ -176,7 +181,8 @@ def _torch_gemv(x, weight_t, threshold, counts):
 # C: first the kept channels are listed, then each thread walks down the listed rows over its range of outputs.
 # A 16-bit weight is half of a 32-bit word, and unpacking a word gives two neighbouring outputs, "low" and "high":
 #     bfloat16   the upper half of a float32: shift, or mask
-#     float16    sign, exponent and mantissa moved to their places in a float32; that is the value / 2^112
+#     float16    sign, exponent and mantissa moved to their places in a float32; that is the value / 2^112, which
+#                the inputs make up for
 # float32 weights take the two halves of a range of outputs for low and high, so that one loop serves all three.
 
 C_SOURCE = r"""
@@ -189,7 +195,7 @@ C_SOURCE = r"""
 #endif
 
 #define GROUP 4          // kept rows added in one pass over the outputs, so that these are loaded and stored less
-#define ROOM 8192        // sums a thread holds at a time: 32 KB, the first cache
+#define ROOM 8192        // sums a thread holds at a time, of all tokens (8 at most): 32 KB, which the first cache holds
 
 typedef uint32_t __attribute__((aligned(2), may_alias)) word;
 static inline float number(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
@@ -201,17 +207,19 @@ static inline float number(uint32_t bits) { float value; memcpy(&value, &bits, 4
 #define F16_LOW(row, j)   number((uint32_t)((int32_t)(((const word *)(row))[j] << 16) >> 3) & 0x8fffe000u)
 #define F16_HIGH(row, j)  number((uint32_t)((int32_t)((const word *)(row))[j] >> 3) & 0x8fffe000u)
 
-// The kept channels and, GROUP by GROUP, their inputs (tokens, GROUP); returns how many there are, padded with
-// inputs of zero to whole groups. A channel is listed if any token keeps it; a token that does not has zero there.
+// Lists the channels that any token keeps, and their inputs, and returns how many they are, padded to whole groups of
+// GROUP with inputs of zero. In each group the inputs stand token by token, so that one load serves a token:
+//     channel  c0 c1 c2 c3 | c4 ...        input  (token 0: x[c0] x[c1] x[c2] x[c3]) (token 1: ...) | ...
+// A token that does not keep a channel which another one keeps has zero there.
 static long list_kept(const float *x, const float *threshold, long step, long tokens, long in,
-                      int *channel, float *input, int64_t *counts) {
+                      float scale, int *channel, float *input, int64_t *counts) {
     long n = 0, entries = 0;
     for (long i = 0; i < in; i++) {
         float *place = input + n / GROUP * GROUP * tokens + n % GROUP;
         int needed = 0;
         for (long t = 0; t < tokens; t++) {
-            int keep = fabsf(x[t * in + i]) > threshold[i * step];
-            place[t * GROUP] = keep ? x[t * in + i] : 0.0f;
+            int keep = !(fabsf(x[t * in + i]) <= threshold[i * step]);
+            place[t * GROUP] = keep ? scale * x[t * in + i] : 0.0f;
             needed |= keep;
             entries += keep;
         }
@@ -254,7 +262,7 @@ int NAME(const float *x, const char *weight, const float *threshold, long step, 
     int *channel = malloc((in + GROUP) * sizeof(int));                                                            \
     float *input = malloc((in + GROUP) * tokens * sizeof(float));                                                 \
     if (!channel || !input) { free(channel); free(input); return 1; }                                             \
-    long n = list_kept(x, threshold, step, tokens, in, channel, input, counts);                                   \
+    long n = list_kept(x, threshold, step, tokens, in, SCALE, channel, input, counts);                                 \
     PARALLEL                                                                                                      \
     {                                                                                                             \
         float low[ROOM / 2] __attribute__((aligned(64))), high[ROOM / 2] __attribute__((aligned(64)));            \
@@ -283,8 +291,8 @@ int NAME(const float *x, const char *weight, const float *threshold, long step, 
             for (long t = 0; t < tokens; t++) {                                                                   \
                 float *to = y + t * out + first;                                                                  \
                 for (long j = 0; j < pairs; j++) {                                                                \
-                    to[SIZE == 2 ? 2 * j : j] = SCALE * low[t * stride + j];                                      \
-                    to[SIZE == 2 ? 2 * j + 1 : j + pairs] = SCALE * high[t * stride + j];                         \
+                    to[SIZE == 2 ? 2 * j : j] = low[t * stride + j];                                              \
+                    to[SIZE == 2 ? 2 * j + 1 : j + pairs] = high[t * stride + j];                                 \
                 }                                                                                                 \
                 if (width % 2) {        /* an odd number of outputs: the last one has no pair */                  \
                     const char *last = weight + (first + 2 * pairs) * SIZE;                                       \
@@ -292,7 +300,7 @@ int NAME(const float *x, const char *weight, const float *threshold, long step, 
                     for (long k = 0; k < n; k++)                                                                  \
                         sum += input[k / GROUP * GROUP * tokens + t * GROUP + k % GROUP]                          \
                                * NAME##_one(last + (long)channel[k] * out * SIZE);                                \
-                    to[2 * pairs] = SCALE * sum;                                                                  \
+                    to[2 * pairs] = sum;                                                                          \
                 }                                                                                                 \
             }                                                                                                     \
         }                                                                                                         \
@@ -331,7 +339,7 @@ DEFINE(f16, 2, F16_LOW, F16_HIGH, 0x1p112f)
 """
 C_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # No -ffast-math: a library linked with it makes the whole process flush denormals. -march is for gcc and clang
-# on x86, -mcpu for arm. Apple's compiler has no OpenMP of its own: there the last line builds for one thread.
+# on x86, -mcpu for arm. Apple's compiler has no OpenMP of its own: there the kernel runs on one thread.
 C_FLAGS = ["-O3 -fopenmp -march=native -mprefer-vector-width=512", "-O3 -fopenmp -march=native",
            "-O3 -fopenmp -mcpu=native", "-O3 -mcpu=native", "-O3"]
 
@@ -343,34 +351,45 @@ def c_library():
     Built on first use, in under a second, into MINTEAL_CACHE or ~/.cache/minteal under a name that carries a hash
     of source, flags, compiler and processor. Set MINTEAL_CACHE to "off" to do without.
     """
-    folder = os.environ.get("MINTEAL_CACHE") or Path.home() / ".cache" / "minteal"
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if str(folder) == "off" or compiler is None:
+    if os.environ.get("MINTEAL_CACHE") == "off" or compiler is None:
         return None
-    folder = Path(folder)
     try:
+        folder = Path(os.environ.get("MINTEAL_CACHE") or Path.home() / ".cache" / "minteal")
         version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
         for flags in C_FLAGS:
             identity = "\n".join([C_SOURCE, flags, version, _processor()])
             library = folder / f"kernel-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-            if not library.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                temporary = library.with_suffix(f".{os.getpid()}.tmp")
-                built = subprocess.run([*compiler.split(), *flags.split(), "-shared", "-fPIC", "-x", "c", "-",
-                                        "-o", str(temporary), "-lm"], input=C_SOURCE, capture_output=True, text=True)
-                if built.returncode:
-                    temporary.unlink(missing_ok=True)
-                    continue
-                os.replace(temporary, library)             # whole or not at all, whoever else is building
-            loaded = ctypes.CDLL(str(library))
-            pointer, long = ctypes.c_void_p, ctypes.c_long
-            for name in C_NAMES.values():
-                getattr(loaded, name).argtypes = [pointer, pointer, pointer, long, pointer, long, long, long,
-                                                  ctypes.c_int, pointer]
-            return loaded
-    except OSError:                                        # no folder to write to, no compiler to run, nothing to load
+            loaded = _load(library) or _build(compiler, flags, library) and _load(library)
+            if loaded:
+                return loaded
+    except (OSError, RuntimeError):                        # no compiler to run, no folder to write to, no home
         pass
     return None
+
+
+def _build(compiler, flags, library):
+    """Compiles C_SOURCE to the file `library`, whole or not at all, whoever else is building; whether it did."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    temporary = library.with_suffix(f".{os.getpid()}.tmp")
+    built = subprocess.run([*compiler.split(), *flags.split(), "-shared", "-fPIC", "-x", "c", "-", "-o", str(temporary), "-lm"],
+                           input=C_SOURCE, capture_output=True, text=True)
+    if built.returncode == 0:
+        os.replace(temporary, library)
+    temporary.unlink(missing_ok=True)
+    return built.returncode == 0
+
+
+def _load(library):
+    """The library at a path, its functions declared, or None if there is none that loads."""
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError:
+        return None
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    for name in C_NAMES.values():
+        getattr(loaded, name).argtypes = [pointer, pointer, pointer, long, pointer, long, long, long, ctypes.c_int, pointer]
+    return loaded
 
 
 def _processor():
@@ -436,7 +455,8 @@ if triton is not None:
             inside = (row < rows)[:, None] & (channel < channels)[None, :]                  # (ROWS, BLOCK_IN)
             x = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
             threshold = tl.load(threshold_ptr + channel * step, mask=channel < channels, other=0.0)
-            keep = (tl.abs(x) > threshold[None, :]) & inside
+            keep = (tl.abs(x) <= threshold[None, :]) == 0                                   # so that NaN is kept
+            keep = keep & inside
             needed = tl.max(keep.to(tl.int32), axis=0) > 0                                  # by any row
             weight = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * outputs + output[None, :],
                              mask=needed[:, None] & (output < outputs)[None, :], other=0.0).to(tl.float32)
@@ -480,14 +500,16 @@ def _programs(device):
 
 
 def tile(rows):
-    """The channels and outputs a program holds at once: 32 x 128 weights in 16-byte loads over 128 threads; fewer
-    channels where there are more rows, whose sums need the registers."""
+    """The channels and outputs of the weights a program holds at once, in 16-byte loads over 128 threads: 32 x 128, and
+    fewer channels where there are more rows, whose sums need the registers."""
     return {"BLOCK_IN": max(32 // rows, 8), "BLOCK_OUT": 128}
 
 
 def _triton_group(x, weights_t, thresholds, counts, gated):
     if triton is None or x.dtype not in C_NAMES:
         raise ValueError(f'backend "triton" needs Triton and float32, float16 or bfloat16, not {x.dtype}')
+    if x.device.type != "cuda" and isinstance(partial_sums_kernel, triton.runtime.JITFunction):
+        raise ValueError('backend "triton" needs a GPU, or TRITON_INTERPRET=1 set before triton is imported')
     (rows, channels), outs = x.shape, [w.shape[1] for w in weights_t]
     padded = triton.next_power_of_2(rows)
     block_in, block_out = tile(padded).values()
@@ -528,25 +550,63 @@ def median_time(call, device, seconds=0.5):
             begin = time.perf_counter()
             call(i)
             return time.perf_counter() - begin
-    once(0), once(1)
-    while sum(times) < seconds or len(times) < 11:
-        times.append(once(len(times)))
-    return statistics.median(times)
+    if once(0) < seconds:                                  # what is as slow as that is not measured to the end
+        once(1)
+        while sum(times) < seconds or len(times) < 11:
+            times.append(once(len(times)))
+    return statistics.median(times) if times else once(1)
 
 
 def dense_ways(x, weights_t):
-    """{name: call(i)}: the library's ways to compute x @ weights_t[i]; `linear` and `mv` have the usual (out, in) layout."""
-    weights = [w.t().contiguous() for w in weights_t]
-    n = len(weights)
-    return {"F.linear": lambda i: F.linear(x, weights[i % n]),
-            "torch.mv": lambda i: torch.mv(weights[i % n], x[0]),
-            "x @ weight_t": lambda i: x @ weights_t[i % n]}
+    """{name: call(i)}: the library's ways to compute x @ weights_t[i]. F.linear and mv have the usual (out, in) layout."""
+    weights, n = [w.t().contiguous() for w in weights_t], len(weights_t)
+    ways = {"F.linear": lambda i: F.linear(x, weights[i % n]), "x @ weight_t": lambda i: x @ weights_t[i % n]}
+    if len(x) == 1:
+        ways["torch.mv"] = lambda i: torch.mv(weights[i % n], x[0])
+    return ways
+
+
+def threshold_dropping(x, share):
+    """The magnitude at or below which a share of the entries of x (B, in) lies; 0.0 for a share of 0."""
+    dropped = round(share * x.numel())
+    return x.float().abs().flatten().sort().values[dropped - 1] if dropped else torch.tensor(0.0, device=x.device)
+
+
+def time_shape(inputs, outputs, dtype, device, levels, rows):
+    """Prints the times of one weight (inputs, outputs): one row at each sparsity, then several rows."""
+    size = inputs * outputs * dtype.itemsize
+    copies = max(2, -(-512_000_000 // size))               # more than any cache holds
+    first = torch.randn(inputs, outputs, device=device).to(dtype)
+    weights = [first] + [first.roll(i, 0) for i in range(1, copies)]
+    x = torch.randn(max(rows), inputs, device=device).to(dtype)
+    ways = {name: median_time(call, device) for name, call in dense_ways(x[:1], weights).items()}
+    best = min(ways, key=ways.get)
+    print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB; dense, one row: "
+          + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in ways.items()))
+    print(f"{'sparsity':>10} {'ms':>9} {'GB/s':>8} {'share':>7} {'ratio':>8}")
+    print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {size / ways[best] / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
+    for sparsity in levels:
+        threshold = threshold_dropping(x[:1], sparsity)
+        kept = (x[:1].float().abs() > threshold).float().mean().item()
+        seconds = median_time(lambda i: sparse_gemv(x[:1], weights[i % copies], threshold), device)
+        print(f"{sparsity:10.0%} {seconds * 1e3:9.3f} {kept * size / seconds / 1e9:8.1f} "
+              f"{kept * ways[best] / seconds:7.0%} {ways[best] / seconds:7.2f}x   {best_backend(x)}", flush=True)
+    for count in rows:
+        if count > 1:
+            library = {name: median_time(call, device) for name, call in dense_ways(x[:count], weights).items()}
+            # Rows drop the same channels here: a weight row is read if any of them needs it.
+            same = (x[:1] * torch.sign(torch.randn(count, 1, device=device))).to(dtype)
+            ours = median_time(lambda i: dense(same, weights[i % copies]), device)
+            half = median_time(lambda i: sparse_gemv(same, weights[i % copies], threshold_dropping(x[:1], 0.5)), device)
+            print(f"{count:3} rows: " + ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in library.items())
+                  + f", ours {ours * 1e3:.3f}, at 50 % {half * 1e3:.3f} ms; over one dense row: {min(library.values()) / ways[best]:.2f}, "
+                  f"{ours / ways[best]:.2f}, {half / ways[best]:.2f}", flush=True)
 
 
 def main():
-    from model import InputError, PRESETS, block_linears
+    from model import InputError, PRESETS, Parser, block_linears, find_device
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Times dense against sparse matrix-vector products, at the shapes of a Llama, on this machine.")
     parser.add_argument("--shapes", default="llama-2-7b", metavar="PRESET",
                         help=f"whose linears to time: {', '.join(PRESETS)} (default: llama-2-7b)")
@@ -554,6 +614,7 @@ def main():
                         help="(default: float32 bfloat16)")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
                         help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="tokens at a time, 1 to 8 (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
     arguments = parser.parse_args()
@@ -562,34 +623,22 @@ def main():
     for sparsity in arguments.sparsity:
         if not 0 <= sparsity < 1:
             raise InputError(f"--sparsity {sparsity} is outside [0, 1)")
-    device = torch.device(arguments.device)
+    for rows in arguments.rows:
+        if not 1 <= rows <= MAX_ROWS:
+            raise InputError(f"--rows {rows} is outside 1 to {MAX_ROWS}")
+    device = find_device(arguments.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}. One token; random inputs and weights, many copies in turn.")
+    print(f"{where}, torch {torch.__version__}. Random inputs and weights, many copies in turn, so that no cache holds them.")
     print("GB/s are bytes of kept weights over time; share: of the bandwidth that the best dense way reaches.")
+    if device.type == "cuda":
+        a = torch.randint(255, (1 << 30,), dtype=torch.uint8, device=device)
+        b = torch.empty_like(a)
+        print(f"copying 1 GiB: {2 * a.numel() / median_time(lambda i: b.copy_(a), device) / 1e9:.0f} GB/s, read plus written; "
+              f"a launch that does nothing: {median_time(lambda i: b[:1].copy_(a[:1]), device) * 1e6:.1f} us")
     shapes = sorted({(inputs, outputs) for outputs, inputs in block_linears(PRESETS[arguments.shapes]).values()})
     for dtype in (getattr(torch, name) for name in arguments.dtype):
         for inputs, outputs in shapes:
-            size = inputs * outputs * dtype.itemsize
-            copies = max(2, -(-512_000_000 // size))       # more than any cache holds
-            first = torch.randn(inputs, outputs, device=device).to(dtype)
-            weights = [first] + [first.roll(i, 0) for i in range(1, copies)]
-            x = torch.randn(1, inputs, device=device).to(dtype)
-            # A way that takes over ten times as long as another is not measured to the end.
-            ways = {name: median_time(call, device) for name, call in dense_ways(x, weights).items()}
-            best = min(ways, key=ways.get)
-            print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB; dense: "
-                  + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in ways.items()))
-            print(f"{'sparsity':>10} {'ms':>9} {'GB/s':>8} {'share':>7} {'ratio':>8}")
-            print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {size / ways[best] / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
-            backend = best_backend(x)
-            magnitudes = x[0].float().abs().sort().values
-            for sparsity in arguments.sparsity:
-                dropped = round(sparsity * inputs)
-                threshold = magnitudes[dropped - 1] if dropped else magnitudes.new_tensor(0.0)
-                kept = (x[0].float().abs() > threshold).sum().item() / inputs
-                seconds = median_time(lambda i: sparse_gemv(x, weights[i % copies], threshold), device)
-                print(f"{sparsity:10.0%} {seconds * 1e3:9.3f} {kept * size / seconds / 1e9:8.1f} "
-                      f"{kept * ways[best] / seconds:7.0%} {ways[best] / seconds:7.2f}x   {backend}", flush=True)
+            time_shape(inputs, outputs, dtype, device, arguments.sparsity, arguments.rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ SwiGLU (arXiv 2002.05202); RMSNorm (arXiv 1910.07467); the safetensors format (i
     python model.py [FOLDER]        the shape of a checkpoint: parameters and bytes by part
 """
 import argparse
+import contextlib
 import json
+import math
 import mmap
 import os
 import struct
@@ -48,15 +50,26 @@ def progress_line(text):
         print(f"\r\033[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, as all others here are."""
+
+    def error(self, message):
+        raise InputError(message)
+
+
 def command_line(main):
     """Runs a file's `main()`; input it cannot use ends it with one line and exit status 2, not a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")      # a terminal that lacks a character shows its number
     try:
         main()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:                                # the reader of our output has closed it (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -70,6 +83,7 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000     # bytes, as in the reference implementation
 
 
 def read_header(path):
@@ -88,11 +102,19 @@ def read_header(path):
             if length > size - 8:
                 raise InputError(f"{path}: truncated, or no safetensors file: its header should be {length} bytes "
                                  f"long, {size - 8} follow")
+            if length > LONGEST_HEADER:
+                raise InputError(f"{path}: its header is {length} bytes long, at most {LONGEST_HEADER} are expected")
             raw = file.read(length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def without_repeats(pairs):
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError("a name stands twice")
+        return dict(pairs)
+
     try:
-        header = json.loads(raw.decode("utf-8"))
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: no safetensors file: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
@@ -102,7 +124,7 @@ def read_header(path):
         raise InputError(f"{path}: __metadata__ should map text to text")
 
     def natural(value):                                    # bool is an int to Python, not to us
-        return type(value) is int and value >= 0
+        return type(value) is int and 0 <= value < 2**63
 
     entries = {}
     for name, entry in header.items():
@@ -117,12 +139,12 @@ def read_header(path):
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
             raise InputError(f"{where}: data_offsets {offsets!r} is not [begin, end]")
         begin, end = offsets
-        count = 1
-        for extent in shape:
-            count *= extent
+        count = math.prod(shape)
         if end - begin != count * DTYPES[dtype].itemsize:
             raise InputError(f"{where}: data_offsets {offsets} hold {end - begin} bytes, {dtype} x {shape} "
                              f"needs {count * DTYPES[dtype].itemsize}")
+        if math.prod(extent or 1 for extent in shape) >= 2**63:                # an empty tensor of absurd extents
+            raise InputError(f"{where}: shape {shape} is larger than any memory")
         if end > size - 8 - length:
             raise InputError(f"{where}: data_offsets {offsets} run past the {size - 8 - length} bytes of data: "
                              f"the file is truncated")
@@ -156,7 +178,9 @@ def read_safetensors(path):
             continue
         if mapped is None:
             with open(path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                # Private, and on Linux without memory set aside for changes that nobody will make.
+                no_reserve = 0x4000 if sys.platform == "linux" else 0
+                mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE)
         flat = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=data_start + begin)
         if (data_start + begin) % dtype.itemsize:          # the format does not promise alignment
             flat = flat.clone()
@@ -193,26 +217,21 @@ def write_safetensors(path, tensors, metadata=None):
                 file.write(tensor.view(-1).view(torch.uint8).numpy())
 
 
-class replacing:
+@contextlib.contextmanager
+def replacing(path):
     """`with replacing(path) as file`: a binary file that takes the place of `path` only when it is complete."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self):
-        try:
-            self.file = open(self.temporary, "wb")
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
-        return self.file
-
-    def __exit__(self, kind, error, trace):
-        self.file.close()
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            os.unlink(self.temporary)
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -244,13 +263,16 @@ class Config:
 
         if raw.get("model_type") not in ("llama", "mistral"):
             refuse("model_type", '"llama" or "mistral"')
+        if not {"LlamaForCausalLM", "MistralForCausalLM"} & set(raw.get("architectures") or ["LlamaForCausalLM"]):
+            refuse("architectures", "LlamaForCausalLM or MistralForCausalLM")
         if raw.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", '"silu"')
         # Rotary parameters stand in rope_theta and rope_scaling, or in the newer rope_parameters.
         rope = raw.get("rope_parameters") or {}
         for key in ("rope_scaling", "rope_parameters"):
             scaling = raw.get(key) or {}
-            if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            if not isinstance(scaling, dict) or scaling.keys() - {"rope_type", "type", "rope_theta"} \
+                    or {scaling.get("rope_type", "default"), scaling.get("type", "default")} != {"default"}:
                 refuse(key, 'the rope type "default"')
         for key in ("attention_bias", "mlp_bias"):
             if raw.get(key):
@@ -263,10 +285,14 @@ class Config:
         def number(key, kind=int, default=None):
             value = raw.get(key)
             value = default if value is None else value
-            if type(value) is bool or not isinstance(value, (int, float) if kind is float else int) or value <= 0:
-                raise InputError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0")
+            if type(value) not in ((int, float) if kind is float else (int,)) or not 0 < value < 2**31:
+                raise InputError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0 and below 2^31")
             return kind(value)
 
+        if type(raw.get("tie_word_embeddings", False)) is not bool:
+            refuse("tie_word_embeddings", "true or false")
+
+        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
         heads = number("num_attention_heads")
         config = Config(
             hidden_size=number("hidden_size"),
@@ -277,7 +303,7 @@ class Config:
             head_dim=number("head_dim", default=number("hidden_size") // heads),
             vocab_size=number("vocab_size"),
             max_position_embeddings=number("max_position_embeddings", default=2048),
-            rope_theta=number("rope_theta", float, default=rope.get("rope_theta", 10000.0)),
+            rope_theta=number("rope_theta", float, default=10000.0),
             rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         )
@@ -301,7 +327,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON {type(value).__name__}, expected an object")
@@ -370,6 +396,13 @@ class KVCache:
         self.keys[layer].index_copy_(2, slots, k)
         self.values[layer].index_copy_(2, slots, v)
         return self.keys[layer], self.values[layer]
+
+    def keep(self, slots):
+        """Moves what stands in `slots` (n,), all behind the used positions, to the front of these, and uses them."""
+        end = self.used + len(slots)
+        self.keys[:, :, :, self.used:end] = self.keys[:, :, :, slots]
+        self.values[:, :, :, self.used:end] = self.values[:, :, :, slots]
+        self.used = end
 
 
 class Attention(nn.Module):
@@ -517,6 +550,8 @@ class Llama(nn.Module):
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     continue                               # the same values once more
                 parameter = wanted.pop(name, None)
+                if parameter is None and name in dict(model.named_parameters()):
+                    raise InputError(f"{path}: tensor {name}: a second one, another file holds it too")
                 if parameter is None:
                     raise InputError(f"{path}: tensor {name}: not part of a Llama with the shape in config.json")
                 if tensor.shape != parameter.shape:
@@ -537,12 +572,12 @@ class Llama(nn.Module):
     @staticmethod
     def random(preset, device="cpu", dtype=torch.bfloat16, seed=0):
         """A Llama of a preset's real shapes with random weights: for speed work only, it writes nonsense."""
-        if preset not in PRESETS:
-            raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
         with torch.device("meta"):
-            model = Llama(PRESETS[preset])
-        model.to_empty(device=device).to(dtype)
-        # Drawing 7 billion normal numbers would take minutes: one pool of four million is repeated instead.
+            model = Llama(preset_config(preset)).to(dtype)
+        model.to_empty(device=device)
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        # Drawing 7 billion normal numbers would take minutes: one pool of four million fills every weight, again and again.
         pool = torch.randn((1 << 22) + 7, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(False)
@@ -557,10 +592,12 @@ class Llama(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Writes config.json and model.safetensors to `folder`, in the model's dtype."""
+        """Writes config.json and model.safetensors to `folder`, in the model's dtype; sparse linears as the dense they were."""
         Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name.removesuffix("_t"): parameter.t() if name.endswith(".weight_t") else parameter
+                   for name, parameter in self.named_parameters()}
+        write_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
         self.config.write(folder, self.model.embed_tokens.weight.dtype)
-        write_safetensors(Path(folder) / "model.safetensors", dict(self.named_parameters()), {"format": "pt"})
 
 
 def check_tokens(tokens, config):
@@ -571,8 +608,7 @@ def check_tokens(tokens, config):
 
 
 def _preset(hidden, intermediate, layers, heads, kv_heads, vocab, context, theta, tied=False):
-    return Config(hidden, intermediate, layers, heads, kv_heads, 128 if hidden > 2048 else hidden // heads,
-                  vocab, context, theta, 1e-5, tied)
+    return Config(hidden, intermediate, layers, heads, kv_heads, hidden // heads, vocab, context, theta, 1e-5, tied)
 
 
 PRESETS = {  # without rope scaling, which costs no time
@@ -587,6 +623,12 @@ PRESETS = {  # without rope scaling, which costs no time
 }
 
 
+def preset_config(name):
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} is not known; known are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The folder: shards and tokenizer
 
@@ -599,7 +641,7 @@ def shard_paths(folder):
     if not index.exists():
         raise InputError(f"{folder}: no checkpoint: neither model.safetensors nor model.safetensors.index.json is there")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{index}: weight_map should map tensor names to files")
     shards = [folder / shard for shard in sorted(set(weight_map.values()))]
     for shard in shards:
@@ -637,15 +679,19 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise InputError(f"{path}: not a SentencePiece model: {str(error).splitlines()[0]}") from None
         self.vocab_size = self.processor.vocab_size()
-        self.eos_ids = tuple(eos_ids or [self.processor.eos_id()])
+        self.eos_ids = tuple(i for i in eos_ids or [self.processor.eos_id()] if type(i) is int and i >= 0)
 
     def encode(self, text, bos=True):
-        """Token ids of `text`, the begin-of-sequence token first if `bos`."""
-        return [self.processor.bos_id()] * bos + self.processor.encode(text)
+        """Token ids of `text`, the begin-of-sequence token first if `bos` and there is one."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError("the text is not Unicode: it holds bytes that are no UTF-8") from None
+        return [self.processor.bos_id()] * (bos and self.processor.bos_id() >= 0) + self.processor.encode(text)
 
     def decode(self, ids):
-        """The text of token ids; control tokens have none."""
-        return self.processor.decode([int(i) for i in ids])
+        """The text of token ids. Control tokens have none, nor have ids that pad a model's vocabulary."""
+        return self.processor.decode([int(i) for i in ids if i < self.vocab_size])
 
 
 def load_tokenizer(folder):
@@ -663,19 +709,36 @@ def load_tokenizer(folder):
     return SentencePieceTokenizer(path, eos if isinstance(eos, list) or eos is None else [eos])
 
 
+def find_device(name):
+    """The torch.device of a name, or an InputError if it cannot be used here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name} cannot be used: supported are cpu and cuda")
+    return device
+
+
+def natural(text):
+    """A whole number above 0, for the command line."""
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def load_model(name, device="cpu", dtype=None):
     """(model, tokenizer) as every command takes them with --model: a checkpoint folder, or "random:PRESET".
 
     dtype: None, a torch.dtype, or the name of one. A random model has no tokenizer: None.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    device = find_device(device)
     if str(name).startswith("random:"):
         return Llama.random(str(name).removeprefix("random:"), device, dtype or torch.bfloat16), None
+    if not Path(name).is_dir():
+        raise InputError(f"{name}: no such folder")
     tokenizer = load_tokenizer(name)
     model = Llama.from_pretrained(name, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -700,15 +763,12 @@ def linear_names(config):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prints the shape of a checkpoint: parameters and bytes by part.")
+    parser = Parser(description="Prints the shape of a checkpoint: parameters and bytes by part.")
     parser.add_argument("folder", nargs="?", default=str(DEMO), metavar="FOLDER",
                         help="checkpoint folder, or random:PRESET (default: the demo model)")
     folder = parser.parse_args().folder
     if folder.startswith("random:"):
-        preset = folder.removeprefix("random:")
-        if preset not in PRESETS:
-            raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
-        config, itemsize, dtype = PRESETS[preset], 2, torch.bfloat16
+        config, dtype = preset_config(folder.removeprefix("random:")), torch.bfloat16
     else:
         config, dtype = Config.read(folder), checkpoint_dtype(folder)
     sizes = {name: rows * columns * config.num_hidden_layers for name, (rows, columns) in block_linears(config).items()}

@@ -23,7 +23,6 @@ activation sparsity: LaRoSA, arXiv 2507.01299, with a rotation a layer, paid for
 
     python rotate.py --model FOLDER --out FOLDER [--text FILE]
 """
-import argparse
 import json
 import os
 import shutil
@@ -31,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from model import (DEMO, Config, InputError, Llama, checkpoint_dtype, command_line, load_model, progress_line, read_json,
-                   read_shards, replacing, write_safetensors)
+from model import (DEMO, Config, InputError, Llama, Parser, checkpoint_dtype, command_line, load_model, natural,
+                   progress_line, read_json, read_shards, replacing, write_safetensors)
 
 STREAM_READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
                   "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
@@ -144,11 +143,11 @@ def rotate(folder, out, Q, R, dtype=None, progress=lambda text: None):
 def main():
     from sparsify import default_context, read_tokens, windows_of
 
-    parser = argparse.ArgumentParser(description="Writes a checkpoint anew in the principal directions of its activations.")
+    parser = Parser(description="Writes a checkpoint anew in the principal directions of its activations.")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder (default: the demo model)")
     parser.add_argument("--out", required=True, help="folder to write, which must not exist")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run (default: the standard library's held-in part)")
-    parser.add_argument("--tokens", type=int, default=50_000, help="how many tokens of it at most (default: 50000)")
+    parser.add_argument("--tokens", type=natural, default=50_000, help="how many tokens of it at most (default: 50000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="to write (default: the checkpoint's own)")

@@ -18,7 +18,6 @@ the prompt for instance, is dense: it is bound by arithmetic, which skipping mem
 
     python sparsify.py [--model FOLDER] [--text FILE]      quality against sparsity, as a table
 """
-import argparse
 import ast
 import contextlib
 import json
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernel
-from model import DEMO, Attention, InputError, MLP, check_tokens, command_line, load_model, progress_line
+from model import DEMO, Attention, InputError, MLP, Parser, check_tokens, command_line, load_model, natural, progress_line
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -49,13 +48,17 @@ class SparseState:
 class SparseLinear(nn.Module):
     """A linear without bias that reads only the weights of its large inputs.
 
-    weight_t: (in, out), the transposed weight, the only copy there is. threshold: a view (in,) of the state's.
+    weight_t: (in, out), the transposed weight, the only copy there is. `share` gives it its part of the model's state.
     """
 
     def __init__(self, weight_t):
         super().__init__()
         self.weight_t = nn.Parameter(weight_t, requires_grad=False)
         self.in_features, self.out_features = weight_t.shape
+
+    def share(self, state, threshold, counts):
+        """state: the model's; threshold (in,) and counts (2,): views of this linear's part of it."""
+        self.state, self.threshold, self.counts = state, threshold, counts
 
     def forward(self, x):
         """x (B, T, in) -> (B, T, out)"""
@@ -65,11 +68,11 @@ class SparseLinear(nn.Module):
             y = kernel.sparse_gemv(x.flatten(0, 1), self.weight_t, self.threshold, counts=self.counts)
             return y.view(*x.shape[:-1], -1)
         # Many tokens: the same function as a dense product with zeros in it.
-        wide = x.to(self.threshold.dtype).abs()                                             # (B, T, in)
-        keep = wide > self.threshold
-        keep[:, :self.state.dense_prefix] = True
-        judged = keep[:, self.state.dense_prefix:]
-        self.counts += torch.stack((judged.sum(), torch.tensor(judged.numel(), device=x.device)))
+        keep = ~(x.to(self.threshold.dtype).abs() <= self.threshold)                        # (B, T, in); NaN is kept
+        prefix = self.state.dense_prefix if self.state.where == "all" else 0
+        keep[:, :prefix] = True
+        counted = keep[:, prefix:]
+        self.counts += torch.stack((counted.sum(), torch.tensor(counted.numel(), device=x.device)))
         return kernel.dense(x * keep, self.weight_t)
 
 
@@ -80,7 +83,7 @@ def is_sparse(state, x):
 
 def fits_kernel(state, x):
     """Whether x (B, T, in) is few enough rows for the sparse kernel, none of them exempt."""
-    return x.shape[0] * x.shape[1] <= kernel.MAX_ROWS and not state.dense_prefix
+    return x.shape[0] * x.shape[1] <= kernel.MAX_ROWS and not (state.dense_prefix and state.where == "all")
 
 
 class SparseAttention(Attention):
@@ -91,7 +94,7 @@ class SparseAttention(Attention):
 
     def __init__(self, dense, counts):
         nn.Module.__init__(self)
-        self.__dict__.update(dense.__dict__)
+        self.__dict__.update(dense.__dict__)               # a module's attributes and submodules, all of them
         self.counts = counts
 
     def qkv(self, x):
@@ -132,9 +135,10 @@ def sparsify(model, thresholds):
     one, so that no second copy of the model is needed. Raises InputError for a name or a shape that does not fit.
     """
     modules = dict(model.named_modules())
-    for name in thresholds:
+    for name, threshold in thresholds.items():             # all checks first: what is refused changes nothing
         if not isinstance(modules.get(name), (nn.Linear, SparseLinear)):
             raise InputError(f"thresholds name {name}, which is not a linear of this model")
+        check_threshold(name, threshold, modules[name].in_features)
     kept = {name: module.threshold.clone() for name, module in modules.items() if isinstance(module, SparseLinear)}
     for name in thresholds:
         if name not in kept:
@@ -149,7 +153,7 @@ def sparsify(model, thresholds):
                         torch.zeros(len(linears), 2, device=device, dtype=torch.int64))
     views = state.thresholds.split([linear.in_features for linear in linears.values()])
     for linear, view, counts in zip(linears.values(), views, state.counts):
-        linear.state, linear.threshold, linear.counts = state, view, counts
+        linear.share(state, view, counts)
     model.sparse_state = state
     set_thresholds(model, kept | thresholds)
 
@@ -166,6 +170,15 @@ def sparsify(model, thresholds):
     return model
 
 
+def check_threshold(name, threshold, in_features):
+    """Raises InputError if `threshold` cannot be that of the linear `name`."""
+    value = torch.as_tensor(threshold)
+    if value.shape not in ((), (in_features,)):
+        raise InputError(f"threshold of {name}: shape {tuple(value.shape)}, expected () or ({in_features},)")
+    if not torch.isfinite(value).all():
+        raise InputError(f"threshold of {name} is not finite")
+
+
 def set_thresholds(model, thresholds):
     """Sets the thresholds of sparse linears by name; those not named stay. The tensors stay where they are."""
     modules = dict(model.named_modules())
@@ -173,12 +186,10 @@ def set_thresholds(model, thresholds):
         linear = modules.get(name)
         if not isinstance(linear, SparseLinear):
             raise InputError(f"thresholds name {name}, which is not a sparse linear of this model")
-        value = torch.as_tensor(threshold, dtype=linear.threshold.dtype)
-        if value.shape not in ((), (linear.in_features,)):
-            raise InputError(f"threshold of {name}: shape {tuple(value.shape)}, expected () or ({linear.in_features},)")
-        if not torch.isfinite(value).all():
-            raise InputError(f"threshold of {name} is not finite")
-        linear.threshold.copy_(value.expand(linear.in_features))
+        check_threshold(name, threshold, linear.in_features)
+    for name, threshold in thresholds.items():
+        own = modules[name].threshold
+        own.copy_(torch.as_tensor(threshold, dtype=own.dtype).expand(len(own)))
 
 
 @contextlib.contextmanager
@@ -188,11 +199,14 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
     where: "decode": calls with one token are sparse, calls with more are dense
            "all": every call is sparse, except the first `dense_prefix` positions of what it is given
            "off": every call is dense
+    dense_prefix: counts in mode "all" alone
     thresholds: {name of a sparse linear: number, 0-d tensor or tensor (in,)}, in force inside; others stay.
     A model that was not sparsified is dense whatever the mode.
     """
     if where not in ("decode", "all", "off"):
         raise InputError(f'where is "decode", "all" or "off", not {where!r}')
+    if dense_prefix < 0:
+        raise InputError(f"dense_prefix is {dense_prefix}, expected at least 0")
     state = getattr(model, "sparse_state", None)
     if state is None:
         yield
@@ -239,6 +253,8 @@ def windows_of(tokens, context, stride=None):
     stride None: `context`, so that every token but the first is predicted once. The rest behind the last whole
     window is left out. Raises InputError for a text shorter than one window.
     """
+    if context < 1 or stride is not None and stride < 1:
+        raise InputError(f"windows of {context} tokens, {stride or context} apart: expected at least 1")
     if tokens.numel() <= context:
         raise InputError(f"the text has {tokens.numel()} tokens, a window of {context} needs {context + 1}")
     return tokens.unfold(0, context + 1, stride or context)
@@ -320,6 +336,8 @@ def judge(model, tokens, settings, context=None, scored=None, progress=lambda te
     likeliest next token is the dense model's) and kl (mean KL divergence from the dense distribution, nats).
     """
     check_tokens(tokens, model.config)
+    if not hasattr(model, "sparse_state"):
+        raise InputError("judge needs a model that was made sparse: sparsify(model, thresholds)")
     context = context or default_context(model)
     windows = windows_of(tokens, context, scored)
     settings = [Setting("dense", 0.0), *settings]
@@ -442,10 +460,8 @@ def source_settings(calibration, level=0.5):
     return settings
 
 
-def draw_quality(rows, path):
-    """Added perplexity against realised sparsity, a line an allocation."""
-    from calibrate import pyplot
-    plt = pyplot()
+def draw_quality(rows, path, plt):
+    """Added perplexity against realised sparsity, a line an allocation; plt: matplotlib.pyplot."""
     dense = rows[0]["perplexity"]
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
     for allocation in dict.fromkeys(row["allocation"] for row in rows[1:]):
@@ -483,18 +499,18 @@ def read_tokens(tokenizer, path, part):
 
 
 def main():
-    from calibrate import load_calibration
+    from calibrate import load_calibration, pyplot
 
-    parser = argparse.ArgumentParser(description="Quality against sparsity, for each allocation, beside the dense model.")
+    parser = Parser(description="Quality against sparsity, for each allocation, beside the dense model.")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder, calibrated (default: the demo model)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (default: the standard library's held-out part)")
-    parser.add_argument("--tokens", type=int, default=100_000, help="how many tokens of it at most (default: 100000)")
+    parser.add_argument("--tokens", type=natural, default=100_000, help="how many tokens of it at most (default: 100000)")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6, 0.65, 0.75],
                         help="levels to measure (default: 0.25 0.4 0.5 0.6 0.65 0.75)")
     parser.add_argument("--allocation", nargs="+", help="of those in the calibration, or cats (default: all of them)")
     parser.add_argument("--sources", action="store_true", help="instead: where the loss at 50 %% comes from")
-    parser.add_argument("--context", type=int, help="tokens in a window (default: the model's context, at most 2048)")
-    parser.add_argument("--scored", type=int, help="how many at the end of each window count (default: all)")
+    parser.add_argument("--context", type=natural, help="tokens in a window (default: the model's context, at most 2048)")
+    parser.add_argument("--scored", type=natural, help="how many at the end of each window count (default: all)")
     parser.add_argument("--dense-prefix", type=int, default=0, help="tokens at the start of each that stay dense (default: 0)")
     parser.add_argument("--paper", action="store_true", help="TEAL's protocol: 2048 tokens before 512 scored, half of all dense")
     parser.add_argument("--functions", type=int, metavar="N", help="of the held-out part to complete and parse (default: 120; 0 with --text)")
@@ -506,14 +522,14 @@ def main():
     arguments = parser.parse_args()
     if arguments.paper:
         arguments.context, arguments.scored, arguments.dense_prefix = 2560, 512, 1280
+    if arguments.model.startswith("random:"):
+        raise InputError(f"{arguments.model} has random weights: it has no quality to measure")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     calibration = load_calibration(model, arguments.model)
-    if tokenizer is None:
-        raise InputError(f"{arguments.model} has random weights: it has no quality to measure")
     context = arguments.context or default_context(model)
     if not 0 < context <= model.config.max_position_embeddings:
         raise InputError(f"a window of {context} tokens does not fit the model's context of {model.config.max_position_embeddings}")
-    if arguments.scored is not None and not 0 < arguments.scored <= context:
+    if arguments.scored is not None and arguments.scored > context:
         raise InputError(f"--scored is {arguments.scored}, expected 1 to {context}")
     if not 0 <= arguments.dense_prefix < context:
         raise InputError(f"--dense-prefix is {arguments.dense_prefix}, expected 0 to {context - 1}")
@@ -547,7 +563,7 @@ def main():
     about = {"model": arguments.model, "text": source, "tokens": len(tokens), "context": context,
              "scored": arguments.scored or context, "dense_prefix": arguments.dense_prefix, "calibration": calibration.source}
     if arguments.figure:
-        draw_quality(rows, arguments.figure)
+        draw_quality(rows, arguments.figure, pyplot())
     if arguments.json:
         print(json.dumps(about | {"rows": rows}, indent=1))
         return

@@ -18,7 +18,7 @@ NAME = f"the standard library of Python {platform.python_version()}"
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 # site-packages and dist-packages are other people's; _sysconfigdata is made by each machine's own build.
 LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
-LEFT_OUT_FILES = "_sysconfigdata"
+LEFT_OUT_PREFIX = "_sysconfigdata"
 
 
 def is_held_out(path):
@@ -38,7 +38,7 @@ def files(part):
     found = []
     for file in sorted(LIBRARY.rglob("*.py")):
         path = file.relative_to(LIBRARY).as_posix()
-        if LEFT_OUT_FOLDERS & set(path.split("/")) or file.name.startswith(LEFT_OUT_FILES):
+        if LEFT_OUT_FOLDERS & set(path.split("/")) or file.name.startswith(LEFT_OUT_PREFIX):
             continue
         if is_held_out(path) != (part == "held-out"):
             continue

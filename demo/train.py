@@ -10,7 +10,6 @@ stopped anywhere, and started again with the number of tokens it should end at.
 Writes the tokenizer, config.json and model.safetensors (bfloat16) to --out, every ten minutes and at the end.
 The state to resume from (float32 weights, AdamW's moments, the step) is a safetensors file too.
 """
-import argparse
 import ctypes
 import io
 import math
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from demo import corpus                                                                     # noqa: E402
-from model import (Config, InputError, Llama, command_line, load_tokenizer, read_header,    # noqa: E402
-                   read_safetensors, replacing, write_safetensors)
+from model import (Config, InputError, Llama, Parser, command_line, find_device, load_tokenizer,    # noqa: E402
+                   progress_line, read_header, read_safetensors, replacing, write_safetensors)
 
 CONFIG = Config(hidden_size=256, intermediate_size=768, num_hidden_layers=7, num_attention_heads=8,
                 num_key_value_heads=4, head_dim=32, vocab_size=4096, max_position_embeddings=512,
@@ -108,7 +107,7 @@ def initialise(model):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Trains the demo model on the Python standard library.")
+    parser = Parser(description="Trains the demo model on the Python standard library.")
     parser.add_argument("--tokens", type=float, default=20e6, help="tokens to train on, all in all (default: 20e6)")
     parser.add_argument("--out", type=Path, default=HERE, help="checkpoint folder to write (default: demo)")
     parser.add_argument("--state", type=Path, default=HERE / "training",
@@ -116,10 +115,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = find_device(arguments.device)
+    if not BATCH * CONTEXT <= arguments.tokens < 1e12:
+        raise InputError(f"--tokens is {arguments.tokens:g}, expected at least the {BATCH * CONTEXT} of a step and below 1e12")
     steps = int(arguments.tokens) // (BATCH * CONTEXT)
-    if steps < 1:
-        raise InputError(f"--tokens is {arguments.tokens:g}, a step alone takes {BATCH * CONTEXT}")
 
     if sys.platform == "linux":
         # Each step frees what the next one needs. Keep it: giving the pages back and asking anew costs 15 %.
@@ -151,7 +150,9 @@ def main():
     first = 0
     state_path = arguments.state / "state.safetensors"
     if state_path.exists():
-        first = int(read_header(state_path)[1]["step"])
+        first = int(read_header(state_path)[1].get("step", -1))
+        if first < 0:
+            raise InputError(f"{state_path}: not the state of a training run: its header names no step")
         state = read_safetensors(state_path)
         with torch.no_grad():
             for parameter, name in names.items():
@@ -183,34 +184,34 @@ def main():
     report(f"{sum(p.numel() for p in model.parameters()):,} parameters; {corpus.NAME}: {len(tokens):,} tokens a pass; "
            f"steps {first} to {steps} of {BATCH * CONTEXT} tokens; {device.type}, torch {torch.__version__}, "
            f"{torch.get_num_threads()} threads, {'bfloat16' if autocast else 'float32'} products")
-    durations, average, saved = [], None, time.monotonic()
-    for step in range(first, steps):
-        started = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        loss = loss_of(model, batch(tokens, step).to(device), autocast)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        value = loss.item()
-        average = value if average is None else 0.98 * average + 0.02 * value
-        durations = durations[-49:] + [time.monotonic() - started]
-        done = step + 1
-        if done % 10 == 0:
-            usual = sorted(durations)[len(durations) // 2]            # a median: a pause does not count
-            left = (steps - done) * usual
-            line = (f"{done * BATCH * CONTEXT / 1e6:7.2f} M tokens  loss {average:.3f}  "
-                    f"{BATCH * CONTEXT / usual:6.0f} tokens/s  {left / 60:5.1f} min left")
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
-        if done % 200 == 0 or done == steps:
-            with torch.no_grad():
-                judged = sum(loss_of(model, part.to(device), autocast).item() for part in held_out.split(8)) / 5
-            print("\r", end="", file=sys.stderr)
-            report(f"{line}  held-out {judged:.3f} (perplexity {math.exp(judged):.2f})")
-        if done == steps or time.monotonic() - saved > 600:
+    durations, average, saved, done = [], None, time.monotonic(), first
+    try:
+        for step in range(first, steps):
+            started = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            loss = loss_of(model, batch(tokens, step).to(device), autocast)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            value, done = loss.item(), step + 1
+            average = value if average is None else 0.98 * average + 0.02 * value
+            durations = durations[-49:] + [time.monotonic() - started]
+            usual = sorted(durations)[len(durations) // 2]                  # a median: a pause does not count
+            line = (f"{done * BATCH * CONTEXT / 1e6:7.2f} M tokens  loss {average:.3f}  {BATCH * CONTEXT / usual:6.0f} tokens/s  "
+                    f"{(steps - done) * usual / 60:5.1f} min left")
+            progress_line(line)
+            if done % 200 == 0 or done == steps:
+                with torch.no_grad():
+                    parts = [loss_of(model, part.to(device), autocast).item() for part in held_out.split(BATCH)]
+                report(f"{line}  held-out {sum(parts) / len(parts):.3f} (perplexity {math.exp(sum(parts) / len(parts)):.2f})")
+            if time.monotonic() - saved > 600:
+                save(done)
+                saved = time.monotonic()
+    finally:
+        if done > first:                                   # Ctrl-C loses nothing
             save(done)
-            saved = time.monotonic()
 
 
 if __name__ == "__main__":
