@@ -841,7 +841,7 @@ def test_quantiles_of_a_histogram():
     assert calibrate.quantile(counts, 0) == 0 and calibrate.quantile(counts, 0.05) < 1e-5
 
 
-ALLOCATIONS = ["uniform", "fisher", "fisher-channel", "wina", "greedy"]
+ALLOCATIONS = ["fisher-channel", "fisher", "greedy", "uniform", "wina"]
 
 
 @pytest.fixture(scope="module")
@@ -857,10 +857,10 @@ def calibrated(tmp_path_factory):
 def test_calibration_leaves_the_sinks_out(calibrated):
     _, _, made = calibrated
     assert made.histograms["input"][0, 0].sum() == 93 * (16 - calibrate.SINKS) * 32
-    assert made.allocations == ["fisher-channel", "fisher", "greedy", "uniform", "wina"]
+    assert made.allocations == ["balanced", *ALLOCATIONS]
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", ["balanced", *ALLOCATIONS])
 def test_every_allocation_reaches_its_target(calibrated, allocation):
     _, tokens, made = calibrated
     _, sizes = made.sizes()
@@ -907,6 +907,10 @@ def test_fisher_drops_by_one_price(calibrated):
     vector = made.thresholds(0.5, "fisher-channel")[name]
     weighted = vector * made.weights["fisher-channel"][name]
     assert vector.shape == (56,) and torch.allclose(weighted, weighted.mean().expand(56), rtol=1e-4)
+    shares = made.sparsities(0.5, "balanced")              # halfway between the model's price and the block's
+    _, sizes = made.sizes()
+    by_block = 2 * shares - made.sparsities(0.5, "fisher-channel")
+    assert torch.allclose(by_block @ sizes, torch.full((3,), 0.5, dtype=torch.float64), atol=1e-4)
     assert made.weights["fisher-channel"][name].square().mean().sqrt().item() == pytest.approx(1, rel=1e-3)
 
 
@@ -971,7 +975,7 @@ def test_calibration_file(calibrated, tmp_path):
     for sparsity in (-0.1, 1.0, float("nan")):
         with pytest.raises(InputError, match="expected at least 0 and below 1"):
             loaded.thresholds(sparsity)
-    with pytest.raises(InputError, match="allocation 'other' is not in this calibration, .*; known are fisher-channel"):
+    with pytest.raises(InputError, match="allocation 'other' is not in this calibration, .*; known are balanced"):
         loaded.thresholds(0.5, "other")
     loaded.greedy = None
     with pytest.raises(InputError, match="'greedy' is not in this calibration, .*; make it with: python calibrate.py --greedy"):
