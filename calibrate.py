@@ -279,8 +279,9 @@ def shapes_of(config):
 
 def fingerprint_of(model):
     """256 values spread over the embedding, float32 (256,); the same in every dtype up to rounding."""
-    weight = model.model.embed_tokens.weight.detach().flatten()
-    return weight[torch.linspace(0, len(weight) - 1, 256, dtype=torch.float64).long()].float().cpu()
+    weight = model.model.embed_tokens.weight.detach()                        # (vocab, hidden)
+    place = torch.linspace(0, weight.numel() - 1, 256, dtype=torch.float64).long().to(weight.device)
+    return weight[place // weight.shape[1], place % weight.shape[1]].float().cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------

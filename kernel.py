@@ -82,16 +82,16 @@ def sparse_gemv_group(x, weights_t, thresholds, backend=None, counts=None):
     weights_t: list of (in, out_l); thresholds: list, one for each, as in sparse_gemv;
     counts: None or (len(weights_t), 2) int64, contiguous. Returns the list of (B, out_l).
     """
+    return list(_group(x, weights_t, thresholds, backend, counts).split([w.shape[1] for w in weights_t], dim=1))
+
+
+def _group(x, weights_t, thresholds, backend, counts, gated=False):
+    """The outputs of a group side by side, (B, sum of out_l), or with `gated` silu(first) * second, (B, out)."""
     _check(x, weights_t, counts)
-    backend = backend or best_backend(x)
-    if backend == "triton":
-        return list(_triton_group(x, weights_t, _vectors(thresholds, x), counts, gated=False)
-                    .split([w.shape[1] for w in weights_t], dim=1))
-    one = {"c": _c_gemv, "torch": _torch_gemv}.get(backend)
-    if one is None:
+    group = {"triton": _triton_group, "c": _c_group, "torch": _torch_group}.get(backend or best_backend(x))
+    if group is None:
         raise ValueError(f'backend is "triton", "c", "torch" or None, not {backend!r}')
-    return [one(x, weight_t, threshold, None if counts is None else counts[i])
-            for i, (weight_t, threshold) in enumerate(zip(weights_t, _vectors(thresholds, x)))]
+    return group(x, weights_t, _vectors(thresholds, x), counts, gated)
 
 
 def sparse_gated(x, gate_t, up_t, gate_threshold, up_threshold, backend=None, counts=None):
@@ -99,12 +99,13 @@ def sparse_gated(x, gate_t, up_t, gate_threshold, up_threshold, backend=None, co
 
     Shapes as in sparse_gemv_group with two linears of one width; returns (B, out).
     """
-    _check(x, [gate_t, up_t], counts)
     if gate_t.shape != up_t.shape:
         raise ValueError(f"gate is {tuple(gate_t.shape)}, up is {tuple(up_t.shape)}: expected one shape")
-    if (backend or best_backend(x)) == "triton":
-        return _triton_group(x, [gate_t, up_t], _vectors([gate_threshold, up_threshold], x), counts, gated=True)
-    gate, up = sparse_gemv_group(x, [gate_t, up_t], [gate_threshold, up_threshold], backend, counts)
+    return _group(x, [gate_t, up_t], [gate_threshold, up_threshold], backend, counts, gated=True)
+
+
+def _gated(y):
+    gate, up = y.chunk(2, dim=1)
     return F.silu(gate) * up
 
 
@@ -119,7 +120,7 @@ def dense(x, weight_t):
         if rows <= MAX_ROWS or x.dtype == torch.float16 and rows <= 8 * MAX_ROWS:
             keep_all, parts = torch.tensor(-1.0), x.reshape(rows, -1).split(MAX_ROWS)
             _check(parts[0], [weight_t])
-            parts = [_c_gemv(part, weight_t, keep_all, None) for part in parts]
+            parts = [_c_group(part, [weight_t], [keep_all], None, gated=False) for part in parts]
             return torch.cat(parts).view(*x.shape[:-1], -1)
     if x.device.type == "cpu" and x.dtype == torch.float16:
         return (x.float() @ weight_t.float()).half()
@@ -162,6 +163,12 @@ def _vectors(thresholds, x):
 
 # ---------------------------------------------------------------------------------------------------------
 # PyTorch: an embedding lookup is a gather of rows, and `embedding_bag` sums what it gathers with weights.
+
+def _torch_group(x, weights_t, thresholds, counts, gated):
+    y = torch.cat([_torch_gemv(x, weight_t, threshold, None if counts is None else counts[i])
+                   for i, (weight_t, threshold) in enumerate(zip(weights_t, thresholds))], dim=1)
+    return _gated(y) if gated else y
+
 
 def _torch_gemv(x, weight_t, threshold, counts):
     """One bag is one thread's work, so each row of x is cut into a few bags, added up at the end."""
@@ -207,32 +214,40 @@ static inline float number(uint32_t bits) { float value; memcpy(&value, &bits, 4
 #define F16_LOW(row, j)   number((uint32_t)((int32_t)(((const word *)(row))[j] << 16) >> 3) & 0x8fffe000u)
 #define F16_HIGH(row, j)  number((uint32_t)((int32_t)((const word *)(row))[j] >> 3) & 0x8fffe000u)
 
-// Lists the channels that any token keeps, and their inputs, and returns how many they are, padded to whole groups of
-// GROUP with inputs of zero. In each group the inputs stand token by token, so that one load serves a token:
+// Reads one number; a float16 comes as its value / 2^112, see above.
+static inline uint32_t half(const char *at) { uint16_t bits; memcpy(&bits, at, 2); return bits; }
+static inline float f32_one(const char *at) { float value; memcpy(&value, at, 4); return value; }
+static inline float bf16_one(const char *at) { return number(half(at) << 16); }
+static inline float f16_one(const char *at) { return number((uint32_t)((int32_t)(half(at) << 16) >> 3) & 0x8fffe000u); }
+
+// The channels that any token keeps, and their inputs, padded to whole groups of GROUP with inputs of zero. In each group
+// the inputs stand token by token, so that one load serves a token:
 //     channel  c0 c1 c2 c3 | c4 ...        input  (token 0: x[c0] x[c1] x[c2] x[c3]) (token 1: ...) | ...
 // A token that does not keep a channel which another one keeps has zero there.
-static long list_kept(const float *x, const float *threshold, long step, long tokens, long in,
-                      float scale, int *channel, float *input, int64_t *counts) {
+struct kept { long n; int *channel; float *input; };
+
+static void list_kept(struct kept *list, const float *x, float scale, const float *threshold, long step,
+                      long tokens, long in, int64_t *counts) {
     long n = 0, entries = 0;
     for (long i = 0; i < in; i++) {
-        float *place = input + n / GROUP * GROUP * tokens + n % GROUP;
+        float *place = list->input + n / GROUP * GROUP * tokens + n % GROUP;
         int needed = 0;
         for (long t = 0; t < tokens; t++) {
-            int keep = !(fabsf(x[t * in + i]) <= threshold[i * step]);
+            int keep = !(fabsf(x[t * in + i]) <= threshold[i * step]);       // NaN is kept
             place[t * GROUP] = keep ? scale * x[t * in + i] : 0.0f;
             needed |= keep;
             entries += keep;
         }
-        channel[n] = i;
+        list->channel[n] = i;
         n += needed;
     }
     for (; n % GROUP; n++) {
-        channel[n] = channel[n - 1];
-        for (long t = 0; t < tokens; t++) input[n / GROUP * GROUP * tokens + t * GROUP + n % GROUP] = 0.0f;
+        list->channel[n] = list->channel[n - 1];
+        for (long t = 0; t < tokens; t++) list->input[n / GROUP * GROUP * tokens + t * GROUP + n % GROUP] = 0.0f;
     }
+    list->n = n;
     counts[0] += entries;
     counts[1] += tokens * in;
-    return n;
 }
 
 #define DEFINE(NAME, SIZE, LOW, HIGH, SCALE)                                                                      \
@@ -256,58 +271,77 @@ static inline __attribute__((always_inline)) void NAME##_add(const int TOKENS, c
         }                                                                                                         \
 }                                                                                                                 \
                                                                                                                   \
-/* x (tokens, in), weight (in, out), threshold (in) or one, by step; y (tokens, out). 0, or 1: out of memory */   \
-int NAME(const float *x, const char *weight, const float *threshold, long step, float *y,                         \
-         long tokens, long in, long out, int threads, int64_t *counts) {                                          \
-    int *channel = malloc((in + GROUP) * sizeof(int));                                                            \
-    float *input = malloc((in + GROUP) * tokens * sizeof(float));                                                 \
-    if (!channel || !input) { free(channel); free(input); return 1; }                                             \
-    long n = list_kept(x, threshold, step, tokens, in, SCALE, channel, input, counts);                                 \
-    PARALLEL                                                                                                      \
-    {                                                                                                             \
-        float low[ROOM / 2] __attribute__((aligned(64))), high[ROOM / 2] __attribute__((aligned(64)));            \
-        long share = ((out + TEAM - 1) / TEAM + 63) / 64 * 64;                                                    \
-        long begin = MEMBER * share, end = begin + share < out ? begin + share : out;                             \
-        long stride = ROOM / 2 / tokens / 16 * 16;                                                                \
-        for (long first = begin; first < end; first += 2 * stride) {                                              \
-            long width = end - first < 2 * stride ? end - first : 2 * stride, pairs = width / 2;                  \
-            memset(low, 0, sizeof low);                                                                           \
-            memset(high, 0, sizeof high);                                                                         \
-            for (long k = 0; k < n; k += GROUP) {                                                                 \
-                const char *rows[GROUP];                                                                          \
-                for (int r = 0; r < GROUP; r++) rows[r] = weight + ((long)channel[k + r] * out + first) * SIZE;   \
-                /* four tokens at a time keep the sums in registers; the rows are in the cache by then */         \
-                for (long t = 0; t < tokens; t += 4) {                                                            \
-                    const float *in4 = input + k * tokens + t * GROUP;                                            \
-                    float *l = low + t * stride, *h = high + t * stride;                                          \
-                    switch (tokens - t) {                                                                         \
-                    case 1:  NAME##_add(1, rows, in4, l, h, pairs, stride); break;                                \
-                    case 2:  NAME##_add(2, rows, in4, l, h, pairs, stride); break;                                \
-                    case 3:  NAME##_add(3, rows, in4, l, h, pairs, stride); break;                                \
-                    default: NAME##_add(4, rows, in4, l, h, pairs, stride);                                       \
-                    }                                                                                             \
-                }                                                                                                 \
-            }                                                                                                     \
-            for (long t = 0; t < tokens; t++) {                                                                   \
-                float *to = y + t * out + first;                                                                  \
-                for (long j = 0; j < pairs; j++) {                                                                \
-                    to[SIZE == 2 ? 2 * j : j] = low[t * stride + j];                                              \
-                    to[SIZE == 2 ? 2 * j + 1 : j + pairs] = high[t * stride + j];                                 \
-                }                                                                                                 \
-                if (width % 2) {        /* an odd number of outputs: the last one has no pair */                  \
-                    const char *last = weight + (first + 2 * pairs) * SIZE;                                       \
-                    float sum = 0;                                                                                \
-                    for (long k = 0; k < n; k++)                                                                  \
-                        sum += input[k / GROUP * GROUP * tokens + t * GROUP + k % GROUP]                          \
-                               * NAME##_one(last + (long)channel[k] * out * SIZE);                                \
-                    to[2 * pairs] = sum;                                                                          \
+/* One thread's outputs [begin, end) of one linear: y[t][j], rows of y `width` apart. */                          \
+static void NAME##_range(const struct kept *list, const char *weight, float *y, long width,                       \
+                         long tokens, long out, long begin, long end) {                                           \
+    float low[ROOM / 2] __attribute__((aligned(64))), high[ROOM / 2] __attribute__((aligned(64)));                \
+    long stride = ROOM / 2 / tokens / 16 * 16;                                                                    \
+    for (long first = begin; first < end; first += 2 * stride) {                                                  \
+        long columns = end - first < 2 * stride ? end - first : 2 * stride, pairs = columns / 2;                  \
+        memset(low, 0, sizeof low);                                                                               \
+        memset(high, 0, sizeof high);                                                                             \
+        for (long k = 0; k < list->n; k += GROUP) {                                                               \
+            const char *rows[GROUP];                                                                              \
+            for (int r = 0; r < GROUP; r++)                                                                       \
+                rows[r] = weight + ((long)list->channel[k + r] * out + first) * SIZE;                             \
+            /* four tokens at a time keep the sums in registers; the rows are in the cache by then */             \
+            for (long t = 0; t < tokens; t += 4) {                                                                \
+                const float *input = list->input + k * tokens + t * GROUP;                                        \
+                float *l = low + t * stride, *h = high + t * stride;                                              \
+                switch (tokens - t) {                                                                             \
+                case 1:  NAME##_add(1, rows, input, l, h, pairs, stride); break;                                  \
+                case 2:  NAME##_add(2, rows, input, l, h, pairs, stride); break;                                  \
+                case 3:  NAME##_add(3, rows, input, l, h, pairs, stride); break;                                  \
+                default: NAME##_add(4, rows, input, l, h, pairs, stride);                                         \
                 }                                                                                                 \
             }                                                                                                     \
         }                                                                                                         \
+        for (long t = 0; t < tokens; t++) {                                                                       \
+            float *to = y + t * width + first;                                                                    \
+            for (long j = 0; j < pairs; j++) {                                                                    \
+                to[SIZE == 2 ? 2 * j : j] = low[t * stride + j];                                                  \
+                to[SIZE == 2 ? 2 * j + 1 : j + pairs] = high[t * stride + j];                                     \
+            }                                                                                                     \
+            if (columns % 2) {          /* an odd number of outputs: the last one has no pair */                  \
+                const char *last = weight + (first + 2 * pairs) * SIZE;                                           \
+                float sum = 0;                                                                                    \
+                for (long k = 0; k < list->n; k++)                                                                \
+                    sum += list->input[k / GROUP * GROUP * tokens + t * GROUP + k % GROUP]                        \
+                           * NAME##_one(last + (long)list->channel[k] * out * SIZE);                              \
+                to[2 * pairs] = sum;                                                                              \
+            }                                                                                                     \
+        }                                                                                                         \
     }                                                                                                             \
-    free(channel);                                                                                                \
-    free(input);                                                                                                  \
-    return 0;                                                                                                     \
+}                                                                                                                 \
+                                                                                                                  \
+/* x (tokens, in); of each linear l: weight[l] (in, out[l]), threshold[l] (in) or one, by step[l]; counts[l] (2);  \
+   y (tokens, sum of out), the linears side by side. Returns 0, or 1 where memory ran out. */                     \
+int NAME(const float *x, int linears, const char *const *weight, const float *const *threshold, const long *step,  \
+         const long *out, float *y, long tokens, long in, int threads, int64_t *counts) {                         \
+    struct kept list[3] = {{0}};                                                                                  \
+    long width = 0;                                                                                               \
+    int failed = 0;                                                                                               \
+    for (int l = 0; l < linears; l++) {                                                                           \
+        width += out[l];                                                                                          \
+        list[l].channel = malloc((in + GROUP) * sizeof(int));                                                     \
+        list[l].input = malloc((in + GROUP) * tokens * sizeof(float));                                            \
+        failed |= !list[l].channel || !list[l].input;                                                             \
+    }                                                                                                             \
+    if (!failed) {                                                                                                \
+        PARALLEL                                                                                                  \
+        {                                                                                                         \
+            for (int l = MEMBER; l < linears; l += TEAM)                                                          \
+                list_kept(&list[l], x, SCALE, threshold[l], step[l], tokens, in, counts + 2 * l);                 \
+            BARRIER                                                                                               \
+            for (long l = 0, offset = 0; l < linears; offset += out[l++]) {                                       \
+                long share = ((out[l] + TEAM - 1) / TEAM + 63) / 64 * 64;                                         \
+                long begin = MEMBER * share, end = begin + share < out[l] ? begin + share : out[l];               \
+                NAME##_range(&list[l], weight[l], y + offset, width, tokens, out[l], begin, end);                 \
+            }                                                                                                     \
+        }                                                                                                         \
+    }                                                                                                             \
+    for (int l = 0; l < linears; l++) { free(list[l].channel); free(list[l].input); }                             \
+    return failed;                                                                                                \
 }
 
 #define PRAGMA(text) _Pragma(#text)
@@ -320,18 +354,15 @@ int NAME(const float *x, const char *weight, const float *threshold, long step, 
 #endif
 #ifdef _OPENMP
 #define PARALLEL PRAGMA(omp parallel num_threads(threads))
+#define BARRIER PRAGMA(omp barrier)
 #define TEAM omp_get_num_threads()
 #define MEMBER omp_get_thread_num()
 #else
 #define PARALLEL
+#define BARRIER
 #define TEAM 1
 #define MEMBER 0
 #endif
-
-static inline uint32_t half(const char *at) { uint16_t bits; memcpy(&bits, at, 2); return bits; }
-static inline float f32_one(const char *at) { float value; memcpy(&value, at, 4); return value; }
-static inline float bf16_one(const char *at) { return number(half(at) << 16); }
-static inline float f16_one(const char *at) { return number((uint32_t)((int32_t)(half(at) << 16) >> 3) & 0x8fffe000u); }
 
 DEFINE(f32, 4, F32_LOW, F32_HIGH, 1.0f)
 DEFINE(bf16, 2, BF16_LOW, BF16_HIGH, 1.0f)
@@ -388,7 +419,8 @@ def _load(library):
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
     for name in C_NAMES.values():
-        getattr(loaded, name).argtypes = [pointer, pointer, pointer, long, pointer, long, long, long, ctypes.c_int, pointer]
+        getattr(loaded, name).argtypes = [pointer, ctypes.c_int, pointer, pointer, pointer, pointer, pointer, long, long,
+                                          ctypes.c_int, pointer]
     return loaded
 
 
@@ -402,20 +434,21 @@ def _processor():
         sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
-def _c_gemv(x, weight_t, threshold, counts):
+def _c_group(x, weights_t, thresholds, counts, gated):
     if x.device.type != "cpu" or x.dtype not in C_NAMES or c_library() is None:
         raise ValueError(f'backend "c" needs a C compiler and float32, float16 or bfloat16 on the CPU, not '
                          f'{x.dtype} on {x.device.type}')
-    (rows, channels), outputs = x.shape, weight_t.shape[1]
-    wide, threshold = x.float().contiguous(), threshold.float().contiguous()
-    y = torch.empty(rows, outputs)
-    counts = torch.empty(2, dtype=torch.int64) if counts is None else counts
-    failed = getattr(c_library(), C_NAMES[x.dtype])(
-        wide.data_ptr(), weight_t.data_ptr(), threshold.data_ptr(), threshold.ndim, y.data_ptr(),
-        rows, channels, outputs, torch.get_num_threads(), counts.data_ptr())
+    dtype, x, n, outs = x.dtype, x.float().contiguous(), len(weights_t), [w.shape[1] for w in weights_t]
+    y = torch.empty(len(x), sum(outs))
+    counts = torch.empty(n, 2, dtype=torch.int64) if counts is None else counts
+    pointers, longs = ctypes.c_void_p * n, ctypes.c_long * n
+    failed = getattr(c_library(), C_NAMES[dtype])(
+        x.data_ptr(), n, pointers(*[w.data_ptr() for w in weights_t]), pointers(*[t.data_ptr() for t in thresholds]),
+        longs(*[t.ndim for t in thresholds]), longs(*outs), y.data_ptr(), len(x), x.shape[1], torch.get_num_threads(),
+        counts.data_ptr())
     if failed:
         raise MemoryError("no memory for the list of kept channels")
-    return y.to(x.dtype)
+    return (_gated(y) if gated else y).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------

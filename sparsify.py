@@ -86,6 +86,21 @@ def fits_kernel(state, x):
     return x.shape[0] * x.shape[1] <= kernel.MAX_ROWS and not (state.dense_prefix and state.where == "all")
 
 
+class TransposedEmbedding(nn.Module):
+    """The embedding of a model whose head, tied to it, is a SparseLinear: the head's weight_t (hidden, vocab) serves both."""
+
+    def __init__(self, weight_t):
+        super().__init__()
+        self.weight_t = weight_t
+
+    @property
+    def weight(self):
+        return self.weight_t.t()
+
+    def forward(self, tokens):
+        return self.weight[tokens].contiguous()                                             # (B, T, hidden)
+
+
 class SparseAttention(Attention):
     """Attention whose q, k and v, all of them sparse, share a launch of the kernel.
 
@@ -145,6 +160,8 @@ def sparsify(model, thresholds):
             dense = modules.pop(name)                      # so that its weight is freed with it, before the next one's turn
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, SparseLinear(dense.weight.detach().t().contiguous()))
+            if name == "lm_head" and model.config.tie_word_embeddings:
+                model.model.embed_tokens = TransposedEmbedding(model.lm_head.weight_t)
             del dense
     linears = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     device = model.device
@@ -376,8 +393,9 @@ def at_target(rows):
     """
     points = sorted((row["sparsity"], math.log(row["perplexity"])) for row in rows)
     for row in rows:
-        row["perplexity_at_target"] = row["perplexity"]
-        if abs(row["sparsity"] - row["target"]) > 0.005:
+        near = abs(row["sparsity"] - row["target"]) <= 0.005
+        row["perplexity_at_target"] = row["perplexity"] if near else None    # None: not between two measured ones
+        if not near:
             for (x0, y0), (x1, y1) in zip(points, points[1:]):
                 if x0 <= row["target"] <= x1:
                     row["perplexity_at_target"] = math.exp(y0 + (y1 - y0) * (row["target"] - x0) / (x1 - x0))
@@ -454,7 +472,7 @@ def source_settings(calibration, level=0.5):
     uniform = calibration.thresholds(level, "uniform")
     for linear in dict.fromkeys(name.split(".", 3)[3] for name in uniform):
         alone = {name: value if name.endswith(linear) else 0.0 for name, value in uniform.items()}
-        settings.append(Setting(linear.split(".")[1], level, alone | {"lm_head": 0.0}))
+        settings.append(Setting(linear.split(".")[1], level, alone))
     nothing = dict.fromkeys(uniform, 0.0)
     settings += [Setting("lm_head", share, nothing | {"lm_head": calibration.head_threshold(share)}) for share in (0.25, 0.4, 0.5)]
     return settings
@@ -541,7 +559,7 @@ def main():
 
     if arguments.sources:
         settings = source_settings(calibration)
-        sparsify(model, settings[-1].thresholds)
+        sparsify(model, calibration.thresholds(0.0) | {"lm_head": 0.0})
     else:
         allocations = arguments.allocation or [*calibration.allocations, "cats"]
         settings = table_settings(calibration, allocations, sorted(arguments.sparsity))
@@ -571,7 +589,7 @@ def main():
     print(f"{'':>14} {'target':>7} {'realised':>9} {'perplexity':>11} {'at target':>10} {'agreement':>10} {'KL':>8}"
           + f" {'functions':>10}" * bool(functions))
     for row in rows:
-        at = f"{row['perplexity_at_target']:10.3f}" if "perplexity_at_target" in row else " " * 10
+        at = f"{row['perplexity_at_target']:10.3f}" if row.get("perplexity_at_target") else f"{'-':>10}"
         print(f"{row['allocation']:>14} {row['target']:7.0%} {row['sparsity']:9.1%} {row['perplexity']:11.3f} {at} "
               f"{row['agreement']:10.1%} {row['kl']:8.4f}" + (f" {row['functions']:10.1%}" if functions else ""))
 

@@ -743,11 +743,24 @@ def test_thresholds_that_do_not_fit():
             pass
 
 
-def test_a_sparse_model_is_saved_as_the_dense_one(tmp_path):
-    model = tiny_model(torch.float32)
+def test_a_tied_head_can_be_sparse_and_stays_one_weight():
+    model = tiny_model(tie_word_embeddings=True)
+    tokens = tokens_like(model, 2, 6)
+    expected = by_hand(model, tokens, {"lm_head": 0.5})
+    mark = calibrate.fingerprint_of(model)
+    sparse.sparsify(model, {"lm_head": 0.5})
+    assert model.model.embed_tokens.weight_t is model.lm_head.weight_t
+    with sparse.sparse_mode(model, "all"):
+        assert close(model(tokens), expected, 1e-12)
+    assert torch.equal(calibrate.fingerprint_of(model), mark) and sparse.realised_sparsity(model) == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sparse_model_is_saved_as_the_dense_one(tmp_path, tied):
+    model = tiny_model(torch.float32, tie_word_embeddings=tied)
     tokens = tokens_like(model, 1, 6)
     expected = model(tokens)
-    sparse.sparsify(model, some_thresholds(model)).save_pretrained(tmp_path)
+    sparse.sparsify(model, some_thresholds(model) | {"lm_head": 0.3}).save_pretrained(tmp_path)
     assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), expected)
 
 
@@ -807,9 +820,11 @@ def test_judge_agrees_with_perplexity():
 
 
 def test_perplexity_is_read_at_the_target():
-    rows = [{"target": 0.0, "sparsity": 0.0, "perplexity": 10.0}, {"target": 0.5, "sparsity": 0.6, "perplexity": 20.0}]
+    rows = [{"target": target, "sparsity": sparsity, "perplexity": perplexity} for target, sparsity, perplexity in
+            ((0.0, 0.0, 10.0), (0.5, 0.6, 20.0), (0.7, 0.696, 30.0), (0.9, 0.8, 50.0))]
     sparse.at_target(rows)
-    assert rows[1]["perplexity_at_target"] == pytest.approx(10 * 2 ** (5 / 6)) and rows[0]["perplexity_at_target"] == 10
+    found = [row["perplexity_at_target"] for row in rows]
+    assert found[1] == pytest.approx(10 * 2 ** (5 / 6)) and found[0] == 10 and found[2] == 30 and found[3] is None
 
 
 def test_functions_are_cut_and_parsed():
