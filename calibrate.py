@@ -530,8 +530,8 @@ def draw_allocations(calibration, path, sparsity=0.5):
             axis.plot(shares[:, i] * 100, marker="o", ms=3, lw=1.2, label=linear.split(".")[1].removesuffix("_proj"))
         axis.axhline(sparsity * 100, color="grey", lw=0.8, ls="--")
         axis.set(title=allocation, xlabel="block", ylim=(0, 100))
-    axes[0, 0].set_ylabel("sparsity of the input (%)")
-    axes[0, -1].legend(fontsize=7, ncols=2)
+    axes[0, 0].set_ylabel(f"sparsity of each linear at {sparsity:.0%} of all (%)")
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
     plt.close(figure)
 

@@ -230,9 +230,10 @@ def main():
     parser.add_argument("--sparsity", type=float, metavar="S",
                         help="share of the blocks' weights to skip, 0 to below 1 (default: 0.5 after a dense run to compare)")
     parser.add_argument("--max-new-tokens", type=natural, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0; 1 in the demo, where so small a model "
+                        "would soon repeat itself)")
     parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this share (default: all)")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this share (default: all; 0.9 in the demo)")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable (default: 0 when runs are compared, else none)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
@@ -240,7 +241,10 @@ def main():
     parser.add_argument("--calibration", metavar="FILE", help="(default: calibration.safetensors in the checkpoint folder)")
     parser.add_argument("--allocation", help="how the sparsity is shared out (default: the best that the calibration holds)")
     arguments = parser.parse_args()
-    compare = arguments.sparsity is None
+    compare, demo = arguments.sparsity is None, arguments.model == str(DEMO) and arguments.prompt is None
+    if arguments.temperature is None:
+        arguments.temperature = 1.0 if demo else 0.0
+        arguments.top_p = arguments.top_p or (0.9 if demo else None)
     sparsity = 0.5 if compare else arguments.sparsity
     if not 0 <= sparsity < 1:
         raise InputError(f"--sparsity is {sparsity}, expected at least 0 and below 1")

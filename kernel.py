@@ -611,26 +611,28 @@ def time_shape(inputs, outputs, dtype, device, levels, rows):
     copies = max(2, -(-512_000_000 // size))               # more than any cache holds
     first = torch.randn(inputs, outputs, device=device).to(dtype)
     weights = [first] + [first.roll(i, 0) for i in range(1, copies)]
-    x = torch.randn(max(rows), inputs, device=device).to(dtype)
-    ways = {name: median_time(call, device) for name, call in dense_ways(x[:1], weights).items()}
+    xs = [torch.randn(1, inputs, device=device).to(dtype) for _ in range(8)]    # each keeps other rows
+    x = xs[0]
+    ways = {name: median_time(call, device) for name, call in dense_ways(x, weights).items()}
     best = min(ways, key=ways.get)
     print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB; dense, one row: "
           + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in ways.items()))
     print(f"{'sparsity':>10} {'ms':>9} {'GB/s':>8} {'share':>7} {'ratio':>8}")
     print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {size / ways[best] / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
     for sparsity in levels:
-        threshold = threshold_dropping(x[:1], sparsity)
-        kept = (x[:1].float().abs() > threshold).float().mean().item()
-        seconds = median_time(lambda i: sparse_gemv(x[:1], weights[i % copies], threshold), device)
+        thresholds = [threshold_dropping(x, sparsity) for x in xs]
+        kept = (x.float().abs() > thresholds[0]).float().mean().item()
+        seconds = median_time(lambda i: sparse_gemv(xs[i % 8], weights[i % copies], thresholds[i % 8]), device)
         print(f"{sparsity:10.0%} {seconds * 1e3:9.3f} {kept * size / seconds / 1e9:8.1f} "
               f"{kept * ways[best] / seconds:7.0%} {ways[best] / seconds:7.2f}x   {best_backend(x)}", flush=True)
     for count in rows:
         if count > 1:
-            library = {name: median_time(call, device) for name, call in dense_ways(x[:count], weights).items()}
-            # Rows drop the same channels here: a weight row is read if any of them needs it.
-            same = (x[:1] * torch.sign(torch.randn(count, 1, device=device))).to(dtype)
+            # Rows drop the same channels here, half of them: a weight row is read if any of the rows needs it.
+            same = (x * torch.randn(count, 1, device=device).sign()).to(dtype)
+            threshold = threshold_dropping(x, 0.5)
+            library = {name: median_time(call, device) for name, call in dense_ways(same, weights).items()}
             ours = median_time(lambda i: dense(same, weights[i % copies]), device)
-            half = median_time(lambda i: sparse_gemv(same, weights[i % copies], threshold_dropping(x[:1], 0.5)), device)
+            half = median_time(lambda i: sparse_gemv(same, weights[i % copies], threshold), device)
             print(f"{count:3} rows: " + ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in library.items())
                   + f", ours {ours * 1e3:.3f}, at 50 % {half * 1e3:.3f} ms; over one dense row: {min(library.values()) / ways[best]:.2f}, "
                   f"{ours / ways[best]:.2f}, {half / ways[best]:.2f}", flush=True)

@@ -586,12 +586,13 @@ def main():
         print(json.dumps(about | {"rows": rows}, indent=1))
         return
     print(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
-    print(f"{'':>14} {'target':>7} {'realised':>9} {'perplexity':>11} {'at target':>10} {'agreement':>10} {'KL':>8}"
-          + f" {'functions':>10}" * bool(functions))
+    print(f"{'':>14} {'target':>7} {'realised':>9} {'perplexity':>11}" + f" {'at target':>10}" * (not arguments.sources)
+          + f" {'agreement':>10} {'KL':>8}" + f" {'functions':>10}" * bool(functions))
     for row in rows:
         at = f"{row['perplexity_at_target']:10.3f}" if row.get("perplexity_at_target") else f"{'-':>10}"
-        print(f"{row['allocation']:>14} {row['target']:7.0%} {row['sparsity']:9.1%} {row['perplexity']:11.3f} {at} "
-              f"{row['agreement']:10.1%} {row['kl']:8.4f}" + (f" {row['functions']:10.1%}" if functions else ""))
+        print(f"{row['allocation']:>14} {row['target']:7.0%} {row['sparsity']:9.1%} {row['perplexity']:11.3f} "
+              + f"{at} " * (not arguments.sources) + f"{row['agreement']:10.1%} {row['kl']:8.4f}"
+              + (f" {row['functions']:10.1%}" if functions else ""))
 
 
 if __name__ == "__main__":
