@@ -22,6 +22,7 @@ import calibrate                                                                
 import generate as generation                                                               # noqa: E402
 import kernel                                                                               # noqa: E402
 import model as llama                                                                       # noqa: E402
+import rotate as rotation                                                                   # noqa: E402
 import sparsify as sparse                                                                   # noqa: E402
 from calibrate import Calibration                                                           # noqa: E402
 from demo import corpus                                                                     # noqa: E402
@@ -1036,6 +1037,33 @@ def test_figures(calibrated, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# rotate.py
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rotated_checkpoint_is_the_same_function(tmp_path, tied):
+    model = tiny_model(torch.float32, tie_word_embeddings=tied, num_key_value_heads=2)
+    tokens = tokens_like(model, 1, 12)
+    (tmp_path / "plain").mkdir()
+    save_sharded(model, tmp_path / "plain")
+    windows = sparse.windows_of(tokens_like(model, 600), 20)
+    stream, heads = rotation.covariances(model, windows)
+    Q, R = rotation.principal_directions(stream), rotation.principal_directions(heads)
+    assert close(Q.T @ Q, torch.eye(32), 1e-12)
+    rotation.rotate(tmp_path / "plain", tmp_path / "turned", Q, R)
+    turned = Llama.from_pretrained(tmp_path / "turned")
+    assert close(turned(tokens), model(tokens), 1e-5) and not turned.config.tie_word_embeddings
+    assert (turned.model.norm.weight == 1).all()
+    # In the new basis the directions do not hang together, and the first carries the most.
+    stream, heads = rotation.covariances(turned, windows)
+    assert close(stream, stream.diag().diag(), 1e-4) and (stream.diag().diff() <= 1e-3 * stream.max()).all()
+    assert close(heads, torch.diag_embed(heads.diagonal(dim1=-2, dim2=-1)), 1e-4)
+    with pytest.raises(InputError, match="exists already"):
+        rotation.rotate(tmp_path / "plain", tmp_path / "turned", Q, R)
+    with pytest.raises(InputError, match="the text is too short"):
+        rotation.principal_directions(rotation.covariances(model, windows[:1, :7])[0])
+
+
+# ---------------------------------------------------------------------------------------------------------
 # generate.py
 
 def test_greedy_is_the_argmax_of_the_whole_sequence():
@@ -1235,7 +1263,8 @@ def test_a_checkpoint_without_calibration_says_how_to_make_one(tmp_path):
     assert "not a SentencePiece model" in run("generate.py", "--model", tmp_path).stderr
 
 
-@pytest.mark.parametrize("file", ["model.py", "kernel.py", "sparsify.py", "calibrate.py", "generate.py", "demo/train.py"])
+@pytest.mark.parametrize("file", ["model.py", "kernel.py", "sparsify.py", "calibrate.py", "rotate.py", "generate.py",
+                                  "demo/train.py"])
 def test_help(file):
     ended = run(file, "--help")
     assert ended.returncode == 0 and "usage:" in ended.stdout
