@@ -34,15 +34,16 @@ How to share out a model-wide sparsity is a second question; an answer is called
     wina            |x_i| · ‖column i‖ in place of |x_i|, every linear the same sparsity     (arXiv 2505.19427)
 
 fisher takes its gradients from one backward pass, with labels drawn from the model itself (so that F is the Fisher
-information, and any text will do), one block at a time: memory for the weights, for the activations of one block, and
-for the input of each block for four windows.
+information, and any text will do), one block at a time. Memory beside the weights, for four windows: the activations of one block with
+gradients, the input of each block, and a few times the logits in float32, which a vocabulary of 32,000 makes 1 GB each.
 
 Thresholds belong to a model, so a calibration says what it was made from, and is refused elsewhere.
 
     python calibrate.py [--model FOLDER] [--text FILE]      writes FOLDER/calibration.safetensors
-    python calibrate.py --greedy                            adds the greedy allocation, in minutes
+    python calibrate.py --greedy                            with the greedy allocation, which takes minutes
     python calibrate.py --figures figures                   draws what the calibration holds
 """
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,11 @@ class Calibration:
                 thresholds[name] = (value / weights[name] if weights else value).float()
         return thresholds
 
+    def _in_order(self, criterion):
+        """{linear: weights} of a criterion for all linears of all blocks, in their order; KeyError if one is missing."""
+        return {name: self.weights[criterion][name] for layer in range(self.shapes["num_hidden_layers"])
+                for name in (f"model.layers.{layer}.{linear}" for linear in LINEARS)}
+
     def gate_thresholds(self, sparsity):
         """(layers,): what a share `sparsity` of all |silu(gate)| of each block stays below, the threshold of CATS."""
         return quantile(self.histograms["gate"], sparsity).float()
@@ -169,8 +175,8 @@ class Calibration:
             raise InputError(f"sparsity is {sparsity}, expected at least 0 and below 1")
         allocation = allocation or self.allocations[0]
         if allocation not in self.allocations:
-            known = "make it with: python calibrate.py" + " --greedy" * (allocation == "greedy") if allocation in BEST_FIRST \
-                else f"known are {', '.join(BEST_FIRST)}"
+            known = "make it with: python calibrate.py --model FOLDER" + " --greedy" * (allocation == "greedy") \
+                if allocation in BEST_FIRST else f"known are {', '.join(BEST_FIRST)}"
             raise InputError(f"allocation {allocation!r} is not in this calibration, which holds "
                              f"{', '.join(self.allocations)}; {known}")
         criterion = "fisher-channel" if allocation == "balanced" else allocation
@@ -241,11 +247,11 @@ class Calibration:
         metadata = read_header(path)[1]
         if metadata.get("format") != FORMAT:
             raise InputError(f"{path}: not a calibration of this version: format is {metadata.get('format')!r}, "
-                             f"expected {FORMAT!r}; make it with: python calibrate.py")
+                             f"expected {FORMAT!r}; make it with: python calibrate.py --model FOLDER")
         tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise InputError(f"{path}: a damaged calibration: {name} holds NaN or infinity; make it with: python calibrate.py")
+                raise InputError(f"{path}: a damaged calibration: {name} holds NaN or infinity; make it with: python calibrate.py --model FOLDER")
         try:
             made = Calibration(json.loads(metadata["shapes"]), metadata["source"], tensors.pop("fingerprint").float(), {})
             layers = made.shapes["num_hidden_layers"]
@@ -256,16 +262,24 @@ class Calibration:
                 elif kind == "weights":
                     criterion, linear = rest.split(" ")
                     made.weights.setdefault(criterion, {})[linear] = tensor
-                else:
+                elif name in ("fisher", "greedy"):
                     setattr(made, name, tensor)
-            whole = made.fingerprint.shape == (256,) and made.sizes()[0].numel() == len(LINEARS) \
-                and made.histograms["input"].shape == (layers, len(SITES), BINS) \
+            inputs = [size for _, size in block_linears(SimpleNamespace(**made.shapes)).values()] * layers
+            expected = {"input": (layers, len(SITES), BINS), "gate": (layers, BINS), "head": (BINS,)}
+            expected |= {criterion: (layers, len(LINEARS), BINS) for criterion in made.weights}
+            whole = made.fingerprint.shape == (256,) and made.weights.keys() <= {"wina", "fisher-channel"} \
+                and {name: tuple(counts.shape) for name, counts in made.histograms.items()} == expected \
                 and all((counts >= 0).all() and (counts.sum(-1) > 0).all() for counts in made.histograms.values()) \
-                and all(len(made.weights[name]) == layers * len(LINEARS) for name in made.weights)
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+                and all([tuple(weight.shape) for weight in of.values()] == [(size,) for size in inputs]
+                        and all((weight > 0).all() for weight in of.values()) for of in map(made._in_order, made.weights)) \
+                and (made.fisher is None) == ("fisher-channel" not in made.weights) \
+                and (made.fisher is None or made.fisher.shape == (layers, len(LINEARS)) and bool((made.fisher >= 0).all())) \
+                and (made.greedy is None or made.greedy.shape[::2] == (layers, len(LINEARS))
+                     and bool((made.greedy.diff(dim=1) >= 0).all() and made.greedy.min() == 0 and made.greedy.max() < 1))
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, RecursionError):
             whole = False
         if not whole:
-            raise InputError(f"{path}: a damaged calibration: a part is missing or misshapen; make it with: python calibrate.py")
+            raise InputError(f"{path}: a damaged calibration: a part is missing or misshapen; make it with: python calibrate.py --model FOLDER")
         return made
 
 
@@ -452,12 +466,15 @@ def add_greedy(calibration, model, tokens, partial_path, progress=lambda text: N
     """Adds the greedy allocation to a calibration of the model: each block on four windows of `tokens` (N,).
 
     The block inputs are computed once, in the dense model, and handed from block to block. After each block what is done
-    is written to `partial_path`, from where a run that was killed goes on.
+    is written to `partial_path`, from where a run that was killed goes on; the caller removes it when all is saved.
     """
     windows = windows_of(tokens, default_context(model))[:4, :-1].to(model.device)
     _, size = calibration.sizes()
+    # A path belongs to one model in one dtype, and to these tokens.
+    origin = torch.cat((calibration.fingerprint.double(), windows.flatten().double().cpu())).numpy().tobytes()
+    origin = f"{hashlib.sha256(origin).hexdigest()} {model.model.embed_tokens.weight.dtype}"
     done = {}
-    if partial_path.exists() and read_header(partial_path)[1].get("source") == calibration.source:
+    if partial_path.exists() and read_header(partial_path)[1].get("origin") == origin:
         done = {int(layer): path.clone() for layer, path in read_safetensors(partial_path).items()}
     x = model.model.embed_tokens(windows)
     cos, sin = rope_tables(torch.arange(windows.shape[1], device=model.device), model.config, x.dtype)
@@ -465,12 +482,11 @@ def add_greedy(calibration, model, tokens, partial_path, progress=lambda text: N
         if layer not in done:
             progress(f"calibrating, greedy: block {layer + 1} of {len(model.model.layers)}")
             done[layer] = greedy_path(block, x, cos, sin, calibration.histograms["input"][layer], size)
-            write_safetensors(partial_path, {str(i): path for i, path in done.items()}, {"source": calibration.source})
+            write_safetensors(partial_path, {str(i): path for i, path in done.items()}, {"origin": origin})
         x = block(x, cos, sin, None, None, None)
     steps = max(len(path) for path in done.values())       # paths may differ by a step: the last point is repeated
     calibration.greedy = torch.stack([torch.cat((path, path[-1:].expand(steps - len(path), -1)))
                                       for _, path in sorted(done.items())]).float()
-    partial_path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -522,7 +538,7 @@ def draw_distributions(calibration, path):
 def draw_allocations(calibration, path, sparsity=0.5):
     """The sparsity that each allocation gives each linear, over depth, at one model-wide sparsity."""
     plt = pyplot()
-    names = [name for name in calibration.allocations if name not in ("uniform", "wina")]
+    names = [name for name in calibration.allocations if name not in ("uniform", "wina")] or ["uniform"]
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), sharey=True, layout="constrained", squeeze=False)
     for axis, allocation in zip(axes[0], names):
         shares = calibration.sparsities(sparsity, allocation)
@@ -562,7 +578,7 @@ def main():
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder (default: the demo model)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run (default: the standard library's held-in part)")
     parser.add_argument("--tokens", type=natural, default=100_000, help="how many tokens of it at most (default: 100000)")
-    parser.add_argument("--greedy", action="store_true", help="also the greedy allocation, which takes minutes (default: no)")
+    parser.add_argument("--greedy", action="store_true", help="with the greedy allocation, which takes minutes (default: no)")
     parser.add_argument("--no-fisher", action="store_true", help="leave the backward pass out (default: no)")
     parser.add_argument("--figures", metavar="FOLDER", type=Path, help="only draw what the calibration holds, as PNG files")
     parser.add_argument("--out", metavar="FILE", type=Path, help="(default: calibration.safetensors in the checkpoint folder)")
@@ -587,6 +603,7 @@ def main():
     if arguments.greedy:
         add_greedy(calibration, model, tokens, path.with_suffix(".greedy"), progress_line)
     calibration.save(path)
+    path.with_suffix(".greedy").unlink(missing_ok=True)    # not before the whole is safe
     print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
     print("median of |x| where linears read, by block:")
     print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))

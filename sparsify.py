@@ -20,6 +20,7 @@ the prompt for instance, is dense: it is bound by arithmetic, which skipping mem
 """
 import ast
 import contextlib
+import io
 import json
 import math
 import textwrap
@@ -273,7 +274,7 @@ def windows_of(tokens, context, stride=None):
     if context < 1 or stride is not None and stride < 1:
         raise InputError(f"windows of {context} tokens, {stride or context} apart: expected at least 1")
     if tokens.numel() <= context:
-        raise InputError(f"the text has {tokens.numel()} tokens, a window of {context} needs {context + 1}")
+        raise InputError(f"the text has {tokens.numel()} tokens, a window of {context} needs {context + 1}: give more text")
     return tokens.unfold(0, context + 1, stride or context)
 
 
@@ -333,7 +334,9 @@ class Setting:
                 if where == "decode" and gate.shape[1] > 1:
                     return gate
                 keep = F.silu(gate).abs() > threshold
-                counts[skipping] += torch.stack((keep.sum(), torch.tensor(keep.numel(), device=keep.device)))
+                keep[:, :self.dense_prefix] = True
+                counted = keep[:, self.dense_prefix:]
+                counts[skipping] += torch.stack((counted.sum(), torch.tensor(counted.numel(), device=keep.device)))
                 return gate * keep                         # silu(0) is 0: the channel's product is gone
             hooks.append(block.mlp.gate_proj.register_forward_hook(drop))
         try:
@@ -406,14 +409,15 @@ def function_beginnings(tokenizer, files, count, length=128, seed=0):
     the def line, text of the def line)]. files: (path, text) pairs. Those with less text before them are left out."""
     found = []
     for _, text in files:
-        lines = text.splitlines(keepends=True)
+        lines = io.StringIO(text).readlines()              # as Python counts them: a form feed ends none
         try:
             functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
         except SyntaxError:
             continue
         for node in functions:
-            head = "".join(lines[node.lineno - 1:node.body[0].lineno - 1])
-            ids = tokenizer.encode("".join(lines[:node.body[0].lineno - 1]))[-length:]
+            body = min(place.lineno for place in [node.body[0], *getattr(node.body[0], "decorator_list", [])])
+            head = "".join(lines[node.lineno - 1:body - 1])
+            ids = tokenizer.encode("".join(lines[:body - 1]))[-length:]
             if head.strip() and len(ids) == length and node.end_lineno - node.lineno >= 3:
                 found.append((ids, head))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
@@ -538,6 +542,12 @@ def main():
                         help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
     arguments = parser.parse_args()
+    if arguments.functions is not None and arguments.functions < 0:
+        raise InputError(f"--functions is {arguments.functions}, expected at least 0")
+    if arguments.figure:
+        pyplot()                                           # now, not when all is measured
+        if not arguments.figure.endswith(".png") or not Path(arguments.figure).parent.is_dir():
+            raise InputError(f"--figure is {arguments.figure}, expected a name in a folder that exists, ending in .png")
     if arguments.paper:
         arguments.context, arguments.scored, arguments.dense_prefix = 2560, 512, 1280
     if arguments.model.startswith("random:"):
@@ -563,6 +573,8 @@ def main():
     else:
         allocations = arguments.allocation or [*calibration.allocations, "cats"]
         settings = table_settings(calibration, allocations, sorted(arguments.sparsity))
+        if not settings:
+            raise InputError("nothing to measure: cats, which thins out two of the seven linears, reaches none of the levels")
         sparsify(model, calibration.thresholds(0.0))
         for setting in settings:
             setting.dense_prefix = arguments.dense_prefix
@@ -574,6 +586,8 @@ def main():
     if functions:
         from demo import corpus
         beginnings = function_beginnings(tokenizer, corpus.files("held-out"), functions)
+        if not beginnings:
+            raise InputError(f"no function to complete in the held-out part of {corpus.NAME}; leave it out with --functions 0")
         for i, (row, setting) in enumerate(zip(rows, [Setting("dense", 0.0), *settings])):
             progress_line(f"completing functions: setting {i + 1} of {len(rows)}")
             row["functions"] = share_of_functions(model, tokenizer, beginnings, setting)

@@ -969,8 +969,12 @@ def test_greedy_goes_on_where_it_was_killed(calibrated, tmp_path):
     assert partial.exists()
     seen.clear()
     calibrate.add_greedy(again, model, tokens, partial, seen.append)
-    assert seen == ["calibrating, greedy: block 3 of 3"] and not partial.exists()
+    assert seen == ["calibrating, greedy: block 3 of 3"]
     assert torch.equal(again.greedy, made.greedy)
+    seen.clear()                                           # what another model left is not taken for this one's
+    other = tiny_model(torch.float32, seed=1)
+    calibrate.add_greedy(calibrate.calibrate(other, tokens, 16, "a test", fisher=False), other, tokens, partial, seen.append)
+    assert len(seen) == 3
 
 
 def test_calibration_file(calibrated, tmp_path):
@@ -994,7 +998,7 @@ def test_calibration_file(calibrated, tmp_path):
     with pytest.raises(InputError, match="allocation 'other' is not in this calibration, .*; known are balanced"):
         loaded.thresholds(0.5, "other")
     loaded.greedy = None
-    with pytest.raises(InputError, match="'greedy' is not in this calibration, .*; make it with: python calibrate.py --greedy"):
+    with pytest.raises(InputError, match="'greedy' is not in this calibration, .*; make it with: python calibrate.py --model FOLDER --greedy"):
         loaded.thresholds(0.5, "greedy")
     write_safetensors(path, {"x": torch.zeros(1)})
     with pytest.raises(InputError, match="not a calibration of this version: format is None"):
@@ -1010,7 +1014,8 @@ def test_calibration_file(calibrated, tmp_path):
         loaded.histograms["input"] = loaded.histograms["input"].clone()
         loaded.histograms["input"][1, 2] = 0
     for spoil in (emptied, lambda: loaded.shapes.pop("hidden_size"), lambda: setattr(loaded, "shapes", []),
-                  lambda: setattr(loaded, "fingerprint", torch.zeros(3))):
+                  lambda: setattr(loaded, "fingerprint", torch.zeros(3)), lambda: loaded.histograms.pop("gate"),
+                  lambda: setattr(loaded, "greedy", torch.zeros(3, 4, 5)), lambda: setattr(loaded, "fisher", torch.ones(3, 7))):
         loaded = made = Calibration(dict(made.shapes), made.source, made.fingerprint, dict(made.histograms))
         spoil()
         loaded.save(path)
@@ -1224,6 +1229,9 @@ def test_the_demo_runs():
     (["generate.py", "--device", "meta"], "device meta cannot be used"),
     (["kernel.py", "--device", "warp"], "device warp cannot be used"),
     (["sparsify.py", "--context", "4000"], "a window of 4000 tokens does not fit the model's context of 512"),
+    (["sparsify.py", "--functions", "-5"], "--functions is -5"),
+    (["sparsify.py", "--figure", "nowhere/x.png"], "expected a name in a folder that exists"),
+    (["sparsify.py", "--allocation", "cats", "--sparsity", "0.75"], "cats"),
     (["sparsify.py", "--paper"], "a window of 2560 tokens does not fit the model's context of 512"),
     (["sparsify.py", "--model", "random:llama-3.2-1b"], "random weights"),
     (["generate.py", "--prompt", "x " * 2000], "the model's context holds 512"),

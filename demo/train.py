@@ -184,7 +184,7 @@ def main():
     report(f"{sum(p.numel() for p in model.parameters()):,} parameters; {corpus.NAME}: {len(tokens):,} tokens a pass; "
            f"steps {first} to {steps} of {BATCH * CONTEXT} tokens; {device.type}, torch {torch.__version__}, "
            f"{torch.get_num_threads()} threads, {'bfloat16' if autocast else 'float32'} products")
-    durations, average, saved, done = [], None, time.monotonic(), first
+    durations, average, saved, done, judged = [], None, time.monotonic(), first, ""
     try:
         for step in range(first, steps):
             started = time.monotonic()
@@ -201,11 +201,13 @@ def main():
             usual = sorted(durations)[len(durations) // 2]                  # a median: a pause does not count
             line = (f"{done * BATCH * CONTEXT / 1e6:7.2f} M tokens  loss {average:.3f}  {BATCH * CONTEXT / usual:6.0f} tokens/s  "
                     f"{(steps - done) * usual / 60:5.1f} min left")
-            progress_line(line)
+            progress_line(line + judged)
             if done % 200 == 0 or done == steps:
                 with torch.no_grad():
                     parts = [loss_of(model, part.to(device), autocast).item() for part in held_out.split(BATCH)]
-                report(f"{line}  held-out {sum(parts) / len(parts):.3f} (perplexity {math.exp(sum(parts) / len(parts)):.2f})")
+                mean = sum(parts) / len(parts)
+                judged = f"  held-out {mean:.3f} (perplexity {math.exp(mean):.2f})"
+                report(line + judged)
             if time.monotonic() - saved > 600:
                 save(done)
                 saved = time.monotonic()
