@@ -545,9 +545,9 @@ def main():
     if arguments.functions is not None and arguments.functions < 0:
         raise InputError(f"--functions is {arguments.functions}, expected at least 0")
     if arguments.figure:
-        pyplot()                                           # now, not when all is measured
         if not arguments.figure.endswith(".png") or not Path(arguments.figure).parent.is_dir():
             raise InputError(f"--figure is {arguments.figure}, expected a name in a folder that exists, ending in .png")
+        pyplot()                                           # is it there? Now, not when all is measured
     if arguments.paper:
         arguments.context, arguments.scored, arguments.dense_prefix = 2560, 512, 1280
     if arguments.model.startswith("random:"):
