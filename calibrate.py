@@ -52,8 +52,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from model import (DEMO, InputError, Parser, block_linears, check_tokens, command_line, load_model, natural, progress_line,
-                   read_header, read_safetensors, rope_tables, write_safetensors)
+from model import (DEMO, InputError, Parser, block_linears, check_tokens, command_line, linear_names, load_model, natural,
+                   progress_line, read_header, read_safetensors, rope_tables, write_safetensors)
 from sparsify import default_context, read_tokens, windows_of
 
 SITES = ("attention in", "attention out", "MLP in", "MLP middle")
@@ -149,17 +149,12 @@ class Calibration:
         others than those that were counted here: the share realised differs by a point or so.
         """
         values, _, weights = self._read(sparsity, allocation)                # (layers, 7)
-        thresholds = {}
-        for layer in range(len(values)):
-            for linear, value in zip(LINEARS, values[layer]):
-                name = f"model.layers.{layer}.{linear}"
-                thresholds[name] = (value / weights[name] if weights else value).float()
-        return thresholds
+        names = linear_names(SimpleNamespace(**self.shapes))
+        return {name: (value / weights[name] if weights else value).float() for name, value in zip(names, values.flatten())}
 
     def _in_order(self, criterion):
         """{linear: weights} of a criterion for all linears of all blocks, in their order; KeyError if one is missing."""
-        return {name: self.weights[criterion][name] for layer in range(self.shapes["num_hidden_layers"])
-                for name in (f"model.layers.{layer}.{linear}" for linear in LINEARS)}
+        return {name: self.weights[criterion][name] for name in linear_names(SimpleNamespace(**self.shapes))}
 
     def gate_thresholds(self, sparsity):
         """(layers,): what a share `sparsity` of all |silu(gate)| of each block stays below, the threshold of CATS."""
@@ -317,8 +312,7 @@ def calibrate(model, tokens, context=None, source="unknown text", fisher=True, p
     if context <= SINKS:
         raise InputError(f"a window of {context} tokens leaves none behind the first {SINKS}")
     windows = windows_of(tokens, context)
-    linears = {f"model.layers.{layer}.{linear}": model.get_submodule(f"model.layers.{layer}.{linear}")
-               for layer in range(model.config.num_hidden_layers) for linear in LINEARS}
+    linears = {name: model.get_submodule(name) for name in linear_names(model.config)}
     norms = {name: linear.weight.detach().float().norm(dim=0).cpu() for name, linear in linears.items()}
     made = Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}", fingerprint_of(model), {},
                        {"wina": {name: relative(norm) for name, norm in norms.items()}})

@@ -397,13 +397,6 @@ class KVCache:
         self.values[layer].index_copy_(2, slots, v)
         return self.keys[layer], self.values[layer]
 
-    def keep(self, slots):
-        """Moves what stands in `slots` (n,), all behind the used positions, to the front of these, and uses them."""
-        end = self.used + len(slots)
-        self.keys[:, :, :, self.used:end] = self.keys[:, :, :, slots]
-        self.values[:, :, :, self.used:end] = self.values[:, :, :, slots]
-        self.used = end
-
 
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G key and value heads, H / G each."""
