@@ -13,13 +13,17 @@ top_k likeliest tokens and of those the fewest that hold a share top_p of the pr
     python generate.py                                         the demo: a small model writes Python, dense and sparse
     python generate.py --model FOLDER --prompt TEXT --sparsity 0.5
 """
+import contextlib
+import functools
+import heapq
+import statistics
 import time
 
 import torch
 
 from calibrate import load_calibration
 from kernel import best_backend
-from model import DEMO, InputError, Parser, check_tokens, command_line, linear_names, load_model, natural
+from model import DEMO, InputError, Llama, Parser, check_tokens, command_line, linear_names, load_model, natural, progress_line
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
 
 PROMPT = 'class Stack:\n    """A last-in, first-out stack of items."""\n\n    def __init__(self'
@@ -81,21 +85,26 @@ def generate(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=None, top
 
 @torch.no_grad()
 def _decode(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, eos_ids):
-    generator = random_source(model, seed)
+    sampling, generator = (temperature, top_k, top_p), random_source(model, seed)
     length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
     cache = model.make_cache(1, length)
     logits, step = model(prompt, cache, last_only=True)[:, -1], Steps(model, cache)         # (1, vocab)
     for left in reversed(range(length - prompt.shape[1])):
-        if temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True)                                        # (1, 1)
-        else:
-            tokens = torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator)
+        tokens, _ = choose(logits, sampling, generator)                                     # (1, 1)
         token = tokens.item()
         if token in eos_ids:
             return
         yield token
         if left:
             logits = step(tokens)[:, -1]
+
+
+def choose(logits, sampling, generator):
+    """The next token after each of logits (N, vocab), as (N, 1), and the distributions (N, vocab) it is drawn from, None if greedy."""
+    if sampling[0] == 0:
+        return logits.argmax(-1, keepdim=True), None
+    p = probabilities(logits, *sampling)
+    return torch.multinomial(p, 1, generator=generator), p
 
 
 def random_source(model, seed):
@@ -165,6 +174,328 @@ class Steps:
         return graph, places, logits
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Speculative decoding. Guessed tokens form a tree: its root, node 0, is the last token that was written; a path down
+# is a guess at what follows. A single guess, x1 x2 x3, is a tree without branches. One pass verifies all nodes, each of
+# which sees what was written and its own ancestors alone.
+
+class Tree:
+    """The shape of a draft. parents: of each node but the root, all before their children; ranks: which of its parent's
+    candidates each node is, 0 the likeliest. Nodes are in an order in which every beginning is a tree itself."""
+
+    def __init__(self, parents, ranks, device):
+        self.parents, self.ranks, nodes = parents, ranks, len(parents) + 1
+        self.children = [[] for _ in range(nodes)]
+        depths, sees = [0], torch.eye(nodes, dtype=torch.bool)
+        for node, parent in enumerate(parents, start=1):
+            self.children[parent].append(node)
+            depths.append(depths[parent] + 1)
+            sees[node] |= sees[parent]
+        self.depth_of, self.depths, self.sees = depths, torch.tensor(depths, device=device), sees.to(device)
+
+
+@functools.cache
+def chain(size, device):
+    """`size` guesses, one behind the other."""
+    return Tree(list(range(size)), [0] * size, device)
+
+
+# How often the next token was the candidate of each rank, on the held-out text with the demo model.
+ODDS = (0.38, 0.09, 0.055, 0.035, 0.028, 0.019, 0.014, 0.013)
+
+
+@functools.cache
+def draft_tree(size, device):
+    """The tree of the `size` likeliest guesses, if candidates come true by ODDS. Smaller trees are the beginnings of larger ones."""
+    parents, ranks, front = [], [], [(-odds, 0, rank) for rank, odds in enumerate(ODDS)]    # front: a heap, likeliest first
+    while len(parents) < size:
+        likelihood, parent, rank = heapq.heappop(front)
+        parents.append(parent)
+        ranks.append(rank)
+        for next_rank, odds in enumerate(ODDS):            # the new node's children
+            heapq.heappush(front, (likelihood * odds, len(parents), next_rank))
+    return Tree(parents, ranks, device)
+
+
+class ModelDraft:
+    """Guesses token by token with a model: the verifier itself, sparser, or a smaller one.
+
+    A sparse verifier shares its cache: the keys and values written here lie ahead of the verified ones, and the verify
+    pass writes the exact ones over them. A model of its own has its own cache, and runs what was accepted meanwhile first.
+    """
+    SIZES = range(8)
+    ODDS = (0.7,)                                          # that a guess is right, before any was judged
+    shape = staticmethod(chain)
+
+    def __init__(self, model, cache, mode=contextlib.nullcontext):
+        self.model, self.cache, self.mode, self.step = model, cache, mode, Steps(model, cache)
+
+    def read(self, prompt):
+        """Runs a prompt (1, T) through a model with a cache of its own, as far as it fits."""
+        self.model(prompt[:, :self.cache.length], self.cache, last_only=True)
+
+    def guess(self, ids, size, sampling, generator):
+        """`size` tokens that may follow `ids` (a list), as far as the cache holds: (tokens, their distributions or None)."""
+        held = self.cache.used = min(self.cache.used, len(ids) - 1)
+        tokens, guesses, q = torch.tensor([ids[held:]], device=self.model.device), [], []
+        with self.mode():
+            for _ in range(min(size, self.cache.length - len(ids) + 1)):
+                token, p = choose(self.step(tokens)[:, -1], sampling, generator)            # (1, 1), (1, vocab)
+                guesses.append(token)
+                q.append(p)
+                tokens = token
+        return torch.cat(guesses).flatten().tolist() if guesses else [], torch.cat(q) if q and q[0] is not None else None
+
+    def learn(self, tokens, logits):
+        pass
+
+
+class RecycleDraft:
+    """Token Recycling (arXiv 2408.08696): guesses without a model, from the logits that verify passes leave behind.
+
+    candidates (vocab, 8): the tokens that were likeliest the last time after each token. A tree is grown from them.
+    """
+    SIZES = (0, 1, 3, 7, 15, 31, 79)
+    ODDS = ODDS
+    shape = staticmethod(draft_tree)
+
+    def __init__(self, model):
+        self.candidates = torch.zeros(model.config.vocab_size, min(len(ODDS), model.config.vocab_size),
+                                      dtype=torch.int32, device=model.device)
+
+    def guess(self, ids, size, sampling, generator):
+        """The tokens of draft_tree(size) behind the last of `ids`, level by level; they have no distribution."""
+        tree = draft_tree(size, self.candidates.device)
+        rows = {0: self.candidates[ids[-1]].tolist()}
+        tokens = []
+        for node, (parent, rank) in enumerate(zip(tree.parents, tree.ranks), start=1):
+            tokens.append(rows[parent][rank % len(rows[parent])])
+            if tree.children[node]:
+                rows[node] = self.candidates[tokens[-1]].tolist()
+        return tokens, None
+
+    def learn(self, tokens, logits):
+        """tokens (N,), logits (N, vocab): what the model has just said follows each of them."""
+        self.candidates[tokens] = logits.topk(self.candidates.shape[1]).indices.int()
+
+
+class Statistics:
+    """What a speculative run did: tokens written, verify passes, seconds in drafts and in verify passes.
+
+    reached[i], accepted[i]: how often a guess at place i + 1 was judged, those before it accepted, and how often accepted.
+    """
+
+    def __init__(self, draft):
+        self.tokens = self.passes = 0
+        self.draft_seconds = self.verify_seconds = 0.0
+        self.reached, self.accepted = [], []
+        self.sizes, self.shape = draft.SIZES, draft.shape
+        self.judged = [4.0] * len(draft.ODDS)              # by rank: guesses whose parent was accepted, 4 before the first,
+        self.right = [4 * odds for odds in draft.ODDS]     # and how many of them were right
+        self.times = {}                                    # size: seconds of its rounds
+
+    @property
+    def tokens_a_pass(self):
+        return self.tokens / max(1, self.passes)
+
+    @property
+    def acceptance(self):
+        """The share of guesses accepted at each place, of those that were reached."""
+        return [accepted / reached for accepted, reached in zip(self.accepted, self.reached)]
+
+    def record(self, tree, path, draft_seconds, verify_seconds):
+        """One round: the draft's tree, its accepted nodes (the root first) and the times it took."""
+        self.passes += 1
+        self.tokens += len(path)
+        self.draft_seconds += draft_seconds
+        self.verify_seconds += verify_seconds
+        for place in range(min(len(path), max(tree.depth_of))):
+            if place == len(self.reached):
+                self.reached.append(0)
+                self.accepted.append(0)
+            self.reached[place] += 1
+            self.accepted[place] += place + 1 < len(path)
+        for node, (parent, rank) in enumerate(zip(tree.parents, tree.ranks), start=1):
+            self.judged[rank] += parent in path
+            self.right[rank] += node in path
+        self.times.setdefault(len(tree.parents), []).append(draft_seconds + verify_seconds)
+
+    def expected(self, size):
+        """The tokens that a round with a draft of `size` is expected to write: each node is accepted if its parent is and
+        it is right, as often as guesses of its rank have been."""
+        tree, likelihood = self.shape(size, torch.device("cpu")), [1.0]
+        for parent, rank in zip(tree.parents, tree.ranks):
+            likelihood.append(likelihood[parent] * self.right[rank] / self.judged[rank])
+        return sum(likelihood)
+
+    def best_size(self):
+        """The draft size with the most expected tokens a second, by the median time of its last rounds.
+
+        Sizes are tried upwards, the next one as long as it would pay if it cost what the one below it does. Where nothing
+        pays but no draft at all, one is tried every 16th time.
+        """
+        rates, seconds = {}, None
+        for size in self.sizes:
+            measured = self.times.get(size, [])[1:]        # the first sets things up: a graph, the kernel's threads
+            seconds = statistics.median(measured[-9:]) if measured else seconds
+            if seconds is None:
+                return size
+            if size or self.passes % 16:
+                rates[size] = self.expected(size) / seconds
+            if not measured:
+                break
+        return max(rates, key=rates.get)
+
+
+def verdict(logits, tree, tokens, q, sampling, generator):
+    """What the model writes itself, given its logits (N, vocab) at each node: (tokens, nodes on which they lie, root first).
+
+    tokens: of all nodes; q (N - 1, vocab): the distributions the guesses were drawn from, None if they were not drawn.
+    The last token written is new, all before it were guessed. Greedy: each is the likeliest. Sampled: each is drawn from the
+    model's own distribution p, through the guess where that was drawn too (`from_guess`).
+    """
+    greedy = sampling[0] == 0
+    chosen = logits.argmax(-1).tolist() if greedy else probabilities(logits, *sampling)
+    written, path, node = [], [], 0
+    while node is not None:
+        path.append(node)
+        guesses = tree.children[node]
+        if greedy:
+            token = chosen[node]
+        elif q is not None and guesses:
+            token = from_guess(chosen[node], q[guesses[0] - 1], tokens[guesses[0]], generator)
+        else:
+            token = torch.multinomial(chosen[node], 1, generator=generator).item()
+        written.append(token)
+        node = next((guess for guess in guesses if tokens[guess] == token), None)
+    return written, path
+
+
+def from_guess(p, q, guess, generator):
+    """A token distributed as p (vocab,), given a guess that was drawn from q (vocab,): the guess as often as can be.
+
+    With probability min(1, p/q) it stays; else a token is drawn from where p is above q. Then the token x comes out with
+    min(p, q) + (what was refused) * (p - q)₊ / Σ (p - q)₊ = min(p, q) + (p - q)₊ = p (arXiv 2211.17192, 2302.01318).
+    """
+    if accepted(p[guess], q[guess], torch.rand((), generator=generator, device=p.device)):
+        return guess
+    rest = (p - q).clamp(min=0)
+    return torch.multinomial(rest if rest.sum() > 0 else p, 1, generator=generator).item()
+
+
+def accepted(p, q, uniform):
+    """Whether a guess stays, with probability min(1, p/q); uniform: drawn from [0, 1)."""
+    return bool(uniform * q < p)
+
+
+def generate_speculative(model, prompt_ids, max_new_tokens, draft="sparse", draft_thresholds=None, draft_tokens=None,
+                         temperature=0.0, top_k=None, top_p=None, seed=None, eos_ids=()):
+    """What `generate` would give, in fewer passes: an iterator of token ids, with .statistics (a Statistics) and .against.
+
+    The output is that of the model as verifier: dense, unless sparse_mode(model, "all") is in force now; then it is that of
+    the sparse model, prompt and all. Greedy output is the same token for token (up to rounding: sums over several tokens are
+    taken in another order than over one), sampled output has the same distribution.
+
+    draft: "sparse": the model itself (sparsified) with draft_thresholds, as sparse_mode takes them; None: those in force
+           "recycle": no model, Token Recycling
+           a Llama with the same vocabulary
+    draft_tokens: how many tokens to guess a pass; None: what is fastest here, by what was accepted and by the clock.
+    Only with a fixed number is sampled output repeatable from a seed. Everything else as for `generate`.
+    """
+    check_sampling(temperature, top_k, top_p, seed)
+    prompt = check_prompt(model, prompt_ids, max_new_tokens)
+    if draft_tokens is not None and not 1 <= draft_tokens <= 79:
+        raise InputError(f"draft_tokens is {draft_tokens}, expected 1 to 79")
+    state = getattr(model, "sparse_state", None)
+    if state is not None and state.where == "all" and state.dense_prefix:
+        raise InputError("a dense prefix is not for decoding, where every step would begin anew")
+    if draft == "sparse" and state is None:
+        raise InputError('draft "sparse" needs a model made sparse: sparsify(model, thresholds)')
+    if not isinstance(draft, Llama) and draft not in ("sparse", "recycle"):
+        raise InputError(f'draft is "sparse", "recycle" or a Llama, not {draft!r}')
+    if isinstance(draft, Llama) and draft.config.vocab_size != model.config.vocab_size:
+        raise InputError(f"the draft model has {draft.config.vocab_size} tokens, the model {model.config.vocab_size}")
+    return Speculation(model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens, (temperature, top_k, top_p),
+                       random_source(model, seed), frozenset(eos_ids))
+
+
+class Speculation:
+    """The iterator that generate_speculative returns."""
+
+    def __init__(self, model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens, sampling, generator, eos_ids):
+        state = getattr(model, "sparse_state", None)
+        sparse = state is not None and state.where == "all"
+        thresholds = None if state is None else state.thresholds.clone()
+        self.model, self.prompt, self.draft_tokens, self.sampling = model, prompt, draft_tokens, sampling
+        self.generator, self.eos_ids = generator, eos_ids
+        self.against = "the sparse model" if sparse else "the dense model"
+        self.verifying = lambda: sparse_mode(model, "all" if sparse else "off", thresholds)
+        self.length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
+        self.cache = model.make_cache(1, self.length + (draft_tokens or max(RecycleDraft.SIZES)))
+        if draft == "sparse":
+            with sparse_mode(model, "all", draft_thresholds):
+                guessing = state.thresholds.clone()
+            self.draft = ModelDraft(model, self.cache, lambda: sparse_mode(model, "all", guessing))
+        elif draft == "recycle":
+            self.draft = RecycleDraft(model)
+        else:
+            self.draft = ModelDraft(draft, draft.make_cache(1, min(self.length, draft.config.max_position_embeddings)))
+        self.statistics = Statistics(self.draft)
+        self.tokens = self.run()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.tokens)
+
+    @torch.no_grad()
+    def run(self):
+        ids, verify = self.prompt[0].tolist(), Steps(self.model, self.cache)
+        written = [self.read_prompt()]
+        while True:
+            for token in written:
+                if token in self.eos_ids:
+                    return
+                ids.append(token)
+                yield token
+                if len(ids) == self.length:
+                    return
+            written = self.round(ids, verify)
+
+    def read_prompt(self):
+        """Fills the cache with the prompt, and returns the first token."""
+        recycling = isinstance(self.draft, RecycleDraft)
+        with self.verifying():
+            for part in self.prompt.split(256, 1) if recycling else [self.prompt]:
+                logits = self.model(part, self.cache, last_only=not recycling)              # (1, T or 1, vocab)
+                if recycling:
+                    self.draft.learn(part[0], logits[0])
+        if not recycling and self.draft.cache is not self.cache:
+            self.draft.read(self.prompt)
+        return choose(logits[:, -1], self.sampling, self.generator)[0].item()
+
+    def round(self, ids, verify):
+        """Draft and verdict: the tokens that follow `ids`, at least one."""
+        began, start, device = time.perf_counter(), len(ids) - 1, self.prompt.device        # all but the last are in the cache
+        size = self.statistics.best_size() if self.draft_tokens is None else self.draft_tokens
+        if isinstance(self.draft, ModelDraft):
+            size = min(size, self.length - len(ids) - 1)   # the last token that is wanted comes from the verifier
+        guesses, q = self.draft.guess(ids, size, self.sampling, self.generator)
+        tree, nodes = self.draft.shape(len(guesses), device), torch.tensor([ids[-1], *guesses], device=device)
+        drafted, self.cache.used = time.perf_counter(), start
+        with self.verifying():
+            logits = (verify(nodes[None], tree.depths, tree.sees) if guesses else verify(nodes[None]))[0]    # (N, vocab)
+        written, path = verdict(logits, tree, nodes.tolist(), q, self.sampling, self.generator)
+        self.cache.keep(start, path)
+        self.draft.learn(nodes, logits)
+        self.statistics.record(tree, path, drafted - began, time.perf_counter() - drafted)
+        return written
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Text as it comes, and the command line
+
 class StreamDecoder:
     """Turns tokens into text as they come, whole characters only.
 
@@ -223,12 +554,94 @@ def rate(ids, seconds):
     return (len(ids) - 1) / seconds if len(ids) > 1 else 0.0
 
 
+def same_tokens(tokenizer, other, name):
+    """Raises InputError if the tokenizer of the draft model `name` is not that of the model (both None: random models)."""
+    if (tokenizer is None) != (other is None):
+        raise InputError(f"--draft {name}: one of the two models has a tokenizer, the other has random weights and none")
+    if tokenizer is not None:
+        ours, theirs = tokenizer.pieces(), other.pieces()
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+            raise InputError(f"--draft {name}: its tokenizer is not the model's, they differ from token {at} on")
+
+
+def demo_tokens_a_pass(draft, sparsity, sizes, prompts=8, new_tokens=96):
+    """{size: tokens a pass} of drafts on the demo model and held-out text, sampling at temperature 1, top-p 0.9."""
+    from sparsify import read_tokens
+    model, tokenizer = load_model(DEMO)
+    sparsify(model, load_calibration(model, DEMO).thresholds(sparsity))
+    texts = read_tokens(tokenizer, None, "held-out")[0][:prompts * 1000].view(prompts, 1000)[:, :64].tolist()
+    found = {}
+    for size in sizes:
+        progress_line(f"tokens a pass on the demo model: {size} guesses")
+        tokens = passes = 0
+        for seed, prompt in enumerate(texts):
+            run = generate_speculative(model, prompt, new_tokens, draft, draft_tokens=size, temperature=1.0, top_p=0.9, seed=seed)
+            for _ in run:
+                pass
+            tokens, passes = tokens + run.statistics.tokens, passes + run.statistics.passes
+        found[size] = tokens / passes
+    return found
+
+
+def draft_costs(model, draft, sparsity):
+    """Prints what drafts cost on a random model, and what they would bring with the acceptance of the demo model.
+
+    The model is sparse, with the draft's thresholds. Random weights accept at random, so each is measured where it can be.
+    """
+    sizes = [size for size in (ModelDraft if draft == "sparse" else RecycleDraft).SIZES if size]
+    brought = demo_tokens_a_pass(draft, sparsity, sizes)
+    prompt, cache = torch.arange(1, 65, device=model.device)[None], model.make_cache(1, 256)
+
+    def milliseconds(call, repeats=9):
+        """The median; each call begins behind the prompt."""
+        times = []
+        for _ in range(repeats + 2):                       # the first two set things up
+            cache.used = prompt.shape[1]
+            began = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - began))
+        return statistics.median(times[2:])
+
+    with torch.no_grad(), sparse_mode(model, "off"):
+        model(prompt, cache, last_only=True)
+        verify, step, recycle = Steps(model, cache), Steps(model, cache), RecycleDraft(model)
+        plain = milliseconds(lambda: verify(prompt[:, :1]).argmax().item())
+        print(f"a plain step {plain:.1f} ms, {1e3 / plain:.1f} tokens/s")
+        if draft == "sparse":
+            with sparse_mode(model, "all"):
+                one = milliseconds(lambda: step(prompt[:, :1]).argmax().item())
+            print(f"a draft step at {sparsity:.0%} {one:.1f} ms")
+        print(f"{'guesses':>8} {'draft ms':>9} {'verify ms':>10} {'tokens a pass':>14} {'tokens/s':>9} {'ratio':>7}")
+        for size in sizes:
+            tree = (chain if draft == "sparse" else draft_tree)(size, model.device)
+            nodes = prompt[:, :1].expand(1, size + 1)
+            guess = size * one if draft == "sparse" else milliseconds(lambda: recycle.guess([1], size, None, None))
+
+            def verified():
+                logits = verify(nodes, tree.depths, tree.sees)[0]
+                logits.argmax(-1).tolist()
+                if draft == "recycle":
+                    recycle.learn(nodes[0], logits)
+            pass_ = milliseconds(verified)
+            print(f"{size:8} {guess:9.1f} {pass_:10.1f} {brought[size]:14.2f} {1e3 * brought[size] / (guess + pass_):9.1f} "
+                  f"{brought[size] * plain / (guess + pass_):6.2f}x", flush=True)
+    print("times: this model's, with random weights; tokens a pass: the demo model's, sampled at temperature 1, top-p 0.9")
+
+
 def main():
     parser = Parser(description="Writes text with a Llama. Without arguments: the demo model, dense and then sparse.")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder, or random:PRESET (default: the demo model)")
     parser.add_argument("--prompt", help="text to continue (default: the beginning of a Python class)")
     parser.add_argument("--sparsity", type=float, metavar="S",
-                        help="share of the blocks' weights to skip, 0 to below 1 (default: 0.5 after a dense run to compare)")
+                        help="share of the blocks' weights to skip, 0 to below 1 (default: 0.5 after a dense run to compare; 0 with --draft)")
+    parser.add_argument("--draft", metavar="KIND", help="speculate, and lose nothing: sparse (guesses by the model itself, sparser), "
+                        "recycle (Token Recycling, no model), demo or the folder of a smaller model (default: no speculation); "
+                        "with a random: model, a table of what guesses cost")
+    parser.add_argument("--draft-sparsity", type=float, default=0.75, metavar="S", help="of --draft sparse (default: 0.75)")
+    parser.add_argument("--draft-tokens", type=natural, metavar="N", help="guesses a pass (default: what is fastest, found while it "
+                        "decodes; then a seed does not repeat a sampled text)")
+    parser.add_argument("--compare", action="store_true", help="with --draft: decode plainly too (default: no)")
     parser.add_argument("--max-new-tokens", type=natural, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0; 1 in the demo, where so small a model "
                         "would soon repeat itself)")
@@ -241,14 +654,21 @@ def main():
     parser.add_argument("--calibration", metavar="FILE", help="(default: calibration.safetensors in the checkpoint folder)")
     parser.add_argument("--allocation", help="how the sparsity is shared out (default: the best that the calibration holds)")
     arguments = parser.parse_args()
-    compare, demo = arguments.sparsity is None, arguments.model == str(DEMO) and arguments.prompt is None
+    demo = arguments.model == str(DEMO) and arguments.prompt is None and not arguments.draft
+    compare = arguments.compare if arguments.draft else arguments.sparsity is None
     if arguments.temperature is None:
         arguments.temperature = 1.0 if demo else 0.0
         arguments.top_p = arguments.top_p or (0.9 if demo else None)
-    sparsity = 0.5 if compare else arguments.sparsity
-    if not 0 <= sparsity < 1:
-        raise InputError(f"--sparsity is {sparsity}, expected at least 0 and below 1")
+    if arguments.sparsity is None:
+        arguments.sparsity = 0.0 if arguments.draft else 0.5
+    for name in ("sparsity", "draft_sparsity"):
+        if not 0 <= getattr(arguments, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 0 and below 1")
+    if not arguments.draft and (arguments.compare or arguments.draft_tokens):
+        raise InputError(f"--{'compare' if arguments.compare else 'draft-tokens'} is for --draft, which is not given")
     check_sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    if compare and arguments.seed is None:
+        arguments.seed = 0
 
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     if tokenizer is None:
@@ -259,48 +679,109 @@ def main():
     else:
         prompt, eos_ids = tokenizer.encode(PROMPT if arguments.prompt is None else arguments.prompt), tokenizer.eos_ids
     check_prompt(model, prompt, arguments.max_new_tokens)
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    print(f"{arguments.model}, {dtype}, {model.device.type}{threads}, torch {torch.__version__}")
 
-    def run(title):
+    ours = best_backend(model.model.embed_tokens.weight)
+
+    def thresholds_for(sparsity):
+        thresholds = dict.fromkeys(linear_names(model.config), 0.0)
+        if sparsity:
+            thresholds = load_calibration(model, arguments.model, arguments.calibration).thresholds(sparsity, arguments.allocation)
+        if ours == "c":                                    # the head stays dense, but is read faster by our kernel
+            thresholds["lm_head"] = 0.0
+        return thresholds
+
+    sampling = dict(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
+                    eos_ids=eos_ids)
+
+    def run(title, tokens):
+        """Shows what an iterator of tokens writes; (ids, tokens a second)."""
         print(f"--- {title}")
         if tokenizer is not None:
             print(tokenizer.decode(prompt), end="", flush=True)
-        tokens = generate(model, prompt, arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p,
-                          0 if compare and arguments.seed is None else arguments.seed, eos_ids)
         reset_counts(model)
         ids, first, rest, interrupted = stream(tokens, tokenizer and StreamDecoder(tokenizer, prompt),
-                                 lambda text: print(text, end="", flush=True))
-        print(f"\n--- {title}: {len(ids)} tokens, {rate(ids, rest):.1f} tokens/s, prompt of {len(prompt)} in {first * 1e3:.0f} ms, "
-              f"{realised_sparsity(model):.1%} of the blocks' weights skipped", flush=True)
+                                               lambda text: print(text, end="", flush=True))
+        skipped = f", {realised_sparsity(model):.1%} of the blocks' weights skipped" if not arguments.draft else ""
+        print(f"\n--- {title}: {len(ids)} tokens, {rate(ids, rest):.1f} tokens/s, prompt of {len(prompt)} in {first * 1e3:.0f} ms{skipped}",
+              flush=True)
         if interrupted:
             raise KeyboardInterrupt
         return ids, rate(ids, rest)
 
-    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    print(f"{arguments.model}, {dtype}, {model.device.type}{threads}, torch {torch.__version__}")
-    thresholds = dict.fromkeys(linear_names(model.config), 0.0)
-    if sparsity:
-        thresholds = load_calibration(model, arguments.model, arguments.calibration).thresholds(sparsity, arguments.allocation)
-    ours = best_backend(model.model.embed_tokens.weight)
-    if ours == "c":                                        # the head stays dense, but is read faster by our kernel
-        thresholds["lm_head"] = 0.0
+    if arguments.draft:
+        speculate(model, tokenizer, prompt, arguments, thresholds_for, sampling, run)
+        return
     if not compare:
-        sparsify(model, thresholds)
-        with sparse_mode(model, "decode" if sparsity else "off"):
-            run(f"{sparsity:.0%} sparse" if sparsity else "dense")
+        sparsify(model, thresholds_for(arguments.sparsity))
+        with sparse_mode(model, "decode" if arguments.sparsity else "off"):
+            run(f"{arguments.sparsity:.0%} sparse" if arguments.sparsity else "dense",
+                generate(model, prompt, arguments.max_new_tokens, **sampling))
         return
     # Dense is to be as fast as it can be: with our kernel, except where only the fallback runs.
+    thresholds = thresholds_for(arguments.sparsity)
     if ours != "torch":
         sparsify(model, thresholds)
     with sparse_mode(model, "off"):
-        dense_ids, dense_rate = run("dense")
+        dense_ids, dense_rate = run("dense", generate(model, prompt, arguments.max_new_tokens, **sampling))
     print()
     sparsify(model, thresholds)
-    sparse_ids, sparse_rate = run(f"{sparsity:.0%} sparse")
+    sparse_ids, sparse_rate = run(f"{arguments.sparsity:.0%} sparse", generate(model, prompt, arguments.max_new_tokens, **sampling))
     if not dense_rate:                                     # a text of a token or none has no rate
         return
-    same = next((i for i, (a, b) in enumerate(zip(dense_ids, sparse_ids)) if a != b), min(len(dense_ids), len(sparse_ids)))
-    print(f"\nsparse over dense: {sparse_rate / dense_rate:.2f}x; the first {same} of {len(dense_ids)} tokens are the same")
+    print(f"\nsparse over dense: {sparse_rate / dense_rate:.2f}x; the first {first_difference(dense_ids, sparse_ids)} of "
+          f"{len(dense_ids)} tokens are the same")
+
+
+def first_difference(ids, others):
+    """How many tokens two lists have in common at the start."""
+    return next((i for i, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
+
+
+def speculate(model, tokenizer, prompt, arguments, thresholds_for, sampling, run):
+    """The command line with --draft."""
+    draft, sparsity, draft_thresholds = arguments.draft, arguments.sparsity, None
+    if draft == "sparse":
+        draft_thresholds = thresholds_for(arguments.draft_sparsity)
+    elif draft != "recycle":
+        folder = str(DEMO) if draft == "demo" else draft
+        draft, other = load_model(folder, arguments.device, arguments.dtype)
+        same_tokens(tokenizer, other, folder)
+    if tokenizer is None and isinstance(draft, str):
+        sparsify(model, draft_thresholds or thresholds_for(0))
+        draft_costs(model, draft, arguments.draft_sparsity)
+        return
+    for each in (model, draft) if isinstance(draft, Llama) else (model,):
+        if best_backend(each.model.embed_tokens.weight) != "torch" or each is model and (sparsity or draft == "sparse"):
+            names = [*linear_names(each.config), *["lm_head"] * (each.device.type == "cpu")]
+            sparsify(each, dict.fromkeys(names, 0.0) if each is not model else thresholds_for(sparsity))
+    with sparse_mode(model, "all" if sparsity else "off"):
+        if arguments.compare:
+            plain, plain_rate = run("plain", generate(model, prompt, arguments.max_new_tokens, **sampling))
+            print()
+        speculation = generate_speculative(model, prompt, arguments.max_new_tokens, draft, draft_thresholds,
+                                           arguments.draft_tokens, **sampling)
+        ids, speed = run(f"speculative, {arguments.draft}", speculation)
+        did = speculation.statistics
+        print(f"\nlossless against {speculation.against}" + (f" at {sparsity:.0%}, prompt included" if sparsity else "")
+              + f": {did.tokens_a_pass:.2f} tokens a pass in {did.passes} passes, drafts {did.draft_seconds:.2f} s, "
+              f"verify passes {did.verify_seconds:.2f} s")
+        print("guesses accepted, by place: " + " ".join(f"{share:.0%}" for share in did.acceptance))
+        print("rounds by guesses a pass: " + ", ".join(f"{size}: {len(did.times[size])}" for size in sorted(did.times)))
+        if not arguments.compare:
+            return
+        print(f"speculative over plain: {speed / plain_rate:.2f}x" if plain_rate else "too few tokens to compare the speed")
+        same = first_difference(plain, ids)
+        if arguments.temperature:
+            print("sampled: another text of the same distribution")
+        elif same == len(plain) == len(ids):
+            print(f"the same text, all {same} tokens")
+        else:
+            with torch.no_grad():
+                first, second = model(torch.tensor([prompt + plain[:same]], device=model.device), last_only=True)[0, -1].topk(2).values
+            print(f"the texts part at token {same}, where the two best logits are {first - second:.2g} apart: rounding decided")
 
 
 if __name__ == "__main__":

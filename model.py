@@ -397,6 +397,14 @@ class KVCache:
         self.values[layer].index_copy_(2, slots, v)
         return self.keys[layer], self.values[layer]
 
+    def keep(self, start, kept):
+        """Of the tokens in slots `start` and after, keeps those at start + kept (a rising list), moved together."""
+        if kept != list(range(len(kept))):
+            slots = start + torch.tensor(kept, device=self.keys.device)
+            for states in (self.keys, self.values):
+                states[:, :, :, start:start + len(kept)] = states[:, :, :, slots]
+        self.used = start + len(kept)
+
 
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G key and value heads, H / G each."""
@@ -685,6 +693,10 @@ class SentencePieceTokenizer:
     def decode(self, ids):
         """The text of token ids. Control tokens have none, nor have ids that pad a model's vocabulary."""
         return self.processor.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def pieces(self):
+        """What each token stands for, a list by id: two tokenizers with the same pieces are the same."""
+        return [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
 
 
 def load_tokenizer(folder):

@@ -219,6 +219,7 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
            "off": every call is dense
     dense_prefix: counts in mode "all" alone
     thresholds: {name of a sparse linear: number, 0-d tensor or tensor (in,)}, in force inside; others stay.
+        Or all of them at once, a copy of model.sparse_state.thresholds, which is quick enough for every step.
     A model that was not sparsified is dense whatever the mode.
     """
     if where not in ("decode", "all", "off"):
@@ -232,7 +233,10 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
     before = state.where, state.dense_prefix, state.thresholds.clone()
     try:
         state.where, state.dense_prefix = where, dense_prefix
-        set_thresholds(model, thresholds or {})
+        if isinstance(thresholds, torch.Tensor):
+            state.thresholds.copy_(thresholds)
+        else:
+            set_thresholds(model, thresholds or {})
         yield
     finally:
         state.where, state.dense_prefix = before[:2]

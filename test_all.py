@@ -3,6 +3,7 @@
 Without a GPU the Triton kernels run in Triton's interpreter, which rounds float32 to bfloat16 on the way into some
 operations: there 2^-7 is allowed.
 """
+import dataclasses
 import json
 import math
 import os
@@ -1140,6 +1141,236 @@ def test_sampling_repeats_with_a_seed_and_follows_the_distribution():
 TEXTS = ["def f(x):\n    return x + 1\n", "  spaces  and\ttabs\n\n\n", "naïve café – 你好, мир! 🙂👩‍👩‍👧", "\x00\x7f\r\n", "a" * 50 + "🙂" * 20]
 
 
+# Speculative decoding
+
+def disturbed(model, noise, seed=5):
+    """A copy of a model with other weights: a draft that is often right, and sometimes not."""
+    torch.manual_seed(seed)
+    other = Llama(dataclasses.replace(model.config)).to(model.device, model.model.embed_tokens.weight.dtype).eval()
+    for theirs, own in zip(other.parameters(), model.parameters()):
+        theirs.requires_grad_(False)
+        theirs.copy_(own + noise * own.std().nan_to_num() * torch.randn(own.shape))
+    return other
+
+
+def contrary(model):
+    """A draft that is always wrong: the model's least likely token."""
+    other = disturbed(model, 0.0)
+    other.lm_head.weight.neg_()
+    return other
+
+
+def draft_of(kind, model):
+    """(draft, draft_thresholds) as generate_speculative takes them; the model must not be sparsified yet."""
+    if kind == "sparse":
+        sparse.sparsify(model, dict.fromkeys(linear_names(model), 0.0))
+        return kind, {name: 0.35 for name in linear_names(model)}
+    return {"recycle": "recycle", "model": disturbed(model, 0.2), "wrong": contrary(model)}[kind], None
+
+
+def run_through(run):
+    return list(run), run.statistics
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "recycle", "model", "wrong"])
+def test_speculative_greedy_is_plain_greedy(kind):
+    model = tiny_model(max_position_embeddings=48, vocab_size=13)
+    prompts = [tokens_like(model, 1 + 3 * seed, seed=seed).tolist() for seed in range(10)]
+    plain = [list(generate(model, prompt, 24)) for prompt in prompts]
+    draft, thresholds = draft_of(kind, model)
+    shares = []
+    for draft_tokens in [*range(1, 9), 31, None]:
+        for prompt, expected in zip(prompts, plain):
+            run = generation.generate_speculative(model, prompt, 24, draft, thresholds, draft_tokens)
+            found, did = run_through(run)
+            assert found == expected
+            assert did.tokens >= len(found) - 1 and did.passes <= len(found)
+            assert sum(did.accepted) == did.tokens - did.passes
+            shares += did.acceptance
+    assert max(shares) == 0 if kind == "wrong" else 0.2 < sum(shares) / len(shares) < 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "recycle", "model"])
+def test_speculation_stops_inside_an_accepted_run(kind):
+    model = tiny_model(vocab_size=13)
+    prompt = tokens_like(model, 5).tolist()
+    plain = list(generate(model, prompt, 30))
+    draft, thresholds = draft_of(kind, model)
+    draft = disturbed(model, 0.0) if kind == "model" else draft                             # all is accepted
+    thresholds = {name: 0.0 for name in linear_names(model)} if kind == "sparse" else thresholds
+    inside = 0
+    for eos in set(plain):
+        run = generation.generate_speculative(model, prompt, 30, draft, thresholds, 7, eos_ids=(eos,))
+        found, did = run_through(run)
+        assert found == plain[:plain.index(eos)]
+        inside += did.tokens > len(found)                  # verified tokens lay behind the end
+    assert inside
+    for limit in range(1, 12):
+        found, did = run_through(generation.generate_speculative(model, prompt, limit, draft, thresholds, 7))
+        assert found == plain[:limit]
+    if kind == "model":                                    # a draft model whose context ends before the text does
+        draft.config.max_position_embeddings = 12
+        found, did = run_through(generation.generate_speculative(model, prompt, 30, draft, None, 7))
+        assert found == plain and max(did.times) == 7 and 0 in did.times
+        draft.config.max_position_embeddings = 3           # and one that does not even hold the prompt
+        assert list(generation.generate_speculative(model, prompt, 30, draft, None, 7)) == plain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "recycle", "model"])
+def test_the_verifier_may_be_sparse(kind):
+    model = tiny_model(vocab_size=13)
+    prompt, thresholds = tokens_like(model, 5).tolist(), some_thresholds(model)
+    draft, draft_thresholds = draft_of(kind, model)
+    sparse.sparsify(model, thresholds)
+    dense = list(generation.generate_speculative(model, prompt, 20, draft, draft_thresholds, 3))
+    with sparse.sparse_mode(model, "off"):
+        assert dense == list(generate(model, prompt, 20))
+    with sparse.sparse_mode(model, "all"):
+        plain = list(generate(model, prompt, 20))
+        assert plain != dense
+        for draft_tokens in (1, 3, 7, 12):                 # 13 nodes are more than the kernel takes at once
+            run = generation.generate_speculative(model, prompt, 20, draft, draft_thresholds, draft_tokens)
+            assert run.against == "the sparse model" and list(run) == plain
+        model.sparse_state.dense_prefix = 2
+        with pytest.raises(InputError, match="dense prefix"):
+            generation.generate_speculative(model, prompt, 20, draft, draft_thresholds)
+    assert model.sparse_state.where == "decode"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "recycle", "wrong"])
+def test_a_rejected_draft_leaves_the_cache_as_it_was(kind):
+    model = tiny_model(vocab_size=13)
+    prompt = tokens_like(model, 6).tolist()
+    draft, thresholds = draft_of(kind, model)
+    run = generation.generate_speculative(model, prompt, 20, draft, thresholds, 5)
+    written = [next(run) for _ in range(15)]
+    cache = model.make_cache(1, 40)
+    with sparse.sparse_mode(model, "off"):
+        model(torch.tensor([prompt + written]), cache)
+    used = min(run.cache.used, cache.used)
+    assert used >= 20 and sum(run.statistics.reached) > sum(run.statistics.accepted)        # something was rejected
+    assert close(run.cache.keys[:, :, :, :used], cache.keys[:, :, :, :used], 1e-12)
+    assert close(run.cache.values[:, :, :, :used], cache.values[:, :, :, :used], 1e-12)
+
+
+def p_value(counts, expected):
+    """Of Pearson's chi-square test: counts (cells,) against expected (cells,), the cells expected under 5 pooled."""
+    assert counts[expected == 0].sum() == 0
+    large = expected >= 5
+    counts = torch.cat((counts[large], counts[~large].sum()[None]))
+    expected = torch.cat((expected[large], expected[~large].sum()[None]))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    assert len(expected) > 8
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic.double() / 2).item()
+
+
+SAMPLING = dict(temperature=0.9, top_k=4, top_p=0.97)
+
+
+@torch.no_grad()
+def p_value_of_drafts(kind, seeds=1200):
+    """How probable it is that sequences of three tokens, sampled with drafts, are drawn from the model's distribution."""
+    model = tiny_model(dtype=torch.float32, vocab_size=5, num_hidden_layers=1, seed=3)
+    prompt = [0, 3, 1, 4, 2, 2, 0]
+    counts = torch.zeros(5, 5, 5)
+    expected = torch.zeros(5, 5, 5, dtype=torch.float64)
+    for a in range(5):
+        for b in range(5):
+            p = generation.probabilities(model(torch.tensor([[*prompt, a, b]]))[0, -3:], *SAMPLING.values()).double()
+            expected[a, b] = seeds * p[0, a] * p[1, b] * p[2]
+    draft, thresholds = draft_of(kind, model)
+    draft = disturbed(model, 0.6) if kind == "model" else draft
+    thresholds = {name: 0.8 for name in linear_names(model)} if kind == "sparse" else thresholds
+    accepted = reached = 0
+    for seed in range(seeds):
+        run = generation.generate_speculative(model, prompt, 4, draft, thresholds, 3, seed=seed, **SAMPLING)
+        a, b, c, _ = run
+        counts[a, b, c] += 1
+        accepted, reached = accepted + sum(run.statistics.accepted), reached + sum(run.statistics.reached)
+    assert 0.1 < accepted / reached < 0.95                 # p and q differ, and meet
+    return p_value(counts.flatten().double(), expected.flatten())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "recycle", "model"])
+def test_speculative_sampling_has_the_models_distribution(kind):
+    assert p_value_of_drafts(kind) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sparse", "model"])
+def test_a_wrong_acceptance_rule_is_found_out(monkeypatch, kind):
+    monkeypatch.setattr(generation, "accepted", lambda p, q, uniform: bool(uniform < p))    # should be uniform < p / q
+    assert p_value_of_drafts(kind) < 1e-6
+
+
+def test_a_tree_taken_for_a_drawn_guess_is_found_out(monkeypatch):
+    guess = generation.RecycleDraft.guess
+
+    def claims_to_be_drawn(self, ids, size, sampling, generator):
+        tokens, _ = guess(self, ids, size, sampling, generator)
+        return tokens, torch.full((len(tokens), 5), 0.2)
+    monkeypatch.setattr(generation.RecycleDraft, "guess", claims_to_be_drawn)
+    assert p_value_of_drafts("recycle") < 1e-6
+
+
+def test_sampled_speculation_repeats_with_a_seed_and_a_fixed_draft():
+    model = tiny_model(vocab_size=13)
+    draft, thresholds = draft_of("sparse", model)
+    texts = [list(generation.generate_speculative(model, [1, 2], 12, draft, thresholds, 3, 1.0, seed=seed)) for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_draft_trees():
+    for size in (1, 3, 7, 31, 79):
+        tree = generation.draft_tree(size, torch.device("cpu"))
+        assert len(tree.parents) == size and tree.sees.shape == (size + 1, size + 1)
+        assert len(set(zip(tree.parents, tree.ranks))) == size                              # no guess twice
+        for node, parent in enumerate(tree.parents, start=1):
+            assert parent < node and node in tree.children[parent]
+            assert tree.depths[node] == tree.depths[parent] + 1 == tree.sees[node].sum() - 1
+            assert torch.equal(tree.sees[node], tree.sees[parent] | (torch.arange(size + 1) == node))
+        assert (tree.parents, tree.ranks) == tuple(x[:size] for x in (generation.draft_tree(79, torch.device("cpu")).parents,
+                                                                       generation.draft_tree(79, torch.device("cpu")).ranks))
+
+
+def test_the_draft_length_adapts():
+    """The best size is found for given times and acceptances, also where no draft is the best."""
+    def settle(acceptance, draft_time, verify_time, rounds=300):
+        did = generation.Statistics(generation.ModelDraft)
+        torch.manual_seed(0)
+        for _ in range(rounds):
+            size = did.best_size()
+            right = int((torch.rand(size) < acceptance).long().cumprod(0).sum())
+            did.record(generation.chain(size, torch.device("cpu")), list(range(right + 1)), size * draft_time, verify_time(size + 1))
+        return max(did.times, key=lambda size: len(did.times[size])), did
+
+    def best(acceptance, draft_time, verify_time):
+        return max(range(8), key=lambda k: sum(acceptance**i for i in range(k + 1)) / (k * draft_time + verify_time(k + 1)))
+
+    for case in [(0.9, 0.1, lambda rows: 1.0), (0.7, 0.3, lambda rows: 1 + 0.05 * rows), (0.8, 0.05, lambda rows: 1.0 if rows < 5 else 3.0)]:
+        found, did = settle(*case)
+        assert abs(found - best(*case)) <= 1
+        assert did.acceptance[0] == pytest.approx(case[0], abs=0.1)
+    found, did = settle(0.3, 0.9, lambda rows: float(rows))
+    assert found == 0 == best(0.3, 0.9, lambda rows: float(rows))
+    assert len(did.times) > 1                              # and tries again
+
+
+def test_speculation_refuses_what_does_not_fit():
+    model = tiny_model()
+    for options, message in [({}, 'draft "sparse" needs a model made sparse'), ({"draft": "other"}, "draft is"),
+                             ({"draft": tiny_model(vocab_size=12)}, "the draft model has 12 tokens, the model 61"),
+                             ({"draft": "recycle", "draft_tokens": 0}, "draft_tokens is 0"),
+                             ({"draft": "recycle", "draft_tokens": 99}, "draft_tokens is 99"),
+                             ({"draft": "recycle", "top_p": 0.0}, "top_p is 0.0")]:
+        with pytest.raises(InputError, match=message):
+            generation.generate_speculative(model, [1, 2], 4, **options)
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_streamed_text_is_the_decoded_text(text):
     tokenizer = llama.load_tokenizer(DEMO)
@@ -1217,7 +1448,36 @@ def test_the_demo_runs():
     assert ended.stdout.count("class Stack:") == 2
 
 
+@pytest.mark.parametrize("draft", ["sparse", "recycle", "demo"])
+def test_the_demo_speculates(draft):
+    ended = run("generate.py", "--draft", draft, "--compare", "--max-new-tokens", 24, "--dtype", "float32")
+    assert ended.returncode == 0, ended.stderr
+    assert "the same text, all 24 tokens" in ended.stdout or "rounding decided" in ended.stdout
+    assert "lossless against the dense model" in ended.stdout and "speculative over plain" in ended.stdout
+    ended = run("generate.py", "--draft", draft, "--sparsity", 0.5, "--max-new-tokens", 8, "--temperature", 1, "--draft-tokens", 2)
+    assert ended.returncode == 0 and "lossless against the sparse model at 50%, prompt included" in ended.stdout, ended.stderr
+
+
+def test_a_draft_model_needs_the_same_tokenizer():
+    class Tokenizer:
+        def __init__(self, *pieces):
+            self.pieces = lambda: list(pieces)
+
+    generation.same_tokens(None, None, "x")
+    generation.same_tokens(Tokenizer("a", "b"), Tokenizer("a", "b"), "x")
+    for other, message in [(Tokenizer("a", "c"), "differ from token 1 on"), (Tokenizer("a", "b", "c"), "differ from token 2 on"),
+                           (None, "random weights and none")]:
+        with pytest.raises(InputError, match=message):
+            generation.same_tokens(Tokenizer("a", "b"), other, "x")
+    assert llama.load_tokenizer(DEMO).pieces()[:3] == ["<unk>", "<s>", "</s>"]
+
+
 @pytest.mark.parametrize("command, message", [
+    (["generate.py", "--draft", "nowhere"], "nowhere: no such folder"),
+    (["generate.py", "--draft", "recycle", "--draft-tokens", "80"], "draft_tokens is 80, expected 1 to 79"),
+    (["generate.py", "--draft", "sparse", "--draft-sparsity", "1"], "--draft-sparsity is 1.0"),
+    (["generate.py", "--draft-tokens", "3"], "--draft-tokens is for --draft, which is not given"),
+    (["generate.py", "--compare"], "--compare is for --draft, which is not given"),
     (["generate.py", "--sparsity", "1"], "--sparsity is 1.0, expected at least 0 and below 1"),
     (["generate.py", "--model", "nowhere"], "nowhere: no such folder"),
     (["generate.py", "--model", "figures"], "figures: no tokenizer: tokenizer.model is not there"),
