@@ -579,10 +579,13 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="round the blocks' weights first; needs --out (default: as they are)")
     arguments = parser.parse_args()
     if arguments.model.startswith("random:"):
         raise InputError(f"{arguments.model} has random weights: commands calibrate it on random tokens as they start")
-    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
+    if arguments.quantize and not arguments.out:
+        raise InputError("--quantize needs --out: calibration.safetensors in the folder is that of the weights as they are")
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
     path = arguments.out or Path(arguments.model) / "calibration.safetensors"
     if arguments.figures:
         calibration = load_calibration(model, arguments.model, path)

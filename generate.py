@@ -651,6 +651,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="round the blocks' weights first (default: as they are)")
     parser.add_argument("--calibration", metavar="FILE", help="(default: calibration.safetensors in the checkpoint folder)")
     parser.add_argument("--allocation", help="how the sparsity is shared out (default: the best that the calibration holds)")
     arguments = parser.parse_args()
@@ -670,7 +671,7 @@ def main():
     if compare and arguments.seed is None:
         arguments.seed = 0
 
-    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
     if tokenizer is None:
         if arguments.prompt is not None:
             raise InputError(f"--prompt: {arguments.model} has random weights and no tokenizer")

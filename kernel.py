@@ -62,11 +62,58 @@ except ImportError:                                        # there is no Triton 
 MAX_ROWS = 8             # more rows than this are a matrix product, bound by arithmetic, not a few vectors
 
 
+class QuantizedWeight(torch.nn.Module):
+    """A transposed weight (in, out) in 8 or 4 bits; quantize.py makes it, this file multiplies with it.
+
+    8 bits: weight[i, j] = scales[j] * (code[i, j] - 128), code from 1 to 255; scales (out,) float32, zeros None
+    4 bits: groups of `group` channels share a scale and a zero point for each output:
+            weight[i, j] = scales[i // group, j] * (code[i, j] - zeros[i // group, j]), code from 0 to 15
+            scales (groups, out) bfloat16, zeros (groups, out) uint8
+    codes: (in, words) int32, four or eight to a word, as pack_codes lays them out: a channel is one contiguous run
+    """
+
+    def __init__(self, codes, scales, zeros=None, group=None):
+        super().__init__()
+        for name, tensor in (("codes", codes), ("scales", scales), ("zeros", zeros)):
+            self.register_buffer(name, tensor)
+        self.group, self.bits, self.shape = group, 4 if group else 8, torch.Size((codes.shape[0], scales.shape[-1]))
+
+    @property
+    def device(self):
+        return self.codes.device
+
+    def dequantized(self, dtype):
+        """The weight (in, out) as it is multiplied with, in floating point."""
+        codes = unpack_codes(self.codes, self.bits, self.shape[1])
+        if not self.group:
+            return (codes - 128).to(dtype) * self.scales.to(dtype)
+        codes = codes.unflatten(0, (-1, self.group)) - self.zeros.int()[:, None]            # (groups, group, out)
+        return (codes.to(dtype) * self.scales.to(dtype)[:, None]).flatten(0, 1)
+
+
+def pack_codes(codes, bits):
+    """codes (in, out), integers of 4 or 8 bits -> (in, words) int32.
+
+    With n = 32 / bits codes to a word, 16 words hold 16 n neighbouring outputs: bits k * bits and up of word w are output
+    16 k + w, so that shifting 16 words by k * bits gives 16 neighbours. The last 16 n outputs are padded with zeros.
+    """
+    lanes = 32 // bits
+    blocks = F.pad(codes, (0, -codes.shape[1] % (16 * lanes))).unflatten(1, (-1, lanes, 16)).long()
+    words = (blocks << torch.arange(0, 32, bits, device=codes.device)[:, None]).sum(2)      # (in, blocks, 16)
+    return words.flatten(1).to(torch.uint32).view(torch.int32)
+
+
+def unpack_codes(words, bits, out):
+    """The inverse of pack_codes: (in, out) int32."""
+    blocks = words.unflatten(1, (-1, 1, 16)) >> torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)[:, None]
+    return (blocks & (1 << bits) - 1).flatten(1)[:, :out]
+
+
 def sparse_gemv(x, weight_t, threshold, backend=None, counts=None):
     """x with its small channels dropped, times the weight: where(|x| > threshold, x, 0) @ weight_t.
 
     x: (B, in), B from 1 to 8, floating point
-    weight_t: (in, out), contiguous, of x's dtype: the transposed weight of a linear
+    weight_t: (in, out), contiguous, of x's dtype: the transposed weight of a linear; or a QuantizedWeight
     threshold: a number, a 0-d tensor, or a tensor (in,), one a channel; below 0 keeps all
     backend: "triton", "c", "torch", or None for the fastest there is for the device and dtype
     NaN is never small: it is kept, so that it shows.
@@ -115,16 +162,19 @@ def dense(x, weight_t):
     On a CPU the library's products are made for many rows: one to eight go through the C kernel, which reads the
     weight at the speed of memory. Its float16 products are done row by row with scalars, a hundred times too slow.
     """
-    rows = x.numel() // x.shape[-1]
-    if x.device.type == "cpu" and x.dtype in C_NAMES and c_library() is not None:
-        if rows <= MAX_ROWS or x.dtype == torch.float16 and rows <= 8 * MAX_ROWS:
+    rows, quantized = x.numel() // x.shape[-1], isinstance(weight_t, QuantizedWeight)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return x @ (weight_t.dequantized(x.dtype) if quantized else weight_t)
+    if x.device.type == "cuda" and quantized and rows <= MAX_ROWS and triton is not None and x.dtype != torch.float64:
+        return sparse_gemv(x.reshape(rows, -1), weight_t, -1.0).view(*x.shape[:-1], -1)
+    if fits_c(x) and c_library() is not None:
+        if rows <= MAX_ROWS or (quantized or x.dtype == torch.float16) and rows <= 8 * MAX_ROWS:
             keep_all, parts = torch.tensor(-1.0), x.reshape(rows, -1).split(MAX_ROWS)
             _check(parts[0], [weight_t])
             parts = [_c_group(part, [weight_t], [keep_all], None, gated=False) for part in parts]
             return torch.cat(parts).view(*x.shape[:-1], -1)
-    if x.device.type == "cpu" and x.dtype == torch.float16:
-        return (x.float() @ weight_t.float()).half()
-    return x @ weight_t
+    wide = torch.float32 if x.device.type == "cpu" and x.dtype == torch.float16 else x.dtype
+    return (x.to(wide) @ (weight_t.dequantized(wide) if quantized else weight_t.to(wide))).to(x.dtype)
 
 
 def best_backend(x):
@@ -139,7 +189,15 @@ def best_backend(x):
 def _check(x, weights_t, counts=None):
     if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected floating point (1 to {MAX_ROWS}, in)")
+    first = weights_t[0]
     for w in weights_t:
+        if isinstance(w, QuantizedWeight):
+            if w.shape[0] != x.shape[1] or w.device != x.device:
+                raise ValueError(f"weight_t is {w.bits} bits, {tuple(w.shape)} on {w.device}, expected ({x.shape[1]}, out) "
+                                 f"on {x.device}, as x is")
+            if not isinstance(first, QuantizedWeight) or (w.bits, w.group) != (first.bits, first.group):
+                raise ValueError("weights of several kinds in one group: expected all of the same bits and group size")
+            continue
         if w.ndim != 2 or w.shape[0] != x.shape[1] or w.dtype != x.dtype or w.device != x.device:
             raise ValueError(f"weight_t is {w.dtype} {tuple(w.shape)} on {w.device}, expected "
                              f"{x.dtype} ({x.shape[1]}, out) on {x.device}, as x is")
@@ -154,7 +212,8 @@ def _check(x, weights_t, counts=None):
 def _vectors(thresholds, x):
     """Each threshold as a tensor of x's device and of the comparison's dtype: () or (in,)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    vectors = [torch.as_tensor(t, dtype=dtype, device=x.device).contiguous() for t in thresholds]
+    vectors = [t.to(x.device, dtype).contiguous() if isinstance(t, torch.Tensor) else torch.full((), t, device=x.device, dtype=dtype)
+               for t in thresholds]                        # torch.full: a CUDA graph cannot replay a copy from the host
     for t in vectors:
         if t.shape not in ((), (x.shape[1],)):
             raise ValueError(f"threshold is {tuple(t.shape)}, expected a number or ({x.shape[1]},)")
@@ -172,6 +231,10 @@ def _torch_group(x, weights_t, thresholds, counts, gated):
 
 def _torch_gemv(x, weight_t, threshold, counts):
     """One bag is one thread's work, so each row of x is cut into a few bags, added up at the end."""
+    dtype = x.dtype
+    if isinstance(weight_t, QuantizedWeight):              # whole, in float32: slow, but right
+        weight_t = weight_t.dequantized(threshold.dtype)
+        x = x.to(threshold.dtype)
     keep = ~(x.to(threshold.dtype).abs() <= threshold)                                      # (B, in)
     row, channel = keep.nonzero(as_tuple=True)
     if counts is not None:
@@ -181,16 +244,19 @@ def _torch_gemv(x, weight_t, threshold, counts):
     starts = [begin + (end - begin) * bag // bags for begin, end in zip([0] + ends, ends) for bag in range(bags)]
     sums = F.embedding_bag(channel, weight_t, torch.tensor(starts, device=x.device), mode="sum",
                            per_sample_weights=x[row, channel])                              # (B * bags, out)
-    return sums.view(len(x), bags, -1).sum(1, dtype=threshold.dtype).to(x.dtype)
+    return sums.view(len(x), bags, -1).sum(1, dtype=threshold.dtype).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # C: first the kept channels are listed, then each thread walks down the listed rows over its range of outputs.
-# A 16-bit weight is half of a 32-bit word, and unpacking a word gives two neighbouring outputs, "low" and "high":
-#     bfloat16   the upper half of a float32: shift, or mask
-#     float16    sign, exponent and mantissa moved to their places in a float32; that is the value / 2^112, which
+# A row is read in words of 32 bits. A word holds one weight or several, its lanes, and unpacking one lane of
+# many words at once is a shift or two, which a compiler turns into vector instructions:
+#     float32    one lane
+#     bfloat16   two: the upper half of a float32 each: shift, or mask
+#     float16    two: sign, exponent and mantissa moved to their places in a float32; that is the value / 2^112, which
 #                the inputs make up for
-# float32 weights take the two halves of a range of outputs for low and high, so that one loop serves all three.
+#     int8       four, int4: eight. The bits of a code q are put into the mantissa of 1.0, which makes it 1 + q / 256 (or
+#                / 128, / 2048) in one step less than a conversion; the ones come off when the sum is finished
 
 C_SOURCE = r"""
 #include <math.h>
@@ -204,144 +270,193 @@ C_SOURCE = r"""
 #define GROUP 4          // kept rows added in one pass over the outputs, so that these are loaded and stored less
 #define ROOM 8192        // sums a thread holds at a time, of all tokens (8 at most): 32 KB, which the first cache holds
 
-typedef uint32_t __attribute__((aligned(2), may_alias)) word;
+typedef uint32_t __attribute__((aligned(1), may_alias)) word;
 static inline float number(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 
-#define F32_LOW(row, j)   ((const float *)(row))[j]
-#define F32_HIGH(row, j)  ((const float *)(row))[j + pairs]
-#define BF16_LOW(row, j)  number(((const word *)(row))[j] << 16)
-#define BF16_HIGH(row, j) number(((const word *)(row))[j] & 0xffff0000u)
-#define F16_LOW(row, j)   number((uint32_t)((int32_t)(((const word *)(row))[j] << 16) >> 3) & 0x8fffe000u)
-#define F16_HIGH(row, j)  number((uint32_t)((int32_t)((const word *)(row))[j] >> 3) & 0x8fffe000u)
+#define F32_LANE(w, k)   number(w)
+#define BF16_LANE(w, k)  number(k ? (w) & 0xffff0000u : (w) << 16)
+#define F16_LANE(w, k)   number((uint32_t)((int32_t)(k ? (w) : (w) << 16) >> 3) & 0x8fffe000u)
+#define I8_LANE(w, k)    number(((k == 0 ? (w) << 15 : k == 1 ? (w) << 7 : k == 2 ? (w) >> 1 : (w) >> 9) & 0x7f8000u) | 0x3f800000u)
+#define I4_LANE(w, k)    number(((k == 0 ? (w) << 16 : k < 3 ? (w) << 8 : k < 5 ? (w) : k < 7 ? (w) >> 8 : (w) >> 12) \
+                                 & (k == 1 || k == 3 || k == 5 ? 0xf000u : 0xf0000u)) | 0x3f800000u)
 
-// Reads one number; a float16 comes as its value / 2^112, see above.
-static inline uint32_t half(const char *at) { uint16_t bits; memcpy(&bits, at, 2); return bits; }
-static inline float f32_one(const char *at) { float value; memcpy(&value, at, 4); return value; }
-static inline float bf16_one(const char *at) { return number(half(at) << 16); }
-static inline float f16_one(const char *at) { return number((uint32_t)((int32_t)(half(at) << 16) >> 3) & 0x8fffe000u); }
+// What a sum over lane k becomes in the output j: codes are scaled after summing, not one by one. total: of the inputs.
+#define AS_IT_IS(sum, j, k)   (sum)
+#define I8_SCALED(sum, j, k)  (((const float *)scale)[j] * (256 * ((sum) - total) - 128 * total))
+#define I4_SCALED(sum, j, k)  (number((uint32_t)((const uint16_t *)scale)[j] << 16) \
+                               * ((k == 1 || k == 3 || k == 5 ? 2048 : 128) * ((sum) - total) - zero[j] * total))
 
-// The channels that any token keeps, and their inputs, padded to whole groups of GROUP with inputs of zero. In each group
-// the inputs stand token by token, so that one load serves a token:
+// The channels that any token keeps, and their inputs. Channels come in spans, which are listed by different threads, and
+// which are the groups of an int4 weight. A span is padded to whole groups of GROUP with inputs of zero. In each group the
+// inputs stand token by token, so that one load serves a token:
 //     channel  c0 c1 c2 c3 | c4 ...        input  (token 0: x[c0] x[c1] x[c2] x[c3]) (token 1: ...) | ...
 // A token that does not keep a channel which another one keeps has zero there.
-struct kept { long n; int *channel; float *input; };
+struct kept { long room; int *channel; float *input; int *n; float *total; int64_t *entries; };    // room: of one span
 
-static void list_kept(struct kept *list, const float *x, float scale, const float *threshold, long step,
-                      long tokens, long in, int64_t *counts) {
-    long n = 0, entries = 0;
-    for (long i = 0; i < in; i++) {
-        float *place = list->input + n / GROUP * GROUP * tokens + n % GROUP;
+static void list_kept(struct kept *list, long span, long s, const float *x, float factor, const float *threshold, long step,
+                      long tokens, long in) {
+    int *channel = list->channel + s * list->room, n = 0;
+    float *input = list->input + s * list->room * tokens;
+    int64_t entries = 0;
+    for (long i = s * span; i < (s + 1) * span && i < in; i++) {
+        float *place = input + n / GROUP * GROUP * tokens + n % GROUP;
         int needed = 0;
         for (long t = 0; t < tokens; t++) {
             int keep = !(fabsf(x[t * in + i]) <= threshold[i * step]);       // NaN is kept
-            place[t * GROUP] = keep ? scale * x[t * in + i] : 0.0f;
+            place[t * GROUP] = keep ? factor * x[t * in + i] : 0.0f;
             needed |= keep;
             entries += keep;
         }
-        list->channel[n] = i;
+        channel[n] = i;
         n += needed;
     }
     for (; n % GROUP; n++) {
-        list->channel[n] = list->channel[n - 1];
-        for (long t = 0; t < tokens; t++) list->input[n / GROUP * GROUP * tokens + t * GROUP + n % GROUP] = 0.0f;
+        channel[n] = channel[n - 1];
+        for (long t = 0; t < tokens; t++) input[n / GROUP * GROUP * tokens + t * GROUP + n % GROUP] = 0.0f;
     }
-    list->n = n;
-    counts[0] += entries;
-    counts[1] += tokens * in;
+    for (long t = 0; t < tokens; t++) {
+        float total = 0;                               // what a zero point is multiplied by
+        for (long k = 0; k < n; k++) total += input[k / GROUP * GROUP * tokens + t * GROUP + k % GROUP];
+        list->total[s * tokens + t] = total;
+    }
+    list->n[s] = n;
+    list->entries[s] = entries;
 }
 
-#define DEFINE(NAME, SIZE, LOW, HIGH, SCALE)                                                                      \
-/* sums[t][j] += input[t][r] * row[r][j] for GROUP rows; TOKENS is a constant wherever this is inlined */         \
+// Memory that the calling thread keeps from call to call: fresh pages cost more than the list that is written to them.
+static char *scratch(size_t size) {
+    static _Thread_local char *held;
+    static _Thread_local size_t room;
+    if (size > room) {
+        free(held);
+        held = malloc(size);
+        room = held ? size : 0;
+    }
+    return held;
+}
+
+/* BITS of a weight; FACTOR on the inputs. Where weights are CODES, 16 words hold LANES runs of 16 outputs, lane by lane, and
+   sums are finished span by span; else a word holds LANES neighbours. */
+#define DEFINE(NAME, BITS, LANE, FACTOR, FINISH, CODES)                                                           \
+enum { NAME##_LANES = 32 / BITS, NAME##_STEP = CODES ? 1 : NAME##_LANES };                                        \
+                                                                                                                  \
+/* sums[t][k][j] += input[t][r] * lane k of row[r][j] for GROUP rows; TOKENS is a constant where this is inlined. \
+   The last word may be cut short: `tail` lanes of it. */                                                         \
 static inline __attribute__((always_inline)) void NAME##_add(const int TOKENS, const char *const *rows,           \
-        const float *restrict input, float *restrict low, float *restrict high, long pairs, long stride) {        \
-    const char *row[GROUP];                                                                                       \
-    for (int r = 0; r < GROUP; r++) row[r] = rows[r];                                                             \
+        const float *restrict input, float *restrict sums, long words, long tail, long lane, long stride) {       \
+    const word *row[GROUP];                                                                                       \
+    for (int r = 0; r < GROUP; r++) row[r] = (const word *)rows[r];                                               \
     VECTORIZE                                                                                                     \
-    for (long j = 0; j < pairs; j++)                                                                              \
+    for (long j = 0; j < words; j++)                                                                              \
         UNROLL                                                                                                    \
-        for (int t = 0; t < TOKENS; t++) {                                                                        \
-            float l = 0, h = 0;                                                                                   \
+        for (int k = 0; k < NAME##_LANES; k++)                                                                    \
             UNROLL                                                                                                \
-            for (int r = 0; r < GROUP; r++) {                                                                     \
-                l += input[t * GROUP + r] * LOW(row[r], j);                                                       \
-                h += input[t * GROUP + r] * HIGH(row[r], j);                                                      \
+            for (int t = 0; t < TOKENS; t++) {                                                                    \
+                float sum = 0;                                                                                    \
+                UNROLL                                                                                            \
+                for (int r = 0; r < GROUP; r++) sum += input[t * GROUP + r] * LANE(row[r][j], k);                 \
+                sums[t * stride + k * lane + j] += sum;                                                           \
             }                                                                                                     \
-            low[t * stride + j] += l;                                                                             \
-            high[t * stride + j] += h;                                                                            \
+    for (int r = 0; tail && r < GROUP; r++) {                                                                     \
+        uint32_t last = 0;                                                                                        \
+        memcpy(&last, row[r] + words, (tail * BITS + 7) / 8);                                                     \
+        for (int t = 0; t < TOKENS; t++)                                                                          \
+            for (int k = 0; k < tail; k++) sums[t * stride + k * lane + words] += input[t * GROUP + r] * LANE(last, k); \
+    }                                                                                                             \
+}                                                                                                                 \
+                                                                                                                  \
+/* Adds the sums (LANES, lane) of one token to its outputs `to` (columns), and clears them. */                    \
+static void NAME##_finish(float *restrict sums, float *restrict to, long columns, long lane, const void *scale,   \
+                          const uint8_t *zero, float total) {                                                     \
+    for (long j = 0; NAME##_LANES * j < columns; j += 16)                                                         \
+        for (int k = 0; k < NAME##_LANES; k++) {                                                                  \
+            long first = NAME##_LANES * j + (CODES ? 16 : 1) * k;                                                 \
+            long count = (columns - first + NAME##_STEP - 1) / NAME##_STEP;                                       \
+            float *restrict of = sums + k * lane + j;                                                             \
+            if (count >= 16)                                                                                      \
+                for (int i = 0; i < 16; i++) { to[first + NAME##_STEP * i] += FINISH(of[i], first + NAME##_STEP * i, k); of[i] = 0; } \
+            else                                                                                                  \
+                for (int i = 0; i < count; i++) { to[first + NAME##_STEP * i] += FINISH(of[i], first + NAME##_STEP * i, k); of[i] = 0; } \
         }                                                                                                         \
 }                                                                                                                 \
                                                                                                                   \
 /* One thread's outputs [begin, end) of one linear: y[t][j], rows of y `width` apart. */                          \
-static void NAME##_range(const struct kept *list, const char *weight, float *y, long width,                       \
-                         long tokens, long out, long begin, long end) {                                           \
-    float low[ROOM / 2] __attribute__((aligned(64))), high[ROOM / 2] __attribute__((aligned(64)));                \
-    long stride = ROOM / 2 / tokens / 16 * 16;                                                                    \
-    for (long first = begin; first < end; first += 2 * stride) {                                                  \
-        long columns = end - first < 2 * stride ? end - first : 2 * stride, pairs = columns / 2;                  \
-        memset(low, 0, sizeof low);                                                                               \
-        memset(high, 0, sizeof high);                                                                             \
-        for (long k = 0; k < list->n; k += GROUP) {                                                               \
-            const char *rows[GROUP];                                                                              \
-            for (int r = 0; r < GROUP; r++)                                                                       \
-                rows[r] = weight + ((long)list->channel[k + r] * out + first) * SIZE;                             \
-            /* four tokens at a time keep the sums in registers; the rows are in the cache by then */             \
-            for (long t = 0; t < tokens; t += 4) {                                                                \
-                const float *input = list->input + k * tokens + t * GROUP;                                        \
-                float *l = low + t * stride, *h = high + t * stride;                                              \
-                switch (tokens - t) {                                                                             \
-                case 1:  NAME##_add(1, rows, input, l, h, pairs, stride); break;                                  \
-                case 2:  NAME##_add(2, rows, input, l, h, pairs, stride); break;                                  \
-                case 3:  NAME##_add(3, rows, input, l, h, pairs, stride); break;                                  \
-                default: NAME##_add(4, rows, input, l, h, pairs, stride);                                         \
+static void NAME##_range(const struct kept *list, long spans, const char *weight, const char *scale, const uint8_t *zero, \
+                         float *y, long width, long tokens, long out, long begin, long end) {                     \
+    float sums[ROOM] __attribute__((aligned(64)));                                                                \
+    long stride = ROOM / tokens, lane = stride / NAME##_LANES / 16 * 16;                                          \
+    long pitch = CODES ? (out + 16 * NAME##_LANES - 1) / (16 * NAME##_LANES) * 64 : out * BITS / 8;    /* bytes of a row */ \
+    for (long first = begin; first < end; first += NAME##_LANES * lane) {                                         \
+        long columns = end - first < NAME##_LANES * lane ? end - first : NAME##_LANES * lane;                     \
+        long words = CODES ? (columns + 16 * NAME##_LANES - 1) / (16 * NAME##_LANES) * 16 : columns / NAME##_LANES; \
+        long tail = CODES ? 0 : columns % NAME##_LANES;                                                           \
+        memset(sums, 0, sizeof sums);                                                                             \
+        for (long t = 0; t < tokens; t++) memset(y + t * width + first, 0, columns * sizeof(float));              \
+        for (long s = 0; s < spans; s++) {                                                                        \
+            for (long k = 0; k < list->n[s]; k += GROUP) {                                                        \
+                const char *rows[GROUP];                                                                          \
+                for (int r = 0; r < GROUP; r++)                                                                   \
+                    rows[r] = weight + list->channel[s * list->room + k + r] * pitch + first * BITS / 8;          \
+                /* four tokens at a time keep the sums in registers; the rows are in the cache by then */         \
+                for (long t = 0; t < tokens; t += 4) {                                                            \
+                    const float *input = list->input + (s * list->room + k) * tokens + t * GROUP;                 \
+                    float *to = sums + t * stride;                                                                \
+                    switch (tokens - t) {                                                                         \
+                    case 1:  NAME##_add(1, rows, input, to, words, tail, lane, stride); break;                    \
+                    case 2:  NAME##_add(2, rows, input, to, words, tail, lane, stride); break;                    \
+                    case 3:  NAME##_add(3, rows, input, to, words, tail, lane, stride); break;                    \
+                    default: NAME##_add(4, rows, input, to, words, tail, lane, stride);                           \
+                    }                                                                                             \
                 }                                                                                                 \
             }                                                                                                     \
-        }                                                                                                         \
-        for (long t = 0; t < tokens; t++) {                                                                       \
-            float *to = y + t * width + first;                                                                    \
-            for (long j = 0; j < pairs; j++) {                                                                    \
-                to[SIZE == 2 ? 2 * j : j] = low[t * stride + j];                                                  \
-                to[SIZE == 2 ? 2 * j + 1 : j + pairs] = high[t * stride + j];                                     \
-            }                                                                                                     \
-            if (columns % 2) {          /* an odd number of outputs: the last one has no pair */                  \
-                const char *last = weight + (first + 2 * pairs) * SIZE;                                           \
-                float sum = 0;                                                                                    \
-                for (long k = 0; k < list->n; k++)                                                                \
-                    sum += list->input[k / GROUP * GROUP * tokens + t * GROUP + k % GROUP]                        \
-                           * NAME##_one(last + (long)list->channel[k] * out * SIZE);                              \
-                to[2 * pairs] = sum;                                                                              \
-            }                                                                                                     \
+            if (CODES ? list->n[s] > 0 : s == spans - 1)                                                          \
+                for (long t = 0; t < tokens; t++)                                                                 \
+                    NAME##_finish(sums + t * stride, y + t * width + first, columns, lane,                        \
+                                  scale + (BITS == 4 ? 2 * (s * out + first) : 4 * first),                        \
+                                  zero + s * out + first, list->total[s * tokens + t]);                           \
         }                                                                                                         \
     }                                                                                                             \
 }                                                                                                                 \
                                                                                                                   \
-/* x (tokens, in); of each linear l: weight[l] (in, out[l]), threshold[l] (in) or one, by step[l]; counts[l] (2);  \
-   y (tokens, sum of out), the linears side by side. Returns 0, or 1 where memory ran out. */                     \
-int NAME(const float *x, int linears, const char *const *weight, const float *const *threshold, const long *step,  \
-         const long *out, float *y, long tokens, long in, int threads, int64_t *counts) {                         \
-    struct kept list[3] = {{0}};                                                                                  \
-    long width = 0;                                                                                               \
-    int failed = 0;                                                                                               \
+/* x (tokens, in); of each linear l: weight[l] (in, out[l]), its scale[l] and zero[l] if it is quantized, threshold[l] \
+   (in) or one, by step[l]; counts[l] (2); y (tokens, sum of out), the linears side by side. Channels in spans of `span`. \
+   Returns 0, or 1 where memory ran out. */                                                                       \
+int NAME(const float *x, int linears, const char *const *weight, const char *const *scale, const uint8_t *const *zero, \
+         const float *const *threshold, const long *step, const long *out, float *y, long tokens, long in, long span, \
+         int threads, int64_t *counts) {                                                                          \
+    long spans = (in + span - 1) / span, padded = (span + GROUP - 1) / GROUP * GROUP, width = 0;                  \
+    struct kept list[3];                                                                                          \
+    for (int l = 0; l < linears; l++) width += out[l];                                                            \
+    long each = spans * (sizeof(int64_t) + sizeof(int) * (1 + padded) + sizeof(float) * tokens * (1 + padded)) + 64;   \
+    char *place = scratch(linears * each);                                                                        \
+    if (!place) return 1;                                                                                         \
     for (int l = 0; l < linears; l++) {                                                                           \
-        width += out[l];                                                                                          \
-        list[l].channel = malloc((in + GROUP) * sizeof(int));                                                     \
-        list[l].input = malloc((in + GROUP) * tokens * sizeof(float));                                            \
-        failed |= !list[l].channel || !list[l].input;                                                             \
+        char *at = place + l * (each / 8 * 8);                                                                    \
+        list[l].room = padded;                                                                                    \
+        list[l].entries = (int64_t *)at;                                                                          \
+        list[l].input = (float *)(list[l].entries + spans);                                                       \
+        list[l].total = list[l].input + spans * padded * tokens;                                                  \
+        list[l].channel = (int *)(list[l].total + spans * tokens);                                                \
+        list[l].n = list[l].channel + spans * padded;                                                             \
     }                                                                                                             \
-    if (!failed) {                                                                                                \
-        PARALLEL                                                                                                  \
-        {                                                                                                         \
-            for (int l = MEMBER; l < linears; l += TEAM)                                                          \
-                list_kept(&list[l], x, SCALE, threshold[l], step[l], tokens, in, counts + 2 * l);                 \
-            BARRIER                                                                                               \
-            for (long l = 0, offset = 0; l < linears; offset += out[l++]) {                                       \
-                long share = ((out[l] + TEAM - 1) / TEAM + 63) / 64 * 64;                                         \
-                long begin = MEMBER * share, end = begin + share < out[l] ? begin + share : out[l];               \
-                NAME##_range(&list[l], weight[l], y + offset, width, tokens, out[l], begin, end);                 \
-            }                                                                                                     \
+    PARALLEL                                                                                                      \
+    {                                                                                                             \
+        for (long each_span = MEMBER; each_span < linears * spans; each_span += TEAM) {                           \
+            long l = each_span / spans;                                                                           \
+            list_kept(&list[l], span, each_span % spans, x, FACTOR, threshold[l], step[l], tokens, in);           \
+        }                                                                                                         \
+        BARRIER                                                                                                   \
+        for (long l = 0, offset = 0; l < linears; offset += out[l++]) {                                           \
+            long share = ((out[l] + TEAM - 1) / TEAM + 127) / 128 * 128;                                          \
+            long begin = MEMBER * share, end = begin + share < out[l] ? begin + share : out[l];                   \
+            NAME##_range(&list[l], spans, weight[l], scale[l], zero[l], y + offset, width, tokens, out[l], begin, end); \
         }                                                                                                         \
     }                                                                                                             \
-    for (int l = 0; l < linears; l++) { free(list[l].channel); free(list[l].input); }                             \
-    return failed;                                                                                                \
+    for (int l = 0; l < linears; l++) {                                                                           \
+        for (long s = 0; s < spans; s++) counts[2 * l] += list[l].entries[s];                                     \
+        counts[2 * l + 1] += tokens * in;                                                                         \
+    }                                                                                                             \
+    return 0;                                                                                                     \
 }
 
 #define PRAGMA(text) _Pragma(#text)
@@ -350,7 +465,7 @@ int NAME(const float *x, int linears, const char *const *weight, const float *co
 #define UNROLL PRAGMA(clang loop unroll(full))
 #else
 #define VECTORIZE PRAGMA(GCC ivdep)
-#define UNROLL PRAGMA(GCC unroll 4)
+#define UNROLL PRAGMA(GCC unroll 8)
 #endif
 #ifdef _OPENMP
 #define PARALLEL PRAGMA(omp parallel num_threads(threads))
@@ -364,11 +479,14 @@ int NAME(const float *x, int linears, const char *const *weight, const float *co
 #define MEMBER 0
 #endif
 
-DEFINE(f32, 4, F32_LOW, F32_HIGH, 1.0f)
-DEFINE(bf16, 2, BF16_LOW, BF16_HIGH, 1.0f)
-DEFINE(f16, 2, F16_LOW, F16_HIGH, 0x1p112f)
+DEFINE(f32, 32, F32_LANE, 1.0f, AS_IT_IS, 0)
+DEFINE(bf16, 16, BF16_LANE, 1.0f, AS_IT_IS, 0)
+DEFINE(f16, 16, F16_LANE, 0x1p112f, AS_IT_IS, 0)
+DEFINE(i8, 8, I8_LANE, 1.0f, I8_SCALED, 1)
+DEFINE(i4, 4, I4_LANE, 1.0f, I4_SCALED, 1)
 """
-C_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+C_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", 8: "i8", 4: "i4"}    # by dtype, or bits of a code
+SPAN = 512               # channels that one thread lists at a time; of an int4 weight, its group
 # No -ffast-math: a library linked with it makes the whole process flush denormals. -march is for gcc and clang
 # on x86, -mcpu for arm. Apple's compiler has no OpenMP of its own: there the kernel runs on one thread.
 C_FLAGS = ["-O3 -fopenmp -march=native -mprefer-vector-width=512", "-O3 -fopenmp -march=native",
@@ -417,10 +535,9 @@ def _load(library):
         loaded = ctypes.CDLL(str(library))
     except OSError:
         return None
-    pointer, long = ctypes.c_void_p, ctypes.c_long
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     for name in C_NAMES.values():
-        getattr(loaded, name).argtypes = [pointer, ctypes.c_int, pointer, pointer, pointer, pointer, pointer, long, long,
-                                          ctypes.c_int, pointer]
+        getattr(loaded, name).argtypes = [pointer, integer, *[pointer] * 7, long, long, long, integer, pointer]
     return loaded
 
 
@@ -435,20 +552,29 @@ def _processor():
 
 
 def _c_group(x, weights_t, thresholds, counts, gated):
-    if x.device.type != "cpu" or x.dtype not in C_NAMES or c_library() is None:
+    if not fits_c(x) or c_library() is None:
         raise ValueError(f'backend "c" needs a C compiler and float32, float16 or bfloat16 on the CPU, not '
                          f'{x.dtype} on {x.device.type}')
-    dtype, x, n, outs = x.dtype, x.float().contiguous(), len(weights_t), [w.shape[1] for w in weights_t]
+    dtype, x, n, outs, first = x.dtype, x.float().contiguous(), len(weights_t), [w.shape[1] for w in weights_t], weights_t[0]
+    kind, span, codes, scales, zeros = dtype, SPAN, weights_t, [], []
+    if isinstance(first, QuantizedWeight):
+        kind, span, codes = first.bits, first.group or SPAN, [w.codes for w in weights_t]
+        scales, zeros = [w.scales.data_ptr() for w in weights_t], [w.zeros.data_ptr() for w in weights_t if w.group]
     y = torch.empty(len(x), sum(outs))
     counts = torch.empty(n, 2, dtype=torch.int64) if counts is None else counts
     pointers, longs = ctypes.c_void_p * n, ctypes.c_long * n
-    failed = getattr(c_library(), C_NAMES[dtype])(
-        x.data_ptr(), n, pointers(*[w.data_ptr() for w in weights_t]), pointers(*[t.data_ptr() for t in thresholds]),
-        longs(*[t.ndim for t in thresholds]), longs(*outs), y.data_ptr(), len(x), x.shape[1], torch.get_num_threads(),
-        counts.data_ptr())
+    failed = getattr(c_library(), C_NAMES[kind])(
+        x.data_ptr(), n, pointers(*[w.data_ptr() for w in codes]), pointers(*scales), pointers(*zeros),
+        pointers(*[t.data_ptr() for t in thresholds]), longs(*[t.ndim for t in thresholds]), longs(*outs), y.data_ptr(),
+        len(x), x.shape[1], span, torch.get_num_threads(), counts.data_ptr())
     if failed:
         raise MemoryError("no memory for the list of kept channels")
     return (_gated(y) if gated else y).to(dtype)
+
+
+def fits_c(x):
+    """Whether a tensor's device and dtype are of those that the C kernel takes."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -458,29 +584,41 @@ def _c_group(x, weights_t, thresholds, counts, gated):
 if triton is not None:
 
     @triton.jit
-    def partial_sums_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr, threshold0_ptr, threshold1_ptr,
-                            threshold2_ptr, partial_ptr, counts_ptr, rows, channels, out0, out1, out2,
-                            step0, step1, step2, channels_per_split,
-                            ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, COUNT: tl.constexpr):
+    def partial_sums_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr, scale0_ptr, scale1_ptr, scale2_ptr,
+                            zero0_ptr, zero1_ptr, zero2_ptr, threshold0_ptr, threshold1_ptr, threshold2_ptr,
+                            partial_ptr, counts_ptr, rows, channels, out0, out1, out2, step0, step1, step2,
+                            channels_per_split, ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+                            COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
         """partial[split, row, output] = sum over the split's channels of kept x[row, channel] * weight[channel, output]
 
-        grid (tiles of all linears, splits). x (rows, channels); weight_l (channels, out_l); partial float32
-        (splits, rows, out0 + out1 + out2); threshold_l float32 (channels,) with step_l 1, or () with step_l 0.
+        grid (tiles of all linears, splits). x (rows, channels); partial float32 (splits, rows, out0 + out1 + out2);
+        threshold_l float32 (channels,) with step_l 1, or () with step_l 0. BITS 0: weight_l (channels, out_l), scale and zero
+        not read. BITS 8 or 4: weight_l, scale_l and zero_l are the codes, scales and zeros of a QuantizedWeight, and
+        GROUP its group, a multiple of BLOCK_IN.
         """
+        LANES: tl.constexpr = 32 // BITS if BITS else 1    # weights in a word
+        WORDS: tl.constexpr = BLOCK_OUT // LANES
         tile, split = tl.program_id(0), tl.program_id(1)
         tiles0, tiles1 = tl.cdiv(out0, BLOCK_OUT), tl.cdiv(out1, BLOCK_OUT)
         # Which of the linears is this tile's?
-        linear, first_tile, first_output = 0, 0, 0
-        weight_ptr, threshold_ptr, outputs, step = weight0_ptr, threshold0_ptr, out0, step0
+        linear, first_tile, first_output, outputs, step = 0, 0, 0, out0, step0
+        weight_ptr, scale_ptr, zero_ptr, threshold_ptr = weight0_ptr, scale0_ptr, zero0_ptr, threshold0_ptr
         if tile >= tiles0 + tiles1:
-            linear, first_tile, first_output = 2, tiles0 + tiles1, out0 + out1
-            weight_ptr, threshold_ptr, outputs, step = weight2_ptr, threshold2_ptr, out2, step2
+            linear, first_tile, first_output, outputs, step = 2, tiles0 + tiles1, out0 + out1, out2, step2
+            weight_ptr, scale_ptr, zero_ptr, threshold_ptr = weight2_ptr, scale2_ptr, zero2_ptr, threshold2_ptr
         elif tile >= tiles0:
-            linear, first_tile, first_output = 1, tiles0, out0
-            weight_ptr, threshold_ptr, outputs, step = weight1_ptr, threshold1_ptr, out1, step1
-        output = (tile - first_tile) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                  # (BLOCK_OUT,)
+            linear, first_tile, first_output, outputs, step = 1, tiles0, out0, out1, step1
+            weight_ptr, scale_ptr, zero_ptr, threshold_ptr = weight1_ptr, scale1_ptr, zero1_ptr, threshold1_ptr
         row = tl.arange(0, ROWS)                                                            # (ROWS,)
-        sums = tl.zeros((ROWS, BLOCK_IN, BLOCK_OUT), tl.float32)     # added up over BLOCK_IN once, at the end
+        word, lane = tl.arange(0, WORDS), tl.arange(0, LANES)
+        if BITS == 0:
+            output = (tile - first_tile) * BLOCK_OUT + word[None, :] + lane[:, None]        # (1, WORDS)
+            pitch = outputs
+        else:                                              # 16 words hold LANES runs of 16 outputs
+            output = (tile - first_tile) * BLOCK_OUT + (word // 16 * 16 * LANES + word % 16)[None, :] + 16 * lane[:, None]
+            pitch = tl.cdiv(outputs, 16 * LANES) * 16      # (LANES, WORDS)
+        column = (tile - first_tile) * WORDS + word                                         # (WORDS,)
+        sums = tl.zeros((ROWS, BLOCK_IN, LANES, WORDS), tl.float32)      # added up over BLOCK_IN once, at the end
         kept = tl.zeros((ROWS, BLOCK_IN), tl.int32)
         seen = tl.zeros((ROWS, BLOCK_IN), tl.int32)
         for start in range(split * channels_per_split, (split + 1) * channels_per_split, BLOCK_IN):
@@ -491,14 +629,27 @@ if triton is not None:
             keep = (tl.abs(x) <= threshold[None, :]) == 0                                   # so that NaN is kept
             keep = keep & inside
             needed = tl.max(keep.to(tl.int32), axis=0) > 0                                  # by any row
-            weight = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * outputs + output[None, :],
-                             mask=needed[:, None] & (output < outputs)[None, :], other=0.0).to(tl.float32)
-            sums += tl.where(keep, x, 0.0)[:, :, None] * weight[None, :, :]
+            words = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * pitch + column[None, :],
+                            mask=needed[:, None] & (column < pitch)[None, :], other=0)      # (BLOCK_IN, WORDS)
+            if BITS == 0:
+                weight = words[:, None, :].to(tl.float32)                                   # (BLOCK_IN, LANES, WORDS)
+            else:
+                codes = words[:, None, :] >> (BITS * lane)[None, :, None] & (1 << BITS) - 1
+                if BITS == 8:
+                    weight = (codes - 128).to(tl.float32)
+                else:
+                    place = tl.minimum(start, channels - 1) // GROUP * outputs + output     # (LANES, WORDS)
+                    scale = tl.load(scale_ptr + place, mask=output < outputs, other=0.0).to(tl.float32)
+                    zero = tl.load(zero_ptr + place, mask=output < outputs, other=0).to(tl.int32)
+                    weight = (codes - zero[None, :, :]).to(tl.float32) * scale[None, :, :]
+            sums += tl.where(keep, x, 0.0)[:, :, None, None] * weight[None, :, :, :]
             kept += keep.to(tl.int32)
             seen += inside.to(tl.int32)
-        place = (split * rows + row[:, None]) * (out0 + out1 + out2) + first_output + output[None, :]
-        tl.store(partial_ptr + place, tl.sum(sums, axis=1),
-                 mask=(row < rows)[:, None] & (output < outputs)[None, :])
+        found = tl.sum(sums, axis=1)                                                        # (ROWS, LANES, WORDS)
+        if BITS == 8:
+            found *= tl.load(scale_ptr + output, mask=output < outputs, other=0.0)[None, :, :]
+        place = (split * rows + row[:, None, None]) * (out0 + out1 + out2) + first_output + output[None, :, :]
+        tl.store(partial_ptr + place, found, mask=(row < rows)[:, None, None] & (output < outputs)[None, :, :])
         if COUNT:
             if tile == first_tile:                         # one tile of each linear counts for all
                 tl.atomic_add(counts_ptr + 2 * linear, tl.sum(tl.sum(kept, axis=1), axis=0).to(tl.int64))
@@ -539,11 +690,15 @@ def tile(rows):
 
 
 def _triton_group(x, weights_t, thresholds, counts, gated):
-    if triton is None or x.dtype not in C_NAMES:
+    if triton is None or x.dtype == torch.float64:
         raise ValueError(f'backend "triton" needs Triton and float32, float16 or bfloat16, not {x.dtype}')
     if x.device.type != "cuda" and isinstance(partial_sums_kernel, triton.runtime.JITFunction):
         raise ValueError('backend "triton" needs a GPU, or TRITON_INTERPRET=1 set before triton is imported')
-    (rows, channels), outs = x.shape, [w.shape[1] for w in weights_t]
+    (rows, channels), outs, first = x.shape, [w.shape[1] for w in weights_t], weights_t[0]
+    bits, group, weights, scales, zeros = 0, 0, weights_t, weights_t, weights_t
+    if isinstance(first, QuantizedWeight):
+        bits, group, weights, scales = first.bits, first.group or 0, [w.codes for w in weights_t], [w.scales for w in weights_t]
+        zeros = [w.zeros for w in weights_t] if group else weights
     padded = triton.next_power_of_2(rows)
     block_in, block_out = tile(padded).values()
     tiles = sum(triton.cdiv(out, block_out) for out in outs)
@@ -553,12 +708,14 @@ def _triton_group(x, weights_t, thresholds, counts, gated):
     x = x.contiguous()
     partial = torch.empty(splits, rows, sum(outs), device=x.device, dtype=torch.float32)
     y = torch.empty(rows, outs[0] if gated else sum(outs), device=x.device, dtype=x.dtype)
-    missing = 3 - len(outs)                                # absent linears have no outputs, so no tile reaches them
+
+    def three(given):                                      # absent linears have no outputs, so no tile reaches them
+        return [*given, *[given[0]] * (3 - len(outs))]
+
     partial_sums_kernel[(tiles, splits)](
-        x, *weights_t, *[weights_t[0]] * missing, *thresholds, *[thresholds[0]] * missing, partial,
-        partial if counts is None else counts, rows, channels, *outs, *[0] * missing,
-        *[t.ndim for t in thresholds], *[0] * missing, per_split,
-        ROWS=padded, BLOCK_IN=block_in, BLOCK_OUT=block_out, COUNT=counts is not None, num_warps=4)
+        x, *three(weights), *three(scales), *three(zeros), *three(thresholds), partial, partial if counts is None else counts,
+        rows, channels, *outs, *[0] * (3 - len(outs)), *[t.ndim for t in three(thresholds)], per_split,
+        ROWS=padded, BLOCK_IN=block_in, BLOCK_OUT=block_out, COUNT=counts is not None, BITS=bits, GROUP=group, num_warps=4)
     block = 64
     put_together_kernel[(triton.cdiv(y.shape[1], block), rows)](
         partial, y, rows, sum(outs), splits, GATED=gated, SPLITS=triton.next_power_of_2(splits), BLOCK=block, num_warps=4)
@@ -605,8 +762,22 @@ def threshold_dropping(x, share):
     return x.float().abs().flatten().sort().values[dropped - 1] if dropped else torch.tensor(0.0, device=x.device)
 
 
-def time_shape(inputs, outputs, dtype, device, levels, rows):
-    """Prints the times of one weight (inputs, outputs): one row at each sparsity, then several rows."""
+def random_codes(inputs, outputs, bits, device):
+    """A QuantizedWeight of random codes, in groups of 128 at 4 bits."""
+    words = -(-outputs // (16 * (32 // bits))) * 16
+    codes = torch.randint(-2**31, 2**31, (inputs, words), dtype=torch.int32, device=device)
+    if bits == 8:
+        return QuantizedWeight(codes, torch.rand(outputs, device=device))
+    return QuantizedWeight(codes, torch.rand(inputs // 128, outputs, device=device).bfloat16(),
+                           torch.randint(16, (inputs // 128, outputs), dtype=torch.uint8, device=device), 128)
+
+
+def time_shape(inputs, outputs, kind, device, levels, rows):
+    """Prints the times of one weight (inputs, outputs): one row at each sparsity, then several rows.
+
+    kind: the name of a dtype; or "int8", "int4", beside which the dense ways multiply bfloat16.
+    """
+    bits, dtype = {"int8": 8, "int4": 4}.get(kind), getattr(torch, "bfloat16" if kind.startswith("int") else kind)
     size = inputs * outputs * dtype.itemsize
     copies = max(2, -(-512_000_000 // size))               # more than any cache holds
     first = torch.randn(inputs, outputs, device=device).to(dtype)
@@ -615,27 +786,32 @@ def time_shape(inputs, outputs, dtype, device, levels, rows):
     x = xs[0]
     ways = {name: median_time(call, device) for name, call in dense_ways(x, weights).items()}
     best = min(ways, key=ways.get)
-    print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB; dense, one row: "
+    dense_rate = size / ways[best]
+    print(f"\n{inputs} x {outputs} {kind}, {size / 1e6:.0f} MB{' as bfloat16' if bits else ''}; dense, one row: "
           + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in ways.items()))
     print(f"{'sparsity':>10} {'ms':>9} {'GB/s':>8} {'share':>7} {'ratio':>8}")
-    print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {size / ways[best] / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
+    print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {dense_rate / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
+    if bits:
+        copies *= 16 // bits
+        weights = [random_codes(inputs, outputs, bits, device) for _ in range(copies)]
+        size = sum(part.nbytes for part in weights[0].buffers())
     for sparsity in levels:
         thresholds = [threshold_dropping(x, sparsity) for x in xs]
         kept = (x.float().abs() > thresholds[0]).float().mean().item()
         seconds = median_time(lambda i: sparse_gemv(xs[i % 8], weights[i % copies], thresholds[i % 8]), device)
         print(f"{sparsity:10.0%} {seconds * 1e3:9.3f} {kept * size / seconds / 1e9:8.1f} "
-              f"{kept * ways[best] / seconds:7.0%} {ways[best] / seconds:7.2f}x   {best_backend(x)}", flush=True)
+              f"{kept * size / seconds / dense_rate:7.0%} {ways[best] / seconds:7.2f}x   {best_backend(x)}", flush=True)
     for count in rows:
         if count > 1:
             # Rows drop the same channels here, half of them: a weight row is read if any of the rows needs it.
             same = (x * torch.randn(count, 1, device=device).sign()).to(dtype)
             threshold = threshold_dropping(x, 0.5)
-            library = {name: median_time(call, device) for name, call in dense_ways(same, weights).items()}
+            library = {} if bits else {name: median_time(call, device) for name, call in dense_ways(same, weights).items()}
             ours = median_time(lambda i: dense(same, weights[i % copies]), device)
             half = median_time(lambda i: sparse_gemv(same, weights[i % copies], threshold), device)
+            library |= {"ours": ours, "at 50 %": half}
             print(f"{count:3} rows: " + ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in library.items())
-                  + f", ours {ours * 1e3:.3f}, at 50 % {half * 1e3:.3f} ms; over one dense row: {min(library.values()) / ways[best]:.2f}, "
-                  f"{ours / ways[best]:.2f}, {half / ways[best]:.2f}", flush=True)
+                  + " ms; over one dense row: " + ", ".join(f"{seconds / ways[best]:.2f}" for seconds in library.values()), flush=True)
 
 
 def main():
@@ -645,8 +821,8 @@ def main():
         description="Times dense against sparse matrix-vector products, at the shapes of a Llama, on this machine.")
     parser.add_argument("--shapes", default="llama-2-7b", metavar="PRESET",
                         help=f"whose linears to time: {', '.join(PRESETS)} (default: llama-2-7b)")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"],
-                        help="(default: float32 bfloat16)")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"],
+                        choices=["float32", "bfloat16", "float16", "int8", "int4"], help="(default: float32 bfloat16)")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
                         help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
     parser.add_argument("--rows", nargs="+", type=int, default=[1], help="tokens at a time, 1 to 8 (default: 1)")
@@ -671,9 +847,9 @@ def main():
         print(f"copying 1 GiB: {2 * a.numel() / median_time(lambda i: b.copy_(a), device) / 1e9:.0f} GB/s, read plus written; "
               f"a launch that does nothing: {median_time(lambda i: b[:1].copy_(a[:1]), device) * 1e6:.1f} us")
     shapes = sorted({(inputs, outputs) for outputs, inputs in block_linears(PRESETS[arguments.shapes]).values()})
-    for dtype in (getattr(torch, name) for name in arguments.dtype):
+    for kind in arguments.dtype:
         for inputs, outputs in shapes:
-            time_shape(inputs, outputs, dtype, device, arguments.sparsity, arguments.rows)
+            time_shape(inputs, outputs, kind, device, arguments.sparsity, arguments.rows)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from model import (DEMO, Config, InputError, Llama, Parser, checkpoint_dtype, command_line, load_model, natural,
-                   progress_line, read_json, read_shards, replacing, write_safetensors)
+from model import (DEMO, Config, InputError, Llama, Parser, checkpoint_dtype, command_line, copy_tokenizer, load_model, natural,
+                   progress_line, read_json, read_shards, replacing, weight_map_file, write_safetensors)
 
 STREAM_READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
                   "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
@@ -112,6 +112,8 @@ def rotate(folder, out, Q, R, dtype=None, progress=lambda text: None):
     """
     folder, out = Path(folder), Path(out)
     config, dtype = Config.read(folder), dtype or checkpoint_dtype(folder)
+    if config.quantization_config:
+        raise InputError(f"{folder}: is quantized; rotate first, then quantize")
     if out.exists():
         raise InputError(f"{out}: exists already; a rotated checkpoint is written to a new folder")
     norms = {name: tensor.double() for _, tensors in read_shards(folder) for name, tensor in tensors.items()
@@ -128,12 +130,9 @@ def rotate(folder, out, Q, R, dtype=None, progress=lambda text: None):
             turned["lm_head.weight"] = rotated("lm_head.weight", tensors["model.embed_tokens.weight"], norms, Q, R, config).to(dtype)
         write_safetensors(unfinished / path.name, turned, {"format": "pt"})
         weight_map |= dict.fromkeys(turned, path.name)
-    if (folder / "model.safetensors.index.json").exists() and not (folder / "model.safetensors").exists():
-        with replacing(unfinished / "model.safetensors.index.json") as file:
-            file.write(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1).encode())
-    for file in folder.iterdir():                          # the tokenizer and its settings, as they are
-        if file.is_file() and ("token" in file.name or file.name in ("generation_config.json", "chat_template.jinja")):
-            shutil.copy(file, unfinished)
+    if not (folder / "model.safetensors").exists():
+        weight_map_file(unfinished, weight_map)
+    copy_tokenizer(folder, unfinished)
     raw = read_json(folder / "config.json") | {"tie_word_embeddings": False}
     with replacing(unfinished / "config.json") as file:
         file.write((json.dumps(raw, indent=2) + "\n").encode())

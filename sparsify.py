@@ -49,13 +49,20 @@ class SparseState:
 class SparseLinear(nn.Module):
     """A linear without bias that reads only the weights of its large inputs.
 
-    weight_t: (in, out), the transposed weight, the only copy there is. `share` gives it its part of the model's state.
+    weight_t: (in, out), the transposed weight, the only copy there is; a tensor or a QuantizedWeight.
+    `share` gives it its part of the model's state; before, it is dense.
     """
 
     def __init__(self, weight_t):
         super().__init__()
-        self.weight_t = nn.Parameter(weight_t, requires_grad=False)
+        self.weight_t = nn.Parameter(weight_t, requires_grad=False) if isinstance(weight_t, torch.Tensor) else weight_t
         self.in_features, self.out_features = weight_t.shape
+        self.state = None
+
+    @property
+    def weight(self):
+        """(out, in), as a dense linear has it; of a quantized one, what it is multiplied with, in float32."""
+        return (self.weight_t if isinstance(self.weight_t, torch.Tensor) else self.weight_t.dequantized(torch.float32)).t()
 
     def share(self, state, threshold, counts):
         """state: the model's; threshold (in,) and counts (2,): views of this linear's part of it."""
@@ -73,13 +80,14 @@ class SparseLinear(nn.Module):
         prefix = self.state.dense_prefix if self.state.where == "all" else 0
         keep[:, :prefix] = True
         counted = keep[:, prefix:]
-        self.counts += torch.stack((counted.sum(), torch.tensor(counted.numel(), device=x.device)))
+        self.counts[0] += counted.sum()
+        self.counts[1] += counted.numel()
         return kernel.dense(x * keep, self.weight_t)
 
 
 def is_sparse(state, x):
     """Whether small entries of x (B, T, in) are dropped: a step of decoding has T = 1."""
-    return state.where == "all" or state.where == "decode" and x.shape[1] == 1
+    return state is not None and (state.where == "all" or state.where == "decode" and x.shape[1] == 1)
 
 
 def fits_kernel(state, x):
@@ -155,16 +163,17 @@ def sparsify(model, thresholds):
         if not isinstance(modules.get(name), (nn.Linear, SparseLinear)):
             raise InputError(f"thresholds name {name}, which is not a linear of this model")
         check_threshold(name, threshold, modules[name].in_features)
-    kept = {name: module.threshold.clone() for name, module in modules.items() if isinstance(module, SparseLinear)}
+    kept = {name: module.threshold.clone() for name, module in modules.items() if isinstance(module, SparseLinear) and module.state}
     for name in thresholds:
-        if name not in kept:
+        if isinstance(modules[name], nn.Linear):
             dense = modules.pop(name)                      # so that its weight is freed with it, before the next one's turn
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, SparseLinear(dense.weight.detach().t().contiguous()))
             if name == "lm_head" and model.config.tie_word_embeddings:
                 model.model.embed_tokens = TransposedEmbedding(model.lm_head.weight_t)
             del dense
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    linears = {name: module for name, module in model.named_modules()
+               if isinstance(module, SparseLinear) and (name in kept or name in thresholds)}
     device = model.device
     dtype = torch.promote_types(model.model.embed_tokens.weight.dtype, torch.float32)
     state = SparseState("decode", 0, torch.zeros(sum(l.in_features for l in linears.values()), device=device, dtype=dtype),
@@ -202,7 +211,7 @@ def set_thresholds(model, thresholds):
     modules = dict(model.named_modules())
     for name, threshold in thresholds.items():
         linear = modules.get(name)
-        if not isinstance(linear, SparseLinear):
+        if not isinstance(linear, SparseLinear) or linear.state is None:
             raise InputError(f"thresholds name {name}, which is not a sparse linear of this model")
         check_threshold(name, threshold, linear.in_features)
     for name, threshold in thresholds.items():
@@ -257,7 +266,7 @@ def realised_sparsity(model):
             if isinstance(module, (nn.Linear, SparseLinear)):
                 size = module.in_features * module.out_features
                 total += size
-                if isinstance(module, SparseLinear):
+                if isinstance(module, SparseLinear) and module.state:
                     kept, seen = module.counts.tolist()
                     skipped += size * (1 - kept / seen) if seen else 0
     return skipped / total
@@ -330,7 +339,7 @@ class Setting:
                 yield model.sparse_state.counts
             return
         counts, hooks = torch.zeros_like(model.sparse_state.counts), []
-        names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+        names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear) and module.state]
         for layer, (block, threshold) in enumerate(zip(model.model.layers, self.gate_thresholds.tolist())):
             skipping = [names.index(f"model.layers.{layer}.mlp.{name}_proj") for name in ("up", "down")]
 
@@ -545,6 +554,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="round the blocks' weights first (default: as they are)")
     arguments = parser.parse_args()
     if arguments.functions is not None and arguments.functions < 0:
         raise InputError(f"--functions is {arguments.functions}, expected at least 0")
@@ -556,7 +566,7 @@ def main():
         arguments.context, arguments.scored, arguments.dense_prefix = 2560, 512, 1280
     if arguments.model.startswith("random:"):
         raise InputError(f"{arguments.model} has random weights: it has no quality to measure")
-    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
     calibration = load_calibration(model, arguments.model)
     context = arguments.context or default_context(model)
     if not 0 < context <= model.config.max_position_embeddings:

@@ -23,6 +23,7 @@ import calibrate                                                                
 import generate as generation                                                               # noqa: E402
 import kernel                                                                               # noqa: E402
 import model as llama                                                                       # noqa: E402
+import quantize as quantizing                                                               # noqa: E402
 import rotate as rotation                                                                   # noqa: E402
 import sparsify as sparse                                                                   # noqa: E402
 from calibrate import Calibration                                                           # noqa: E402
@@ -541,6 +542,7 @@ import kernel
 def compiled(function, pointer, constants, capability):
     # As the launcher would: pointers and sizes are multiples of 16, which is what allows wide loads.
     kinds = {"threshold": "*fp32", "partial": "*fp32", "counts": "*i64"}
+    kinds |= {8: {"weight": "*i32", "scale": "*fp32"}, 4: {"weight": "*i32", "scale": "*bf16", "zero": "*u8"}}.get(constants.get("BITS"), {})
     signature, fixed, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
@@ -556,7 +558,9 @@ cuobjdump = next(Path(triton.__file__).parent.rglob("cuobjdump"))
 for capability in (80, 90):
     for pointer in ("*fp32", "*bf16", "*fp16"):
         for rows in (1, 2, 4, 8):
-            found = [compiled(kernel.partial_sums_kernel, pointer, {**kernel.tile(rows), "ROWS": rows, "COUNT": True}, capability)]
+            found = [compiled(kernel.partial_sums_kernel, pointer, {**kernel.tile(rows), "ROWS": rows, "COUNT": True, "BITS": bits,
+                                                                    "GROUP": 128 if bits == 4 else 0}, capability)
+                     for bits in ((0, 8, 4) if pointer == "*bf16" else (0,))]
             if rows == 1:
                 found += [compiled(kernel.put_together_kernel, pointer, {"GATED": gated, "SPLITS": 16, "BLOCK": 64}, capability)
                           for gated in (False, True)]
@@ -567,7 +571,7 @@ for capability in (80, 90):
                     sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
                 spills = len(re.findall(r"\\b(STL|LDL)\\b", sass))
                 wide = len(re.findall(r"ld\\.global[^\\n]*(v4\\.b32|v8\\.b16)", built.asm["ptx"]))
-                print(capability, pointer, rows, "sums" if i == 0 else "together", "instructions", sass.count(";"),
+                print(capability, pointer, rows, "sums" if "partial" in built.metadata.name else "together", "instructions", sass.count(";"),
                       "spills", spills, "wide", wide, "LDG.E.128", sass.count("LDG.E.128"))
 """
 
@@ -577,7 +581,7 @@ def test_triton_kernels_compile_for_gpus_that_are_not_here():
     ended = run("-c", COMPILE, env={"TRITON_INTERPRET": "0"})
     assert ended.returncode == 0, ended.stderr
     rows = [line.split() for line in ended.stdout.splitlines()]
-    assert len(rows) == 2 * 3 * (4 + 2)
+    assert len(rows) == 2 * (3 * (4 + 2) + 4 * 2)          # quantized weights are compiled with bfloat16 inputs
     for capability, pointer, tokens, which, _, instructions, _, spills, _, wide, _, wide_in_sass in rows:
         assert int(instructions) > 50 and int(spills) == 0, (capability, pointer, tokens, which)
         if which == "sums":                                # each thread's share of a tile of weights, 16 bytes at a time
@@ -1070,6 +1074,148 @@ def test_a_rotated_checkpoint_is_the_same_function(tmp_path, tied):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# quantize.py
+
+def quantized_case(seed):
+    """(x, QuantizedWeight, threshold): random codes of either kind, odd shapes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):
+        return choices[torch.randint(len(choices), (), generator=generator)]
+
+    bits, outputs, dtype = pick(8, 4), pick(1, 30, 64, 129, 300), pick(torch.float32, torch.bfloat16, torch.float16)
+    group = pick(32, 64, 128) if bits == 4 else None
+    channels = group * pick(1, 2, 3) if group else pick(1, 37, 300)
+    codes = kernel.pack_codes(torch.randint(1, 1 << bits, (channels, outputs), generator=generator), bits)
+    if bits == 8:
+        weight = kernel.QuantizedWeight(codes, 0.1 * torch.rand(outputs, generator=generator))
+    else:
+        weight = kernel.QuantizedWeight(codes, 0.1 * torch.rand(channels // group, outputs, generator=generator).bfloat16(),
+                                        torch.randint(16, (channels // group, outputs), generator=generator).to(torch.uint8), group)
+    x = torch.randn(pick(*range(1, 9)), channels, generator=generator).to(dtype)
+    return x, weight, pick(0.0, 0.5, 1e9, -1.0, torch.rand(channels, generator=generator) * 1.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sparse_gemv_of_codes_against_float64(backend):
+    device = DEVICE if backend == "triton" else torch.device("cpu")
+    for seed in range(16 if backend == "triton" and device.type == "cpu" else 150):
+        x, weight, threshold = quantized_case(seed)
+        keep = x.double().abs() > (threshold.double() if isinstance(threshold, torch.Tensor) else threshold)
+        exact, magnitude = weight.dequantized(torch.float64), x.double().abs() * keep
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        y = kernel.sparse_gemv(x.to(device), weight.to(device), threshold.to(device) if isinstance(threshold, torch.Tensor) else threshold,
+                               backend, counts).cpu()
+        assert y.dtype == x.dtype and counts.tolist() == [keep.sum().item(), keep.numel()]
+        interpreted = backend == "triton" and device.type == "cpu"
+        allowed = 2**-7 if interpreted or x.dtype == torch.bfloat16 else 2**-9 if x.dtype == torch.float16 else 2**-13
+        # Codes are summed before they are scaled: rounding is proportional to the range of the codes.
+        scale = magnitude.sum(1, keepdim=True) * (weight.scales.double() * (1 << weight.bits - 1)).view(-1, exact.shape[1]).amax(0)
+        assert ((y.double() - (x.double() * keep) @ exact).abs() <= allowed * scale + 1e-30).all(), (seed, weight.bits, x.dtype)
+
+
+def test_codes_are_packed_and_unpacked():
+    for bits in (4, 8):
+        codes = torch.randint(1 << bits, (5, 203), generator=torch.Generator().manual_seed(bits))
+        words = kernel.pack_codes(codes, bits)
+        assert words.dtype == torch.int32 and torch.equal(kernel.unpack_codes(words, bits, 203).long(), codes)
+        # The layout that is written down: bits 4k.. (8k..) of word w of a block are output 16k + w.
+        lanes = 32 // bits
+        for output in (0, 17, 100, 202):
+            block, inside = divmod(output, 16 * lanes)
+            word = int(words[3, 16 * block + inside % 16]) >> bits * (inside // 16) & (1 << bits) - 1
+            assert word == codes[3, output]
+
+
+def test_rounding_is_to_nearest_and_clipping_helps():
+    torch.manual_seed(0)
+    weight = torch.randn(96, 256)                          # (out, in)
+    eight = quantizing.quantized(weight, 8)
+    assert ((eight.dequantized(torch.float32).t() - weight).abs() <= 0.5001 * eight.scales[:, None]).all()
+    plain, clipped = (quantizing.quantized(weight, 4, 64, ratios) for ratios in ((1.0,), quantizing.CLIPPING))
+    step = plain.scales.float().repeat_interleave(64, 0).t()                                # (out, in)
+    assert ((plain.dequantized(torch.float32).t() - weight).abs() <= 1.01 * step).all()     # half a step, and the zero point's half
+
+    def errors(made):
+        return (made.dequantized(torch.float32).t() - weight).square().unflatten(1, (-1, 64)).sum(2)
+    assert (errors(clipped) <= errors(plain) + 1e-6).all() and errors(clipped).sum() < 0.95 * errors(plain).sum()
+    assert close(clipped.dequantized(torch.float32).t(), weight, 0.11) and close(eight.dequantized(torch.float32).t(), weight, 0.01)
+    constant = quantizing.quantized(torch.full((3, 64), 0.37), 4, 64)                       # one-sided, and zero
+    assert close(constant.dequantized(torch.float32), torch.full((64, 3), 0.37), 0.01)
+    assert torch.equal(quantizing.quantized(torch.zeros(3, 64), 4, 64).dequantized(torch.float32), torch.zeros(64, 3))
+    assert torch.equal(quantizing.quantized(torch.zeros(3, 64), 8).dequantized(torch.float32), torch.zeros(64, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_quantized_model_is_the_model_of_its_rounded_weights(bits, dtype):
+    def made():
+        return tiny_model(dtype, hidden_size=64, intermediate_size=96, head_dim=16)
+    model, rounded = quantizing.quantize(made(), bits, 32), made()
+    for name in linear_names(model):
+        rounded.get_submodule(name).weight.copy_(model.get_submodule(name).weight)
+    # In float32 a rounding would move inputs over their thresholds; there nothing is dropped, but the kernel does the work.
+    thresholds = {name: 0.3 + 0.01 * i if dtype == torch.float64 else 0.0 for i, name in enumerate(linear_names(model))}
+    tokens, tolerance = tokens_like(model, 1, 12), {torch.float64: 1e-6, torch.float32: 1e-3}[dtype]
+    assert close(model(tokens), rounded(tokens), tolerance)
+    for each in (model, rounded):
+        sparse.sparsify(each, thresholds)
+    with sparse.sparse_mode(model, "all"), sparse.sparse_mode(rounded, "all"):
+        assert close(model(tokens), rounded(tokens), tolerance)
+        assert close(model(tokens[:, :5]), rounded(tokens[:, :5]), tolerance)               # few rows: the kernel
+        caches = [each.make_cache(1, 12) for each in (model, rounded)]
+        for i in range(12):
+            assert close(model(tokens[:, i:i + 1], caches[0]), rounded(tokens[:, i:i + 1], caches[1]), tolerance)
+        assert sparse.realised_sparsity(model) == pytest.approx(sparse.realised_sparsity(rounded), abs=1e-3)
+        assert dtype == torch.float32 or 0.1 < sparse.realised_sparsity(model) < 0.9
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_folder(tmp_path, bits):
+    model = tiny_model(torch.float32, hidden_size=64, intermediate_size=96, head_dim=16)
+    (tmp_path / "plain").mkdir()
+    save_sharded(model, tmp_path / "plain")
+    errors = quantizing.quantize_folder(tmp_path / "plain", tmp_path / "small", bits, 32)
+    loaded = Llama.from_pretrained(tmp_path / "small")
+    in_memory = quantizing.quantize(model, bits, 32)
+    tokens = tokens_like(model, 2, 9)
+    assert torch.equal(loaded(tokens), in_memory(tokens))
+    assert [name for name, *_ in sorted(errors)] == sorted(linear_names(model)) and max(error for _, error, _, _ in errors) < 0.15
+    calibration = calibrate.calibrate(loaded, tokens_like(model, 400, seed=3), 32)          # backward, too
+    sparse.sparsify(loaded, calibration.thresholds(0.5))
+    assert next(generate(loaded, [1, 2, 3], 4)) in range(model.config.vocab_size)
+    with pytest.raises(InputError, match="the model is quantized"):
+        in_memory.save_pretrained(tmp_path / "again")
+    with pytest.raises(InputError, match="exists already"):
+        quantizing.quantize_folder(tmp_path / "plain", tmp_path / "small", bits)
+    with pytest.raises(InputError, match="is quantized already"):
+        quantizing.quantize_folder(tmp_path / "small", tmp_path / "twice", bits)
+    with pytest.raises(InputError, match="is quantized already"):
+        llama.quantized_now(in_memory, "this", "int8")
+    with pytest.raises(InputError, match="rotate first"):
+        rotation.rotate(tmp_path / "small", tmp_path / "turned", None, None)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    for changes, message in [({"version": 2}, "version is 2, known is 1"), ({"bits": 3}, "3 bits with group"),
+                             ({"bits": 4, "group": 40}, "groups of 40"), ({"quant_method": "awq"}, "weights in floating point, or as quantize.py")]:
+        changed = config | {"quantization_config": config["quantization_config"] | changes}
+        (tmp_path / "small" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=message):
+            Llama.from_pretrained(tmp_path / "small")
+
+
+def test_what_cannot_be_quantized():
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="this one: holds NaN or infinity"):
+            quantizing.quantized(torch.full((2, 32), value), 8, name="this one")
+    for group, inputs in [(128, 192), (48, 96), (0, 64)]:
+        with pytest.raises(InputError, match=f"groups of {group}"):
+            quantizing.quantized(torch.ones(2, inputs), 4, group)
+    with pytest.raises(InputError, match="bits is 5"):
+        quantizing.quantized(torch.ones(2, 32), 5)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # generate.py
 
 def test_greedy_is_the_argmax_of_the_whole_sequence():
@@ -1473,6 +1619,10 @@ def test_a_draft_model_needs_the_same_tokenizer():
 
 
 @pytest.mark.parametrize("command, message", [
+    (["quantize.py", "--group", "50"], "--group is 50, expected a multiple of 32"),
+    (["quantize.py", "--out", "demo"], "demo: exists already"),
+    (["quantize.py", "--model", "random:llama-3.2-1b"], "random weights"),
+    (["calibrate.py", "--quantize", "int4"], "--quantize needs --out"),
     (["generate.py", "--draft", "nowhere"], "nowhere: no such folder"),
     (["generate.py", "--draft", "recycle", "--draft-tokens", "80"], "draft_tokens is 80, expected 1 to 79"),
     (["generate.py", "--draft", "sparse", "--draft-sparsity", "1"], "--draft-sparsity is 1.0"),
