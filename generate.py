@@ -10,8 +10,20 @@ Each turn reads all weights that are not skipped, for one token: this loop is wh
 Greedy decoding (temperature 0) takes the likeliest token. Sampling divides the logits by the temperature, keeps the
 top_k likeliest tokens and of those the fewest that hold a share top_p of the probability, and draws from what is left.
 
+Speculative decoding makes the gain of sparsity lossless. A pass over a few tokens reads each weight once, as a pass over
+one token does, and takes hardly longer. So let something cheap guess the next tokens, and the model check them all at once:
+
+    draft     guesses                     the x1 x2 x3       by the model at high sparsity, by a small model, from a table
+    verify    one pass of the model over  the x1 x2 x3  ─►   what it writes itself behind each of them:  x1 x2 y z
+    accept    the guesses it agrees with, and its own token where it does not:  x1 x2 y                  three for one pass
+
+Greedy: a guess stays if it is the likeliest token. Sampled: a guess x drawn from the draft's q stays with probability
+min(1, p(x) / q(x)), else a token is drawn from what p has above q; then it is distributed as p. Either way the model has the
+last word, and the text is its own. (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.)
+
     python generate.py                                         the demo: a small model writes Python, dense and sparse
     python generate.py --model FOLDER --prompt TEXT --sparsity 0.5
+    python generate.py --draft sparse --compare                the demo, speculating, beside plain decoding
 """
 import contextlib
 import functools
@@ -37,10 +49,12 @@ def probabilities(logits, temperature, top_k=None, top_p=None):
         logits = torch.full_like(logits, float("-inf")).scatter(-1, best.indices, best.values)
     p = logits.softmax(-1)
     if top_p is not None:
-        ordered, order = p.sort(-1, descending=True)
+        ordered, order = p.topk(min(1024, p.shape[-1]))    # nearly always enough, and ten times faster than to sort all
+        if (ordered.sum(-1) < top_p).any():
+            ordered, order = p.sort(-1, descending=True)
         enough = ordered.cumsum(-1) - ordered >= top_p     # what the likelier tokens hold together
         enough[..., 0] = False
-        p = p.scatter(-1, order, ordered.masked_fill(enough, 0.0))
+        p = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(enough, 0.0))
         p = p / p.sum(-1, keepdim=True)
     return p
 
@@ -175,23 +189,27 @@ class Steps:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Speculative decoding. Guessed tokens form a tree: its root, node 0, is the last token that was written; a path down
-# is a guess at what follows. A single guess, x1 x2 x3, is a tree without branches. One pass verifies all nodes, each of
-# which sees what was written and its own ancestors alone.
+# Speculative decoding. The guesses of a round form a tree: its root, node 0, is the last token that was written, and each
+# path down from it is a guess at what follows. Guesses x1 x2 x3 are a tree without branches. One pass verifies all nodes:
+# each sees what was written, and its own ancestors. The size of a draft is its number of guesses, the root not counted.
 
 class Tree:
-    """The shape of a draft. parents: of each node but the root, all before their children; ranks: which of its parent's
-    candidates each node is, 0 the likeliest. Nodes are in an order in which every beginning is a tree itself."""
+    """The shape of a draft. Node i + 1 is a guess at what follows node parents[i], its candidate of rank ranks[i], 0 the likeliest.
+
+    Parents come before their children. depths (nodes,), sees (nodes, nodes) bool: as Steps takes them.
+    """
 
     def __init__(self, parents, ranks, device):
-        self.parents, self.ranks, nodes = parents, ranks, len(parents) + 1
-        self.children = [[] for _ in range(nodes)]
-        depths, sees = [0], torch.eye(nodes, dtype=torch.bool)
+        self.parents, self.ranks, self.children = parents, ranks, [[] for _ in range(len(parents) + 1)]
+        depths, sees = [0], torch.eye(len(parents) + 1, dtype=torch.bool)
         for node, parent in enumerate(parents, start=1):
             self.children[parent].append(node)
             depths.append(depths[parent] + 1)
             sees[node] |= sees[parent]
-        self.depth_of, self.depths, self.sees = depths, torch.tensor(depths, device=device), sees.to(device)
+        self.depths, self.sees, self.levels = torch.tensor(depths, device=device), sees.to(device), []
+        for depth in range(1, max(depths) + 1):            # of each level: its nodes, their parents and ranks
+            level = [(node, parents[node - 1], ranks[node - 1]) for node, at in enumerate(depths) if at == depth]
+            self.levels.append(torch.tensor(level, device=device).T)
 
 
 @functools.cache
@@ -201,98 +219,110 @@ def chain(size, device):
 
 
 # How often the next token was the candidate of each rank, on the held-out text with the demo model.
-ODDS = (0.38, 0.09, 0.055, 0.035, 0.028, 0.019, 0.014, 0.013)
+CANDIDATE_ODDS = (0.38, 0.09, 0.055, 0.035, 0.028, 0.019, 0.014, 0.013)
 
 
 @functools.cache
 def draft_tree(size, device):
-    """The tree of the `size` likeliest guesses, if candidates come true by ODDS. Smaller trees are the beginnings of larger ones."""
-    parents, ranks, front = [], [], [(-odds, 0, rank) for rank, odds in enumerate(ODDS)]    # front: a heap, likeliest first
+    """The `size` likeliest guesses, if candidates come true by CANDIDATE_ODDS. Its first nodes are the smaller trees."""
+    parents, ranks, front = [], [], [(-odds, 0, rank) for rank, odds in enumerate(CANDIDATE_ODDS)]    # a heap, likeliest first
     while len(parents) < size:
         likelihood, parent, rank = heapq.heappop(front)
         parents.append(parent)
         ranks.append(rank)
-        for next_rank, odds in enumerate(ODDS):            # the new node's children
+        for next_rank, odds in enumerate(CANDIDATE_ODDS):  # the new node's children
             heapq.heappush(front, (likelihood * odds, len(parents), next_rank))
     return Tree(parents, ranks, device)
 
 
 class ModelDraft:
-    """Guesses token by token with a model: the verifier itself, sparser, or a smaller one.
+    """Guesses token by token with a model: the verifier itself at high sparsity, or a smaller one.
 
-    A sparse verifier shares its cache: the keys and values written here lie ahead of the verified ones, and the verify
-    pass writes the exact ones over them. A model of its own has its own cache, and runs what was accepted meanwhile first.
+    The verifier itself works in the verifier's cache: the keys and values it writes lie ahead of the verified ones, and the
+    verify pass writes the exact ones over them. A smaller model has a cache of its own, and catches up with what was written.
     """
-    SIZES = range(8)
-    ODDS = (0.7,)                                          # that a guess is right, before any was judged
+    SIZES = range(8)         # that are chosen from; a verify pass over more than 8 tokens is no longer cheap on a CPU
+    ODDS = (0.7,)            # that a guess is right, before any was judged
     shape = staticmethod(chain)
 
-    def __init__(self, model, cache, mode=contextlib.nullcontext):
-        self.model, self.cache, self.mode, self.step = model, cache, mode, Steps(model, cache)
+    def __init__(self, model, cache, shared=False, mode=contextlib.nullcontext):
+        """mode: makes the context in which the model guesses."""
+        self.model, self.cache, self.shared, self.mode, self.step = model, cache, shared, mode, Steps(model, cache)
 
-    def read(self, prompt):
-        """Runs a prompt (1, T) through a model with a cache of its own, as far as it fits."""
-        self.model(prompt[:, :self.cache.length], self.cache, last_only=True)
+    def read(self, prompt, verifier):
+        """Runs the prompt (1, T) through the verifier, and through the draft model where it is another. Its last logits."""
+        if not self.shared:
+            self.model(prompt[:, :self.cache.length], self.cache, last_only=True)
+        return verifier(prompt, last_only=True)[:, -1]
 
     def guess(self, ids, size, sampling, generator):
-        """`size` tokens that may follow `ids` (a list), as far as the cache holds: (tokens, their distributions or None)."""
+        """`size` guesses at what follows `ids`, fewer where the cache ends: (tokens, their distributions q or None)."""
         held = self.cache.used = min(self.cache.used, len(ids) - 1)
         tokens, guesses, q = torch.tensor([ids[held:]], device=self.model.device), [], []
         with self.mode():
             for _ in range(min(size, self.cache.length - len(ids) + 1)):
-                token, p = choose(self.step(tokens)[:, -1], sampling, generator)            # (1, 1), (1, vocab)
-                guesses.append(token)
+                # Some rounds without a draft leave more to catch up with than a graph is worth.
+                logits = self.step(tokens) if tokens.shape[1] <= 2 else self.model(tokens, self.cache, last_only=True)
+                tokens, p = choose(logits[:, -1], sampling, generator)                      # (1, 1), (1, vocab)
+                guesses.append(tokens)
                 q.append(p)
-                tokens = token
         return torch.cat(guesses).flatten().tolist() if guesses else [], torch.cat(q) if q and q[0] is not None else None
 
     def learn(self, tokens, logits):
-        pass
+        """A model knows what it knows."""
 
 
 class RecycleDraft:
-    """Token Recycling (arXiv 2408.08696): guesses without a model, from the logits that verify passes leave behind.
+    """Token Recycling (arXiv 2408.08696): guesses without a model, from logits that verify passes computed and left behind.
 
-    candidates (vocab, 8): the tokens that were likeliest the last time after each token. A tree is grown from them.
+    candidates (vocab, 8): the tokens that were likeliest, the last time, to follow each token. A tree is grown from them.
     """
     SIZES = (0, 1, 3, 7, 15, 31, 79)
-    ODDS = ODDS
+    ODDS = CANDIDATE_ODDS
     shape = staticmethod(draft_tree)
 
     def __init__(self, model):
-        self.candidates = torch.zeros(model.config.vocab_size, min(len(ODDS), model.config.vocab_size),
-                                      dtype=torch.int32, device=model.device)
+        width = min(len(CANDIDATE_ODDS), model.config.vocab_size)
+        self.candidates = torch.zeros(model.config.vocab_size, width, dtype=torch.int64, device=model.device)
+
+    def read(self, prompt, verifier):
+        """Runs the prompt (1, T) through the verifier, in parts since all logits count here, and learns. The last logits."""
+        for part in prompt.split(256, 1):
+            logits = verifier(part)[0]                                                      # (T, vocab)
+            self.learn(part[0], logits)
+        return logits[-1:]
 
     def guess(self, ids, size, sampling, generator):
-        """The tokens of draft_tree(size) behind the last of `ids`, level by level; they have no distribution."""
-        tree = draft_tree(size, self.candidates.device)
-        rows = {0: self.candidates[ids[-1]].tolist()}
-        tokens = []
-        for node, (parent, rank) in enumerate(zip(tree.parents, tree.ranks), start=1):
-            tokens.append(rows[parent][rank % len(rows[parent])])
-            if tree.children[node]:
-                rows[node] = self.candidates[tokens[-1]].tolist()
-        return tokens, None
+        """The tokens of draft_tree(size) behind the last of `ids`, level by level. They were not drawn: no q."""
+        tokens = torch.empty(size + 1, dtype=torch.int64, device=self.candidates.device)
+        tokens[0] = ids[-1]
+        for nodes, parents, ranks in draft_tree(size, self.candidates.device).levels:
+            tokens[nodes] = self.candidates[tokens[parents], ranks % self.candidates.shape[1]]
+        return tokens[1:].tolist(), None
 
     def learn(self, tokens, logits):
-        """tokens (N,), logits (N, vocab): what the model has just said follows each of them."""
-        self.candidates[tokens] = logits.topk(self.candidates.shape[1]).indices.int()
+        """tokens (N,), logits (N, vocab): what the model has just said follows each of them. The last of equal tokens counts."""
+        order = torch.arange(len(tokens), device=tokens.device)
+        last = tokens.new_zeros(len(self.candidates)).scatter_reduce_(0, tokens, order, "amax")
+        self.candidates[tokens] = logits.topk(self.candidates.shape[1]).indices[last[tokens]]
 
 
 class Statistics:
-    """What a speculative run did: tokens written, verify passes, seconds in drafts and in verify passes.
+    """What a speculative run did, and from it what size of draft is best.
 
-    reached[i], accepted[i]: how often a guess at place i + 1 was judged, those before it accepted, and how often accepted.
+    tokens: written by verify passes; passes; draft_seconds, verify_seconds
+    reached[i], accepted[i]: how often a guess at place i + 1 was judged, those before it accepted; how often accepted
+    judged[r], right[r]: how often a guess of rank r was judged, its parent accepted; how often accepted
     """
 
     def __init__(self, draft):
         self.tokens = self.passes = 0
         self.draft_seconds = self.verify_seconds = 0.0
         self.reached, self.accepted = [], []
-        self.sizes, self.shape = draft.SIZES, draft.shape
-        self.judged = [4.0] * len(draft.ODDS)              # by rank: guesses whose parent was accepted, 4 before the first,
-        self.right = [4 * odds for odds in draft.ODDS]     # and how many of them were right
-        self.times = {}                                    # size: seconds of its rounds
+        self.sizes, self.shape = list(draft.SIZES), draft.shape
+        self.judged = [4.0] * len(draft.ODDS)              # what is held to be true at first counts as four guesses
+        self.right = [4 * odds for odds in draft.ODDS]
+        self.times, self.last = {}, {}                     # by size: seconds of its rounds, number of its last round
 
     @property
     def tokens_a_pass(self):
@@ -300,25 +330,27 @@ class Statistics:
 
     @property
     def acceptance(self):
-        """The share of guesses accepted at each place, of those that were reached."""
+        """The share of guesses accepted at each place, of those that were judged."""
         return [accepted / reached for accepted, reached in zip(self.accepted, self.reached)]
 
     def record(self, tree, path, draft_seconds, verify_seconds):
         """One round: the draft's tree, its accepted nodes (the root first) and the times it took."""
         self.passes += 1
-        self.tokens += len(path)
         self.draft_seconds += draft_seconds
         self.verify_seconds += verify_seconds
-        for place in range(min(len(path), max(tree.depth_of))):
-            if place == len(self.reached):
-                self.reached.append(0)
-                self.accepted.append(0)
-            self.reached[place] += 1
-            self.accepted[place] += place + 1 < len(path)
+        for place, node in enumerate(path):
+            if tree.children[node]:
+                if place == len(self.reached):
+                    self.reached.append(0)
+                    self.accepted.append(0)
+                self.reached[place] += 1
+                self.accepted[place] += place + 1 < len(path)
         for node, (parent, rank) in enumerate(zip(tree.parents, tree.ranks), start=1):
             self.judged[rank] += parent in path
             self.right[rank] += node in path
-        self.times.setdefault(len(tree.parents), []).append(draft_seconds + verify_seconds)
+        size = len(tree.parents)
+        self.times.setdefault(size, []).append(draft_seconds + verify_seconds)
+        self.last[size] = self.passes
 
     def expected(self, size):
         """The tokens that a round with a draft of `size` is expected to write: each node is accepted if its parent is and
@@ -329,166 +361,168 @@ class Statistics:
         return sum(likelihood)
 
     def best_size(self):
-        """The draft size with the most expected tokens a second, by the median time of its last rounds.
+        """The draft size with the most expected tokens a second.
 
-        Sizes are tried upwards, the next one as long as it would pay if it cost what the one below it does. Where nothing
-        pays but no draft at all, one is tried every 16th time.
+        Sizes are tried upwards, the next one as long as it would pay if it cost what the one below it does. A size costs the
+        least of its last times, since what disturbs a computer only makes it slower; and every 16th round goes to a
+        neighbour of the best, so that what changes, or was disturbed, is found out.
         """
         rates, seconds = {}, None
         for size in self.sizes:
             measured = self.times.get(size, [])[1:]        # the first sets things up: a graph, the kernel's threads
-            seconds = statistics.median(measured[-9:]) if measured else seconds
+            seconds = min(measured[-5:]) if measured else seconds
             if seconds is None:
                 return size
-            if size or self.passes % 16:
-                rates[size] = self.expected(size) / seconds
+            rates[size] = self.expected(size) / seconds
             if not measured:
                 break
-        return max(rates, key=rates.get)
+        best, tried = max(rates, key=rates.get), list(rates)
+        if self.passes % 16 == 15:
+            at = tried.index(best)
+            return min(tried[max(0, at - 1):at] + tried[at + 1:at + 2] or [best], key=lambda size: self.last.get(size, 0))
+        return best
 
 
 def verdict(logits, tree, tokens, q, sampling, generator):
-    """What the model writes itself, given its logits (N, vocab) at each node: (tokens, nodes on which they lie, root first).
+    """What the model writes itself, given its logits (nodes, vocab): (tokens, the nodes they were written behind, root first).
 
-    tokens: of all nodes; q (N - 1, vocab): the distributions the guesses were drawn from, None if they were not drawn.
-    The last token written is new, all before it were guessed. Greedy: each is the likeliest. Sampled: each is drawn from the
-    model's own distribution p, through the guess where that was drawn too (`from_guess`).
+    tokens: of all nodes; q (nodes - 1, vocab): the distributions that the guesses were drawn from, None if they were not drawn.
+    Greedy: each token is the likeliest. Sampled: each is drawn from the model's own distribution p, by way of the guess where
+    that was drawn too (`from_guess`). Where a guess is that token the walk goes on behind it, else it ends: all tokens but
+    the last were guessed.
     """
-    greedy = sampling[0] == 0
-    chosen = logits.argmax(-1).tolist() if greedy else probabilities(logits, *sampling)
+    likeliest = logits.argmax(-1).tolist() if sampling[0] == 0 else None
     written, path, node = [], [], 0
     while node is not None:
         path.append(node)
-        guesses = tree.children[node]
-        if greedy:
-            token = chosen[node]
-        elif q is not None and guesses:
-            token = from_guess(chosen[node], q[guesses[0] - 1], tokens[guesses[0]], generator)
+        children = tree.children[node]
+        if likeliest:
+            token = likeliest[node]
         else:
-            token = torch.multinomial(chosen[node], 1, generator=generator).item()
+            p = probabilities(logits[node], *sampling)
+            if q is not None and children:
+                token = from_guess(p, q[children[0] - 1], tokens[children[0]], generator)
+            else:
+                token = torch.multinomial(p, 1, generator=generator).item()
         written.append(token)
-        node = next((guess for guess in guesses if tokens[guess] == token), None)
+        node = next((child for child in children if tokens[child] == token), None)
     return written, path
 
 
 def from_guess(p, q, guess, generator):
     """A token distributed as p (vocab,), given a guess that was drawn from q (vocab,): the guess as often as can be.
 
-    With probability min(1, p/q) it stays; else a token is drawn from where p is above q. Then the token x comes out with
-    min(p, q) + (what was refused) * (p - q)₊ / Σ (p - q)₊ = min(p, q) + (p - q)₊ = p (arXiv 2211.17192, 2302.01318).
+    With probability min(1, p/q) it stays; else a token is drawn from where p is above q. A token x so comes out with probability
+    min(p, q) + (what was refused in all) * (p - q)₊ / Σ (p - q)₊ = min(p, q) + (p - q)₊ = p.
     """
-    if accepted(p[guess], q[guess], torch.rand((), generator=generator, device=p.device)):
+    if stays(p[guess], q[guess], torch.rand((), generator=generator, device=p.device)):
         return guess
     rest = (p - q).clamp(min=0)
     return torch.multinomial(rest if rest.sum() > 0 else p, 1, generator=generator).item()
 
 
-def accepted(p, q, uniform):
-    """Whether a guess stays, with probability min(1, p/q); uniform: drawn from [0, 1)."""
+def stays(p, q, uniform):
+    """Whether a guess is accepted, with probability min(1, p/q); uniform: drawn from [0, 1)."""
     return bool(uniform * q < p)
 
 
 def generate_speculative(model, prompt_ids, max_new_tokens, draft="sparse", draft_thresholds=None, draft_tokens=None,
-                         temperature=0.0, top_k=None, top_p=None, seed=None, eos_ids=()):
-    """What `generate` would give, in fewer passes: an iterator of token ids, with .statistics (a Statistics) and .against.
+                         temperature=0.0, top_k=None, top_p=None, seed=None, eos_ids=(), sparse_verifier=False):
+    """The text of `generate` in fewer passes: an iterator of token ids, with .statistics (a Statistics) and .against (which model's).
 
-    The output is that of the model as verifier: dense, unless sparse_mode(model, "all") is in force now; then it is that of
-    the sparse model, prompt and all. Greedy output is the same token for token (up to rounding: sums over several tokens are
-    taken in another order than over one), sampled output has the same distribution.
+    The text is the dense model's, whatever is sparse: that of `generate` in sparse_mode "off". With sparse_verifier it is that
+    of `generate` in the mode in force now, and in mode "all" it always is. Greedy text is the same token for token, up to
+    rounding (sums over several tokens are taken in another order than over one); sampled text has the same distribution.
 
     draft: "sparse": the model itself (sparsified) with draft_thresholds, as sparse_mode takes them; None: those in force
            "recycle": no model, Token Recycling
-           a Llama with the same vocabulary
+           a Llama with the same vocabulary, on the same device
     draft_tokens: how many tokens to guess a pass; None: what is fastest here, by what was accepted and by the clock.
-    Only with a fixed number is sampled output repeatable from a seed. Everything else as for `generate`.
+    Only with a fixed number is sampled text repeatable from a seed. Everything else as for `generate`.
     """
     check_sampling(temperature, top_k, top_p, seed)
     prompt = check_prompt(model, prompt_ids, max_new_tokens)
-    if draft_tokens is not None and not 1 <= draft_tokens <= 79:
-        raise InputError(f"draft_tokens is {draft_tokens}, expected 1 to 79")
+    if draft_tokens is not None and not 1 <= draft_tokens <= max(RecycleDraft.SIZES):
+        raise InputError(f"draft_tokens is {draft_tokens}, expected 1 to {max(RecycleDraft.SIZES)}")
     state = getattr(model, "sparse_state", None)
     if state is not None and state.where == "all" and state.dense_prefix:
         raise InputError("a dense prefix is not for decoding, where every step would begin anew")
     if draft == "sparse" and state is None:
         raise InputError('draft "sparse" needs a model made sparse: sparsify(model, thresholds)')
-    if not isinstance(draft, Llama) and draft not in ("sparse", "recycle"):
+    if isinstance(draft, Llama):
+        if draft.config.vocab_size != model.config.vocab_size:
+            raise InputError(f"the draft model has {draft.config.vocab_size} tokens, the model {model.config.vocab_size}")
+        if draft.device != model.device:
+            raise InputError(f"the draft model is on {draft.device}, the model on {model.device}")
+    elif draft not in ("sparse", "recycle"):
         raise InputError(f'draft is "sparse", "recycle" or a Llama, not {draft!r}')
-    if isinstance(draft, Llama) and draft.config.vocab_size != model.config.vocab_size:
-        raise InputError(f"the draft model has {draft.config.vocab_size} tokens, the model {model.config.vocab_size}")
     return Speculation(model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens, (temperature, top_k, top_p),
-                       random_source(model, seed), frozenset(eos_ids))
+                       random_source(model, seed), frozenset(eos_ids), sparse_verifier)
 
 
 class Speculation:
     """The iterator that generate_speculative returns."""
 
-    def __init__(self, model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens, sampling, generator, eos_ids):
+    def __init__(self, model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens, sampling, generator, eos_ids, sparse):
         state = getattr(model, "sparse_state", None)
-        sparse = state is not None and state.where == "all"
-        thresholds = None if state is None else state.thresholds.clone()
+        where, thresholds = ("off", None) if state is None else (state.where, state.thresholds.clone())
+        if where == "decode" and not sparse:
+            where = "off"
+        self.against = "the dense model" if where == "off" else "the sparse model"
+        self.reading = lambda: sparse_mode(model, where, thresholds)       # for the prompt: as `generate` would read it
+        self.verifying = lambda: sparse_mode(model, "off" if where == "off" else "all", thresholds)
         self.model, self.prompt, self.draft_tokens, self.sampling = model, prompt, draft_tokens, sampling
         self.generator, self.eos_ids = generator, eos_ids
-        self.against = "the sparse model" if sparse else "the dense model"
-        self.verifying = lambda: sparse_mode(model, "all" if sparse else "off", thresholds)
         self.length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
-        self.cache = model.make_cache(1, self.length + (draft_tokens or max(RecycleDraft.SIZES)))
+        self.cache = model.make_cache(1, self.length + max(RecycleDraft.SIZES))             # room for a draft at the end
         if draft == "sparse":
             with sparse_mode(model, "all", draft_thresholds):
                 guessing = state.thresholds.clone()
-            self.draft = ModelDraft(model, self.cache, lambda: sparse_mode(model, "all", guessing))
+            self.draft = ModelDraft(model, self.cache, True, lambda: sparse_mode(model, "all", guessing))
         elif draft == "recycle":
             self.draft = RecycleDraft(model)
         else:
             self.draft = ModelDraft(draft, draft.make_cache(1, min(self.length, draft.config.max_position_embeddings)))
         self.statistics = Statistics(self.draft)
-        self.tokens = self.run()
+        self.text = self.run()
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        return next(self.tokens)
+        return next(self.text)
 
     @torch.no_grad()
     def run(self):
         ids, verify = self.prompt[0].tolist(), Steps(self.model, self.cache)
-        written = [self.read_prompt()]
+        with self.reading():
+            logits = self.draft.read(self.prompt, lambda tokens, **options: self.model(tokens, self.cache, **options))
+        written = [choose(logits, self.sampling, self.generator)[0].item()]
         while True:
             for token in written:
                 if token in self.eos_ids:
                     return
                 ids.append(token)
+                self.statistics.tokens += self.statistics.passes > 0
                 yield token
                 if len(ids) == self.length:
                     return
             written = self.round(ids, verify)
 
-    def read_prompt(self):
-        """Fills the cache with the prompt, and returns the first token."""
-        recycling = isinstance(self.draft, RecycleDraft)
-        with self.verifying():
-            for part in self.prompt.split(256, 1) if recycling else [self.prompt]:
-                logits = self.model(part, self.cache, last_only=not recycling)              # (1, T or 1, vocab)
-                if recycling:
-                    self.draft.learn(part[0], logits[0])
-        if not recycling and self.draft.cache is not self.cache:
-            self.draft.read(self.prompt)
-        return choose(logits[:, -1], self.sampling, self.generator)[0].item()
-
     def round(self, ids, verify):
-        """Draft and verdict: the tokens that follow `ids`, at least one."""
+        """Draft, verify, accept: the tokens that follow `ids`, at least one."""
         began, start, device = time.perf_counter(), len(ids) - 1, self.prompt.device        # all but the last are in the cache
         size = self.statistics.best_size() if self.draft_tokens is None else self.draft_tokens
         if isinstance(self.draft, ModelDraft):
             size = min(size, self.length - len(ids) - 1)   # the last token that is wanted comes from the verifier
         guesses, q = self.draft.guess(ids, size, self.sampling, self.generator)
-        tree, nodes = self.draft.shape(len(guesses), device), torch.tensor([ids[-1], *guesses], device=device)
+        tree, tokens = self.draft.shape(len(guesses), device), torch.tensor([ids[-1], *guesses], device=device)
         drafted, self.cache.used = time.perf_counter(), start
         with self.verifying():
-            logits = (verify(nodes[None], tree.depths, tree.sees) if guesses else verify(nodes[None]))[0]    # (N, vocab)
-        written, path = verdict(logits, tree, nodes.tolist(), q, self.sampling, self.generator)
+            logits = (verify(tokens[None], tree.depths, tree.sees) if guesses else verify(tokens[None]))[0]    # (nodes, vocab)
+        written, path = verdict(logits, tree, [ids[-1], *guesses], q, self.sampling, self.generator)
         self.cache.keep(start, path)
-        self.draft.learn(nodes, logits)
+        self.draft.learn(tokens, logits)
         self.statistics.record(tree, path, drafted - began, time.perf_counter() - drafted)
         return written
 
@@ -574,13 +608,13 @@ def demo_tokens_a_pass(draft, sparsity, sizes, prompts=8, new_tokens=96):
     found = {}
     for size in sizes:
         progress_line(f"tokens a pass on the demo model: {size} guesses")
-        tokens = passes = 0
+        written = passes = 0
         for seed, prompt in enumerate(texts):
             run = generate_speculative(model, prompt, new_tokens, draft, draft_tokens=size, temperature=1.0, top_p=0.9, seed=seed)
             for _ in run:
                 pass
-            tokens, passes = tokens + run.statistics.tokens, passes + run.statistics.passes
-        found[size] = tokens / passes
+            written, passes = written + run.statistics.tokens, passes + run.statistics.passes
+        found[size] = written / passes
     return found
 
 
@@ -589,7 +623,9 @@ def draft_costs(model, draft, sparsity):
 
     The model is sparse, with the draft's thresholds. Random weights accept at random, so each is measured where it can be.
     """
-    sizes = [size for size in (ModelDraft if draft == "sparse" else RecycleDraft).SIZES if size]
+    sampling, generator = (1.0, None, 0.9), random_source(model, 0)
+    kind = ModelDraft if draft == "sparse" else RecycleDraft
+    sizes = [size for size in kind.SIZES if size]
     brought = demo_tokens_a_pass(draft, sparsity, sizes)
     prompt, cache = torch.arange(1, 65, device=model.device)[None], model.make_cache(1, 256)
 
@@ -606,27 +642,26 @@ def draft_costs(model, draft, sparsity):
     with torch.no_grad(), sparse_mode(model, "off"):
         model(prompt, cache, last_only=True)
         verify, step, recycle = Steps(model, cache), Steps(model, cache), RecycleDraft(model)
-        plain = milliseconds(lambda: verify(prompt[:, :1]).argmax().item())
+        plain = milliseconds(lambda: choose(verify(prompt[:, :1])[:, -1], sampling, generator)[0].item())
         print(f"a plain step {plain:.1f} ms, {1e3 / plain:.1f} tokens/s")
         if draft == "sparse":
             with sparse_mode(model, "all"):
-                one = milliseconds(lambda: step(prompt[:, :1]).argmax().item())
+                one = milliseconds(lambda: choose(step(prompt[:, :1])[:, -1], sampling, generator)[0].item())
             print(f"a draft step at {sparsity:.0%} {one:.1f} ms")
         print(f"{'guesses':>8} {'draft ms':>9} {'verify ms':>10} {'tokens a pass':>14} {'tokens/s':>9} {'ratio':>7}")
         for size in sizes:
-            tree = (chain if draft == "sparse" else draft_tree)(size, model.device)
-            nodes = prompt[:, :1].expand(1, size + 1)
-            guess = size * one if draft == "sparse" else milliseconds(lambda: recycle.guess([1], size, None, None))
+            tree, tokens = kind.shape(size, model.device), prompt[:, :1].expand(1, size + 1)
+            guess = size * one if draft == "sparse" else milliseconds(lambda: recycle.guess([1], size, sampling, generator))
 
             def verified():
-                logits = verify(nodes, tree.depths, tree.sees)[0]
-                logits.argmax(-1).tolist()
+                logits = verify(tokens, tree.depths, tree.sees)[0]
+                verdict(logits, tree, tokens[0].tolist(), None, sampling, generator)
                 if draft == "recycle":
-                    recycle.learn(nodes[0], logits)
+                    recycle.learn(tokens[0], logits)
             pass_ = milliseconds(verified)
             print(f"{size:8} {guess:9.1f} {pass_:10.1f} {brought[size]:14.2f} {1e3 * brought[size] / (guess + pass_):9.1f} "
                   f"{brought[size] * plain / (guess + pass_):6.2f}x", flush=True)
-    print("times: this model's, with random weights; tokens a pass: the demo model's, sampled at temperature 1, top-p 0.9")
+    print("times: this model's, with random weights; tokens a pass: the demo model's; both sampled at temperature 1, top-p 0.9")
 
 
 def main():
@@ -638,7 +673,7 @@ def main():
     parser.add_argument("--draft", metavar="KIND", help="speculate, and lose nothing: sparse (guesses by the model itself, sparser), "
                         "recycle (Token Recycling, no model), demo or the folder of a smaller model (default: no speculation); "
                         "with a random: model, a table of what guesses cost")
-    parser.add_argument("--draft-sparsity", type=float, default=0.75, metavar="S", help="of --draft sparse (default: 0.75)")
+    parser.add_argument("--draft-sparsity", type=float, metavar="S", help="of --draft sparse (default: 0.75)")
     parser.add_argument("--draft-tokens", type=natural, metavar="N", help="guesses a pass (default: what is fastest, found while it "
                         "decodes; then a seed does not repeat a sampled text)")
     parser.add_argument("--compare", action="store_true", help="with --draft: decode plainly too (default: no)")
@@ -662,11 +697,15 @@ def main():
         arguments.top_p = arguments.top_p or (0.9 if demo else None)
     if arguments.sparsity is None:
         arguments.sparsity = 0.0 if arguments.draft else 0.5
+    if arguments.draft != "sparse" and arguments.draft_sparsity is not None:
+        raise InputError("--draft-sparsity is for --draft sparse")
+    arguments.draft_sparsity = 0.75 if arguments.draft_sparsity is None else arguments.draft_sparsity
     for name in ("sparsity", "draft_sparsity"):
         if not 0 <= getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 0 and below 1")
-    if not arguments.draft and (arguments.compare or arguments.draft_tokens):
-        raise InputError(f"--{'compare' if arguments.compare else 'draft-tokens'} is for --draft, which is not given")
+    for name in ("compare", "draft_tokens"):
+        if getattr(arguments, name) and (not arguments.draft or arguments.model.startswith("random:")):
+            raise InputError(f"--{name.replace('_', '-')} is for --draft with a checkpoint folder")
     check_sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     if compare and arguments.seed is None:
         arguments.seed = 0
@@ -750,7 +789,7 @@ def speculate(model, tokenizer, prompt, arguments, thresholds_for, sampling, run
         folder = str(DEMO) if draft == "demo" else draft
         draft, other = load_model(folder, arguments.device, arguments.dtype)
         same_tokens(tokenizer, other, folder)
-    if tokenizer is None and isinstance(draft, str):
+    if tokenizer is None and isinstance(draft, str):       # a random model: what it would write says nothing
         sparsify(model, draft_thresholds or thresholds_for(0))
         draft_costs(model, draft, arguments.draft_sparsity)
         return
@@ -758,31 +797,35 @@ def speculate(model, tokenizer, prompt, arguments, thresholds_for, sampling, run
         if best_backend(each.model.embed_tokens.weight) != "torch" or each is model and (sparsity or draft == "sparse"):
             names = [*linear_names(each.config), *["lm_head"] * (each.device.type == "cpu")]
             sparsify(each, dict.fromkeys(names, 0.0) if each is not model else thresholds_for(sparsity))
-    with sparse_mode(model, "all" if sparsity else "off"):
+    with sparse_mode(model, "decode" if sparsity else "off"):
+        speculation = generate_speculative(model, prompt, arguments.max_new_tokens, draft, draft_thresholds,
+                                           arguments.draft_tokens, **sampling, sparse_verifier=sparsity > 0)
         if arguments.compare:
             plain, plain_rate = run("plain", generate(model, prompt, arguments.max_new_tokens, **sampling))
             print()
-        speculation = generate_speculative(model, prompt, arguments.max_new_tokens, draft, draft_thresholds,
-                                           arguments.draft_tokens, **sampling)
         ids, speed = run(f"speculative, {arguments.draft}", speculation)
         did = speculation.statistics
-        print(f"\nlossless against {speculation.against}" + (f" at {sparsity:.0%}, prompt included" if sparsity else "")
+        print(f"\nlossless against {speculation.against}" + (f" at {sparsity:.0%}" if sparsity else "")
               + f": {did.tokens_a_pass:.2f} tokens a pass in {did.passes} passes, drafts {did.draft_seconds:.2f} s, "
               f"verify passes {did.verify_seconds:.2f} s")
-        print("guesses accepted, by place: " + " ".join(f"{share:.0%}" for share in did.acceptance))
-        print("rounds by guesses a pass: " + ", ".join(f"{size}: {len(did.times[size])}" for size in sorted(did.times)))
+        if did.passes:
+            print("guesses accepted, by place: " + " ".join(f"{share:.0%}" for share in did.acceptance))
+            print("rounds by guesses a pass: " + ", ".join(f"{size}: {len(did.times[size])}" for size in sorted(did.times)))
         if not arguments.compare:
             return
         print(f"speculative over plain: {speed / plain_rate:.2f}x" if plain_rate else "too few tokens to compare the speed")
         same = first_difference(plain, ids)
-        if arguments.temperature:
-            print("sampled: another text of the same distribution")
-        elif same == len(plain) == len(ids):
+        if same == len(plain) == len(ids):
             print(f"the same text, all {same} tokens")
+        elif arguments.temperature:
+            print("sampled: another text of the same distribution")
         else:
             with torch.no_grad():
-                first, second = model(torch.tensor([prompt + plain[:same]], device=model.device), last_only=True)[0, -1].topk(2).values
-            print(f"the texts part at token {same}, where the two best logits are {first - second:.2g} apart: rounding decided")
+                logits = model(torch.tensor([prompt + plain[:same]], device=model.device), last_only=True)[0, -1]
+            first, second = logits.topk(2).values.tolist()
+            rounding = torch.finfo(model.model.embed_tokens.weight.dtype).eps * logits.abs().max()
+            print(f"the texts part at token {same}, where the two best logits are {first - second:.2g} apart; logits there are "
+                  f"rounded by up to {rounding:.2g}")
 
 
 if __name__ == "__main__":
