@@ -35,7 +35,7 @@ import torch
 
 from calibrate import load_calibration
 from kernel import best_backend
-from model import DEMO, InputError, Llama, Parser, check_tokens, command_line, linear_names, load_model, natural, progress_line
+from model import DEMO, InputError, Llama, Parser, check_tokens, command_line, in_window, linear_names, load_model, natural, progress_line
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
 
 PROMPT = 'class Stack:\n    """A last-in, first-out stack of items."""\n\n    def __init__(self'
@@ -150,14 +150,15 @@ class Steps:
         if model.device.type != "cuda":
             if depths is None:
                 return model(tokens, cache)
-            past = torch.ones(T, cache.used, dtype=torch.bool, device=tokens.device)
+            past = in_window(torch.arange(cache.used), cache.used + depths, model.config.sliding_window)
             return model(tokens, cache, cache.used + depths, torch.cat((past, sees), 1))
         order = torch.arange(T, device=model.device)
         slots = cache.used + order
-        mask = torch.zeros(T, cache.length, dtype=torch.bool, device=model.device)
-        mask[:, :cache.used] = True
+        positions = slots if depths is None else cache.used + depths
+        all_slots = torch.arange(cache.length, device=model.device)
+        mask = (all_slots < cache.used) & in_window(all_slots, positions, model.config.sliding_window)      # (T, length)
         mask[:, cache.used:cache.used + T] = sees if sees is not None else order <= order[:, None]
-        inputs = tokens, slots if depths is None else cache.used + depths, mask, slots
+        inputs = tokens, positions, mask, slots
         if T not in self.graphs:
             self.graphs[T] = self.capture([tensor.clone() for tensor in inputs])
         graph, places, logits = self.graphs[T]

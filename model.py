@@ -242,6 +242,15 @@ def replacing(path):
 # ---------------------------------------------------------------------------------------------------------
 # Configuration
 
+# Keys of config.json that other models of these names have, and with which they compute something else: what is supported.
+CHANGES_THE_FUNCTION = {"num_local_experts": 1, "num_experts": 1, "use_qk_norm": False, "qk_norm": False, "final_logit_softcapping": None,
+                        "attn_logit_softcapping": None, "logit_scale": 1, "residual_multiplier": 1, "embedding_multiplier": 1,
+                        "attention_multiplier": None, "logits_scaling": 1, "partial_rotary_factor": 1,
+                        "no_rope_layers": None, "attention_chunk_size": None, "head_bias": False}
+ROPE_NUMBERS = {"default": (), "linear": ("factor",),
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
 @dataclass
 class Config:
     """The numbers that make a Llama, under the names of the hub's config.json."""
@@ -256,6 +265,11 @@ class Config:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
+    model_type: str = "llama"                        # or "mistral"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None                # a token sees this many positions, itself included; None: all before it
+    rope_scaling: dict | None = None                 # {"rope_type": "linear" or "llama3", and its numbers}
     quantization_config: dict | None = None          # what quantize.py wrote there
 
     @staticmethod
@@ -273,33 +287,39 @@ class Config:
             refuse("architectures", "LlamaForCausalLM or MistralForCausalLM")
         if raw.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", '"silu"')
-        # Rotary parameters stand in rope_theta and rope_scaling, or in the newer rope_parameters.
-        rope = raw.get("rope_parameters") or {}
-        for key in ("rope_scaling", "rope_parameters"):
-            scaling = raw.get(key) or {}
-            if not isinstance(scaling, dict) or scaling.keys() - {"rope_type", "type", "rope_theta"} \
-                    or {scaling.get("rope_type", "default"), scaling.get("type", "default")} != {"default"}:
-                refuse(key, 'the rope type "default"')
-        for key in ("attention_bias", "mlp_bias"):
-            if raw.get(key):
-                refuse(key, "false")
-        if raw.get("sliding_window"):
-            refuse("sliding_window", "null")
+        for key, neutral in CHANGES_THE_FUNCTION.items():
+            if raw.get(key) not in (None, False, neutral):
+                refuse(key, json.dumps(neutral))
+        for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            if type(raw.get(key, False)) is not bool:
+                refuse(key, "true or false")
         quantization = raw.get("quantization_config")
         if quantization and (not isinstance(quantization, dict) or quantization.get("quant_method") != "minteal"):
             refuse("quantization_config", "weights in floating point, or as quantize.py writes them")
 
-        def number(key, kind=int, default=None):
-            value = raw.get(key)
+        def number(key, kind=int, default=None, place=raw):
+            value = place.get(key)
             value = default if value is None else value
             if type(value) not in ((int, float) if kind is float else (int,)) or not 0 < value < 2**31:
                 raise InputError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0 and below 2^31")
             return kind(value)
 
-        if type(raw.get("tie_word_embeddings", False)) is not bool:
-            refuse("tie_word_embeddings", "true or false")
-
-        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
+        # Rotary numbers stand in rope_theta and rope_scaling, or all together in the newer rope_parameters.
+        key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+        rope, scaling = raw.get(key) or {}, None
+        if not isinstance(rope, dict):
+            refuse(key, "an object")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ROPE_NUMBERS:
+            refuse(key, f"one of the rope types {', '.join(ROPE_NUMBERS)}")
+        known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *ROPE_NUMBERS[rope_type]}
+        if rope.keys() - known and (rope.keys() - known != {"partial_rotary_factor"} or rope["partial_rotary_factor"] != 1):
+            refuse(key, f"the rope type {rope_type} with {', '.join(ROPE_NUMBERS[rope_type]) or 'no numbers'}")
+        if rope_type != "default":
+            scaling = {"rope_type": rope_type} | {name: number(name, float, place=rope) for name in ROPE_NUMBERS[rope_type]}
+            if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+                refuse(key, "a low_freq_factor below the high_freq_factor")
+        mistral = raw["model_type"] == "mistral"           # where each key means something; the other kind ignores it
         heads = number("num_attention_heads")
         config = Config(
             hidden_size=number("hidden_size"),
@@ -310,9 +330,14 @@ class Config:
             head_dim=number("head_dim", default=number("hidden_size") // heads),
             vocab_size=number("vocab_size"),
             max_position_embeddings=number("max_position_embeddings", default=2048),
-            rope_theta=number("rope_theta", float, default=10000.0),
+            rope_theta=number("rope_theta", float, default=10000.0, place=raw | rope),
             rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            model_type=raw["model_type"],
+            attention_bias=raw.get("attention_bias", False) and not mistral,
+            mlp_bias=raw.get("mlp_bias", False) and not mistral,
+            sliding_window=number("sliding_window") if mistral and raw.get("sliding_window") is not None else None,
+            rope_scaling=scaling,
             quantization_config=quantization or None,
         )
         if heads % config.num_key_value_heads:
@@ -322,8 +347,8 @@ class Config:
         return config
 
     def write(self, folder, dtype):
-        """Writes FOLDER/config.json as transformers' LlamaForCausalLM reads it."""
-        names = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        """Writes FOLDER/config.json as transformers' LlamaForCausalLM or MistralForCausalLM reads it."""
+        names = {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu",
                  "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": 1, "eos_token_id": 2}
         with replacing(Path(folder) / "config.json") as file:
             file.write((json.dumps(names | vars(self), indent=2) + "\n").encode())
@@ -362,11 +387,22 @@ class RMSNorm(nn.Module):
 def rope_tables(positions, config, dtype):
     """cos and sin, each (T, D), by which q and k at `positions` (T,) are rotated (RoPE, section 3.4.2).
 
-    Pair i of a head, made of its channels i and i + D/2, turns by the angle position * theta^(-2i/D).
+    Pair i of a head, made of its channels i and i + D/2, turns by the angle position * theta^(-2i/D). Scaling is how a model
+    was made to see further than it was trained for: "linear" turns all pairs slower by a factor; "llama3" those alone
+    that turn less than low_freq_factor times over the original context, those of more than high_freq_factor as before, and
+    what lies between by a mean of both (Llama 3.1's reference implementation).
     """
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).to(wide) / config.head_dim
-    angles = torch.outer(positions.to(wide), config.rope_theta ** -exponents)               # (T, D/2)
+    frequencies, scaling = config.rope_theta ** -exponents, config.rope_scaling             # (D/2,)
+    if scaling:
+        kept = 0.0                                         # the share of each frequency that stays
+        if scaling["rope_type"] == "llama3":
+            turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
+    angles = torch.outer(positions.to(wide), frequencies)                                   # (T, D/2)
     angles = torch.cat((angles, angles), dim=-1)                                            # (T, D)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -375,6 +411,11 @@ def rotate(x, cos, sin):
     """x (B, heads, T, D) turned by the angles of `rope_tables`."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def in_window(keys, queries, window):
+    """Which of the positions `keys` (S,) lie in the sliding window of those in `queries` (T,): (T, S) bool; window None: all."""
+    return keys > queries[:, None] - (window or 2**62)
 
 
 class KVCache:
@@ -422,10 +463,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
 
     def qkv(self, x):
         """The three projections that read x (B, T, hidden): (B, T, H·D), (B, T, G·D), (B, T, G·D)."""
@@ -452,9 +493,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def gated(self, x):
         """silu(gate) * up, the two projections that read x (B, T, hidden): (B, T, intermediate)."""
@@ -517,8 +558,10 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(tokens)                                                 # (B, T, hidden)
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device)
-            if past and T > 1:                             # each new token sees the past and the new ones up to itself
-                mask = torch.arange(past + T, device=tokens.device) <= positions[:, None]   # (T, S)
+            window = self.config.sliding_window
+            if past and T > 1 or window and past + T > window:       # each new token sees the past and the new ones up to itself
+                all_positions = torch.arange(past + T, device=tokens.device)
+                mask = (all_positions <= positions[:, None]) & in_window(all_positions, positions, window)    # (T, S)
         cos, sin = rope_tables(positions, self.config, x.dtype)
         for block in self.model.layers:
             x = block(x, cos, sin, mask, cache, slots)

@@ -91,8 +91,9 @@ def empty_weight(inputs, outputs, bits, group=None):
 
 
 def replace_linear(model, name, weight):
+    """Puts the QuantizedWeight in the place of the weight of the linear `name`; a bias stays."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, SparseLinear(weight))
+    setattr(model.get_submodule(parent), leaf, SparseLinear(weight, model.get_submodule(name).bias))
 
 
 def settings_of(config, path):

@@ -88,6 +88,10 @@ def rotated(name, tensor, norms, Q, R, config):
     parts = name.split(".")
     if name.endswith("norm.weight"):
         return torch.ones_like(W)
+    if name.endswith(".bias"):                             # what is added to an output turns as the output does
+        if parts[-2] in ("o_proj", "down_proj"):
+            return Q.T @ W
+        return torch.einsum("gde,gd->ge", R[int(parts[2])], W.view(R.shape[1:3])).flatten() if parts[-2] == "v_proj" else W
     if name == "model.embed_tokens.weight":
         return W @ Q
     if name == "lm_head.weight":

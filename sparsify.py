@@ -47,15 +47,16 @@ class SparseState:
 
 
 class SparseLinear(nn.Module):
-    """A linear without bias that reads only the weights of its large inputs.
+    """A linear that reads only the weights of its large inputs.
 
     weight_t: (in, out), the transposed weight, the only copy there is; a tensor or a QuantizedWeight.
     `share` gives it its part of the model's state; before, it is dense.
     """
 
-    def __init__(self, weight_t):
+    def __init__(self, weight_t, bias=None):
         super().__init__()
         self.weight_t = nn.Parameter(weight_t, requires_grad=False) if isinstance(weight_t, torch.Tensor) else weight_t
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.in_features, self.out_features = weight_t.shape
         self.state = None
 
@@ -70,6 +71,10 @@ class SparseLinear(nn.Module):
 
     def forward(self, x):
         """x (B, T, in) -> (B, T, out)"""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, x):
         if not is_sparse(self.state, x):
             return kernel.dense(x, self.weight_t)
         if fits_kernel(self.state, x):
@@ -128,7 +133,8 @@ class SparseAttention(Attention):
             return super().qkv(x)
         ys = kernel.sparse_gemv_group(x.flatten(0, 1), [linear.weight_t for linear in linears],
                                       [linear.threshold for linear in linears], counts=self.counts)
-        return [y.view(*x.shape[:-1], -1) for y in ys]
+        ys = [y.view(*x.shape[:-1], -1) for y in ys]
+        return ys if linears[0].bias is None else [y + linear.bias for y, linear in zip(ys, linears)]
 
 
 class SparseMLP(MLP):
@@ -144,8 +150,8 @@ class SparseMLP(MLP):
 
     def gated(self, x):
         gate, up = self.gate_proj, self.up_proj
-        if not (is_sparse(gate.state, x) and fits_kernel(gate.state, x)):
-            return super().gated(x)
+        if not (is_sparse(gate.state, x) and fits_kernel(gate.state, x)) or gate.bias is not None:
+            return super().gated(x)                        # a bias comes before the silu, which the kernel applies itself
         y = kernel.sparse_gated(x.flatten(0, 1), gate.weight_t, up.weight_t, gate.threshold, up.threshold,
                                 counts=self.counts)
         return y.view(*x.shape[:-1], -1)
@@ -168,7 +174,7 @@ def sparsify(model, thresholds):
         if isinstance(modules[name], nn.Linear):
             dense = modules.pop(name)                      # so that its weight is freed with it, before the next one's turn
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, SparseLinear(dense.weight.detach().t().contiguous()))
+            setattr(model.get_submodule(parent), leaf, SparseLinear(dense.weight.detach().t().contiguous(), dense.bias))
             if name == "lm_head" and model.config.tie_word_embeddings:
                 model.model.embed_tokens = TransposedEmbedding(model.lm_head.weight_t)
             del dense

@@ -366,8 +366,15 @@ def config_json(**changes):
     ({"hidden_size": 2**62}, "hidden_size is 4611686018427387904"),
     ({"tie_word_embeddings": "false"}, 'tie_word_embeddings is "false"'),
     ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
-    ({"attention_bias": True}, "attention_bias is true, supported is false"),
-    ({"sliding_window": 4096}, "sliding_window is 4096"),
+    ({"attention_bias": "yes"}, 'attention_bias is "yes", supported is true or false'),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+    ({"rope_scaling": {"type": "linear"}}, "factor is null, expected a number above 0"),
+    ({"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                       "original_max_position_embeddings": 64}}, "a low_freq_factor below the high_freq_factor"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters is"),
+    ({"num_local_experts": 8}, "num_local_experts is 8, supported is 1"),
+    ({"use_qk_norm": True}, "use_qk_norm is true, supported is false"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
 ])
 def test_config_that_is_not_supported(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps(config_json(**changes)))
@@ -382,6 +389,106 @@ def test_config_defaults(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     config = Config.read(tmp_path)
     assert (config.head_dim, config.num_key_value_heads, config.rope_theta) == (8, 4, 777.0)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+REFERENCES = {  # what is special: settings of transformers' configuration
+    "plain": {},
+    "grouped heads, explicit head_dim": {"num_key_value_heads": 2, "head_dim": 24},
+    "tied head": {"tie_word_embeddings": True},
+    "attention biases": {"attention_bias": True, "num_key_value_heads": 2},
+    "MLP biases": {"mlp_bias": True},
+    "theta": {"rope_theta": 500000.0},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3 rope": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+    "mistral, sliding window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 7},
+}
+
+
+def reference(folder, dtype=torch.float32, shard="10GB", **settings):
+    """A small random model of transformers, saved to `folder`, with weights large enough that every part of it matters."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")
+    kind = "Mistral" if settings.pop("model_type", "llama") == "mistral" else "Llama"
+    theta, scaling = settings.pop("rope_theta", 10000.0), settings.pop("rope_scaling", None) or {"rope_type": "default"}
+    config = getattr(transformers, f"{kind}Config")(**{**dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=101, max_position_embeddings=128,
+        num_key_value_heads=4, rope_parameters=scaling | {"rope_theta": theta}), **settings})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3)
+                            + ("norm" in name))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", REFERENCES)
+def test_logits_are_those_of_transformers(tmp_path, what):
+    theirs = reference(tmp_path, **REFERENCES[what])
+    ours = Llama.from_pretrained(tmp_path)
+    tokens = tokens_like(ours, 2, 40)
+    expected = theirs(tokens).logits
+    assert close(ours(tokens), expected, 1e-4)
+    cache = ours.make_cache(2, 40)                         # a prompt, a few tokens at once, then token by token
+    found = [ours(part, cache) for part in tokens.split([9, 5, *[1] * 26], dim=1)]
+    assert close(torch.cat(found, 1), expected, 1e-4)
+    sparse.sparsify(ours, dict.fromkeys(linear_names(ours), 0.0))
+    cache = ours.make_cache(2, 40)
+    found = [ours(part, cache) for part in tokens.split([9, 5, *[1] * 26], dim=1)]
+    assert close(torch.cat(found, 1), expected, 1e-4)
+    ours.save_pretrained(tmp_path / "again")               # and what we write, they read
+    import transformers
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert close(again(tokens).logits, expected, 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sharded_checkpoints_of_transformers(tmp_path, dtype):
+    theirs = reference(tmp_path, dtype, "60KB", num_key_value_heads=2)
+    assert len(llama.shard_paths(tmp_path)) > 2
+    ours = Llama.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = tokens_like(ours, 2, 30)
+    assert close(ours(tokens), theirs(tokens).logits, 1e-4)
+    assert Llama.from_pretrained(tmp_path).lm_head.weight.dtype == dtype
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spelling", [
+    {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | {name: value for name, value in LLAMA3.items() if name != "rope_type"}},
+    {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+])
+def test_both_spellings_of_rope(tmp_path, spelling):
+    theirs = reference(tmp_path, rope_theta=5e5, rope_scaling=LLAMA3)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw = {key: value for key, value in raw.items() if not key.startswith("rope")} | spelling
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours = Llama.from_pretrained(tmp_path)
+    tokens = tokens_like(ours, 1, 60)
+    assert close(ours(tokens), theirs(tokens).logits, 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["plain", "grouped heads, explicit head_dim", "tied head", "attention biases", "MLP biases", "llama3 rope",
+                                  "mistral, sliding window"])
+def test_a_rotated_checkpoint_is_the_same_in_transformers(tmp_path, what):
+    theirs = reference(tmp_path / "plain", **REFERENCES[what])
+    import transformers
+    ours = Llama.from_pretrained(tmp_path / "plain")
+    windows = sparse.windows_of(tokens_like(ours, 32 * 12 + 1), 32)
+    for source, out in (("plain", "once"), ("once", "twice")):
+        Q, R = map(rotation.principal_directions, rotation.covariances(Llama.from_pretrained(tmp_path / source), windows))
+        rotation.rotate(tmp_path / source, tmp_path / out, Q, R, torch.float32)
+    tokens = tokens_like(ours, 2, 40)
+    expected = theirs(tokens).logits
+    for out in ("once", "twice"):
+        assert close(Llama.from_pretrained(tmp_path / out)(tokens), expected, 1e-4)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / out, dtype=torch.float32)
+        assert close(again(tokens).logits, expected, 1e-4)
 
 
 def test_random_preset():
