@@ -31,6 +31,10 @@ How to share out a model-wide sparsity is a second question; an answer is called
                     block gives it. One λ alone empties whole linears of the blocks where F is small, to 98 % and more,
                     and there the estimate, made for small changes, no longer holds; one a block moves nothing between
                     blocks. Halfway, the distributions of the next token stay twice as near to the dense ones.
+    priced          the same with each linear's share found by measuring its price where it is paid, in the sparse model:
+                    how much the distance (KL) from the dense model's distributions grows for each weight less that
+                    is read. Where a price is high the share is lowered, where it is low raised, until all are equal.
+                    A price comes from the inputs near the threshold: dropping x_i moves the KL by - x_i · gradient.
     wina            |x_i| · ‖column i‖ in place of |x_i|, every linear the same sparsity     (arXiv 2505.19427)
 
 fisher takes its gradients from one backward pass, with labels drawn from the model itself (so that F is the Fisher
@@ -52,7 +56,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from model import (DEMO, InputError, Parser, block_linears, check_tokens, command_line, linear_names, load_model, natural,
+from model import (DEMO, InputError, Parser, block_linears, check_tokens, command_line, in_window, linear_names, load_model, natural,
                    progress_line, read_header, read_safetensors, rope_tables, write_safetensors)
 from sparsify import default_context, read_tokens, windows_of
 
@@ -63,7 +67,7 @@ SITE_OF = {  # where each of the seven linears of a block reads, in the order of
 }
 LINEARS = tuple(SITE_OF)
 SINKS = 4                # tokens left out at the start of each window
-BEST_FIRST = ("balanced", "fisher-channel", "fisher", "greedy", "uniform", "wina")       # the first held is used if none is named
+BEST_FIRST = ("priced", "balanced", "fisher-channel", "fisher", "greedy", "uniform", "wina")       # the first held is used if none is named
 
 # Magnitudes are counted on a logarithmic scale that needs no look at the data first: 32 bins an octave, 2.2 % wide,
 # from 2^-20 (what is smaller falls into bin 0, zeros too) to 2^12.
@@ -115,6 +119,7 @@ class Calibration:
     weights: {"fisher-channel" or "wina": {linear: (in,)}}: how much each channel counts, root mean square 1
     fisher: (layers, 7): the mean F of each linear
     greedy: (layers, steps, 7): the sparsity of each linear along the path of the greedy allocation; None without
+    priced: (len(PRICED_AT), layers, 7): the sparsity of each linear at these levels of the priced allocation; None without
     """
     shapes: dict
     source: str
@@ -123,13 +128,14 @@ class Calibration:
     weights: dict = field(default_factory=dict)
     fisher: torch.Tensor | None = None
     greedy: torch.Tensor | None = None
+    priced: torch.Tensor | None = None
 
     @property
     def allocations(self):
         """The names of the allocations that this calibration holds, the best first."""
         held = {"uniform"} | self.weights.keys()
         held |= {"fisher", "balanced"} if self.fisher is not None else set()
-        held |= {"greedy"} if self.greedy is not None else set()
+        held |= {name for name in ("greedy", "priced") if getattr(self, name) is not None}
         return [name for name in BEST_FIRST if name in held]
 
     def sizes(self):
@@ -174,12 +180,14 @@ class Calibration:
                 if allocation in BEST_FIRST else f"known are {', '.join(BEST_FIRST)}"
             raise InputError(f"allocation {allocation!r} is not in this calibration, which holds "
                              f"{', '.join(self.allocations)}; {known}")
-        criterion = "fisher-channel" if allocation == "balanced" else allocation
+        criterion = "fisher-channel" if allocation in ("balanced", "priced") else allocation
         weights = self.weights.get(criterion)
         # (layers, 7, BINS): the distribution that each linear's threshold is read from
         counts = self.histograms[criterion] if weights else self.histograms["input"][:, list(SITE_OF.values())]
         if allocation == "greedy":
             shares = self._along_the_path(sparsity)
+        elif allocation == "priced":
+            shares = self._between_levels(sparsity)
         elif allocation in ("uniform", "wina") or sparsity == 0:
             shares = torch.full(counts.shape[:2], float(sparsity), dtype=torch.float64)
         else:
@@ -217,6 +225,15 @@ class Calibration:
             found.append(path[after - 1] + fraction * (path[after] - path[after - 1]))
         return torch.stack(found)
 
+    def _between_levels(self, sparsity):
+        """The priced shares (layers, 7), linear between the levels they were found at; behind the last what is kept shrinks evenly."""
+        levels, shares = torch.tensor([0.0, *PRICED_AT]), torch.cat((torch.zeros_like(self.priced[:1]), self.priced)).double()
+        if sparsity >= PRICED_AT[-1]:
+            return 1 - (1 - shares[-1]) * (1 - sparsity) / (1 - PRICED_AT[-1])
+        after = int(torch.searchsorted(levels, sparsity, right=True))
+        fraction = (sparsity - levels[after - 1]) / (levels[after] - levels[after - 1])
+        return shares[after - 1] + fraction * (shares[after] - shares[after - 1])
+
     def check(self, model):
         """Raises InputError if this was made for another model."""
         for key, value in shapes_of(model.config).items():
@@ -233,7 +250,7 @@ class Calibration:
                     for name, counts in self.histograms.items()}
         tensors |= {f"weights.{criterion} {name}": values for criterion, linears in self.weights.items()
                     for name, values in linears.items()}
-        tensors |= {name: getattr(self, name) for name in ("fisher", "greedy") if getattr(self, name) is not None}
+        tensors |= {name: getattr(self, name) for name in ("fisher", "greedy", "priced") if getattr(self, name) is not None}
         write_safetensors(path, tensors, {"format": FORMAT, "source": self.source, "shapes": json.dumps(self.shapes)})
 
     @staticmethod
@@ -257,7 +274,7 @@ class Calibration:
                 elif kind == "weights":
                     criterion, linear = rest.split(" ")
                     made.weights.setdefault(criterion, {})[linear] = tensor
-                elif name in ("fisher", "greedy"):
+                elif name in ("fisher", "greedy", "priced"):
                     setattr(made, name, tensor)
             inputs = [size for _, size in block_linears(SimpleNamespace(**made.shapes)).values()] * layers
             expected = {"input": (layers, len(SITES), BINS), "gate": (layers, BINS), "head": (BINS,)}
@@ -270,7 +287,9 @@ class Calibration:
                 and (made.fisher is None) == ("fisher-channel" not in made.weights) \
                 and (made.fisher is None or made.fisher.shape == (layers, len(LINEARS)) and bool((made.fisher >= 0).all())) \
                 and (made.greedy is None or made.greedy.shape[::2] == (layers, len(LINEARS))
-                     and bool((made.greedy.diff(dim=1) >= 0).all() and made.greedy.min() == 0 and made.greedy.max() < 1))
+                     and bool((made.greedy.diff(dim=1) >= 0).all() and made.greedy.min() == 0 and made.greedy.max() < 1)) \
+                and (made.priced is None or made.fisher is not None and made.priced.shape == (len(PRICED_AT), layers, len(LINEARS))
+                     and bool((made.priced >= 0).all() and (made.priced < 1).all()))
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, RecursionError):
             whole = False
         if not whole:
@@ -329,6 +348,35 @@ def relative(values):
     return (values / values.square().mean().sqrt().clamp(min=1e-30)).clamp(min=2**-10)
 
 
+def backpropagate(model, tokens, loss):
+    """Runs tokens (B, T) forward, and the gradient of loss(logits (B * T, vocab)) back to each linear, for the hooks on them.
+
+    Forward without a graph, keeping the input of each block, then back through one block at a time: one block's graph is held.
+    """
+    with torch.no_grad():
+        x = model.model.embed_tokens(tokens)
+        positions = torch.arange(tokens.shape[1], device=model.device)
+        cos, sin = rope_tables(positions, model.config, x.dtype)
+        mask = window_mask(positions, model.config)
+        inputs = []
+        for block in model.model.layers:
+            inputs.append(x)
+            x = block(x, cos, sin, mask, None, None)
+    with torch.enable_grad():
+        x = x.requires_grad_()
+        gradient, = torch.autograd.grad(loss(model.lm_head(model.model.norm(x)).float().flatten(0, 1)), x)
+        for block, x in zip(reversed(model.model.layers), reversed(inputs)):
+            x = x.requires_grad_()
+            gradient, = torch.autograd.grad(block(x, cos, sin, mask, None, None), x, gradient)
+
+
+def window_mask(positions, config):
+    """What attention needs for whole sequences (T,) as a mask (T, T): None, unless a sliding window is shorter than they are."""
+    if not config.sliding_window or len(positions) <= config.sliding_window:
+        return None
+    return (positions <= positions[:, None]) & in_window(positions, positions, config.sliding_window)
+
+
 def fisher_information(model, windows, linears, progress):
     """{name: F (in,) float32}: the mean square of the gradient of the log-likelihood at each input of each linear.
 
@@ -344,23 +392,8 @@ def fisher_information(model, windows, linears, progress):
     try:
         for done, part in enumerate(windows.split(BATCH)):
             progress(f"calibrating, gradients: window {BATCH * done} of {len(windows)}")
-            tokens = part[:, :-1].to(model.device)
-            # Forward without a graph, keeping the input of each block; then back through one block at a time.
-            with torch.no_grad():
-                x = model.model.embed_tokens(tokens)
-                cos, sin = rope_tables(torch.arange(tokens.shape[1], device=model.device), model.config, x.dtype)
-                inputs = []
-                for block in model.model.layers:
-                    inputs.append(x)
-                    x = block(x, cos, sin, None, None, None)
-            with torch.enable_grad():
-                x = x.requires_grad_()
-                logits = model.lm_head(model.model.norm(x)).float().flatten(0, 1)           # (B * T, vocab)
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                gradient, = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)
-                for block, x in zip(reversed(model.model.layers), reversed(inputs)):
-                    x = x.requires_grad_()
-                    gradient, = torch.autograd.grad(block(x, cos, sin, None, None, None), x, gradient)
+            backpropagate(model, part[:, :-1].to(model.device), lambda logits: F.cross_entropy(
+                logits, torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0], reduction="sum"))
     finally:
         for hook in hooks:
             hook.remove()
@@ -405,6 +438,89 @@ def count_magnitudes(model, windows, linears, weights, progress):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# The priced allocation
+
+PRICED_AT = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)      # model-wide sparsities at which prices are measured
+ROUNDS = 2               # of measuring and moving, at each
+NEAR = 1.25              # inputs up to this factor above and below a threshold tell its price
+
+
+@torch.no_grad()
+def prices(model, windows, linears, thresholds):
+    """What one weight less costs in each linear of a sparse model, (layers, 7) float64: KL to the dense model a weight and token.
+
+    linears: {name: module} of the dense model; thresholds: {name: () or (in,)}, made of it by hooks. A linear without inputs
+    near its threshold has NaN.
+    """
+    seen, active, hooks = {}, [], []
+    sums = {name: torch.zeros(2, 2, dtype=torch.float64, device=model.device) for name in linears}     # dropped, kept: sum, count
+    thresholds = {name: threshold.to(model.device) for name, threshold in thresholds.items()}
+
+    def drop(module, inputs, name):
+        if not active:
+            return None
+        seen[name] = inputs[0].detach()
+        return inputs[0] * (inputs[0].abs() > thresholds[name]),
+
+    def tell(module, grad_input, grad_output, name):
+        x, gradient = seen[name][:, SINKS:].float(), grad_input[0][:, SINKS:].float()
+        distance = x.abs() / thresholds[name]              # 1 at the threshold
+        cost = -gradient * x / distance                    # of dropping, if the input stood at the threshold
+        for side, place in zip(sums[name], ((distance <= 1) & (distance > 1 / NEAR), (distance > 1) & (distance < NEAR))):
+            side += torch.stack((cost[place].double().sum(), place.sum().double()))
+
+    for name, linear in linears.items():
+        hooks.append(linear.register_forward_pre_hook(lambda module, inputs, name=name: drop(module, inputs, name)))
+        hooks.append(linear.register_full_backward_hook(lambda module, *gradients, name=name: tell(module, *gradients, name)))
+    try:
+        for part in windows.split(BATCH):
+            tokens = part[:, :-1].to(model.device)
+            dense = model(tokens).flatten(0, 1).log_softmax(-1)
+            active.append(True)
+            backpropagate(model, tokens, lambda logits, dense=dense: F.kl_div(logits.log_softmax(-1), dense, reduction="sum", log_target=True))
+            active.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # On either side of the threshold the gradient is that of a model with the input and without; the truth lies between.
+    found = torch.stack([(side[:, 0] / side[:, 1]).mean() for side in sums.values()]).cpu()
+    outs = torch.tensor([linear.out_features for linear in linears.values()], dtype=torch.float64)
+    return (found / outs).view(-1, len(LINEARS))
+
+
+def add_priced(calibration, model, tokens, progress=lambda text: None):
+    """Adds the priced allocation to a calibration of the dense model, from 32 windows of `tokens` (N,).
+
+    Starts from the balanced shares, moves their log-odds against the logarithm of the prices, and hands what was moved on
+    to the next level.
+    """
+    windows, (_, size) = windows_of(tokens, default_context(model))[:32], calibration.sizes()
+    linears, moved, found = {name: model.get_submodule(name) for name in linear_names(model.config)}, 0.0, []
+    for level in PRICED_AT:
+        start = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit()       # (layers, 7)
+        shares = at_level(start + moved, size, level)
+        for turn in range(ROUNDS):
+            progress(f"calibrating, prices at {level:.0%}: round {turn + 1} of {ROUNDS}")
+            calibration.priced = shares.expand(len(PRICED_AT), -1, -1)                      # for `thresholds`, at any level
+            price = prices(model, windows, linears, calibration.thresholds(level, "priced"))
+            price = price.nan_to_num(price.nanmedian().item())
+            price = price.clamp(min=0.03 * price.median()).log()
+            moved = moved - 0.4 * (price - (price * size).sum(1).mean()).clamp(-2, 2)
+            shares = at_level(start + moved, size, level)
+        found.append(shares)
+    calibration.priced = torch.stack(found).float()
+
+
+def at_level(odds, size, level):
+    """Shares (layers, 7) of log-odds `odds` plus the number that makes them `level`, weighted by size (7,), in the mean of the layers."""
+    low, high = -40.0, 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if ((odds + middle).sigmoid() * size).sum(1).mean() < level else (low, middle)
+    return (odds + middle).sigmoid()
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The greedy allocation (TEAL, algorithm 1)
 
 STEP = 0.01              # of a block's weights, dropped in one step
@@ -412,7 +528,7 @@ END = 0.9                # of a block's weights, where its path ends
 
 
 @torch.no_grad()
-def greedy_path(block, x, cos, sin, counts, size):
+def greedy_path(block, x, cos, sin, mask, counts, size):
     """The path (steps, 7) of the sparsities of a block's linears, from dense to END.
 
     x: (B, T, hidden), inputs of the block in the dense model; counts: (4, BINS), its histograms; size: (7,), share of
@@ -428,7 +544,7 @@ def greedy_path(block, x, cos, sin, counts, size):
         return inputs[0] * (inputs[0].abs() > threshold) if threshold else inputs[0]
 
     late = slice(x.shape[1] // 4, None)                    # the later part of each sequence, far from the sinks
-    exact = block(x, cos, sin, None, None, None)[:, late].float()
+    exact = block(x, cos, sin, mask, None, None)[:, late].float()
     hooks = [linear.register_forward_pre_hook(drop) for linear in linears]
     path = [torch.zeros(len(LINEARS), dtype=torch.float64)]
     try:
@@ -441,7 +557,7 @@ def greedy_path(block, x, cos, sin, counts, size):
                     continue
                 before = thresholds[i]
                 thresholds[i] = quantile(counts[sites[i]], raised).item()
-                errors.append((block(x, cos, sin, None, None, None)[:, late].float() - exact).norm().item())
+                errors.append((block(x, cos, sin, mask, None, None)[:, late].float() - exact).norm().item())
                 thresholds[i] = before
             best = min(range(len(LINEARS)), key=errors.__getitem__)
             if errors[best] == float("inf"):
@@ -471,13 +587,15 @@ def add_greedy(calibration, model, tokens, partial_path, progress=lambda text: N
     if partial_path.exists() and read_header(partial_path)[1].get("origin") == origin:
         done = {int(layer): path.clone() for layer, path in read_safetensors(partial_path).items()}
     x = model.model.embed_tokens(windows)
-    cos, sin = rope_tables(torch.arange(windows.shape[1], device=model.device), model.config, x.dtype)
+    positions = torch.arange(windows.shape[1], device=model.device)
+    cos, sin = rope_tables(positions, model.config, x.dtype)
+    mask = window_mask(positions, model.config)
     for layer, block in enumerate(model.model.layers):
         if layer not in done:
             progress(f"calibrating, greedy: block {layer + 1} of {len(model.model.layers)}")
-            done[layer] = greedy_path(block, x, cos, sin, calibration.histograms["input"][layer], size)
+            done[layer] = greedy_path(block, x, cos, sin, mask, calibration.histograms["input"][layer], size)
             write_safetensors(partial_path, {str(i): path for i, path in done.items()}, {"origin": origin})
-        x = block(x, cos, sin, None, None, None)
+        x = block(x, cos, sin, mask, None, None)
     steps = max(len(path) for path in done.values())       # paths may differ by a step: the last point is repeated
     calibration.greedy = torch.stack([torch.cat((path, path[-1:].expand(steps - len(path), -1)))
                                       for _, path in sorted(done.items())]).float()
@@ -573,7 +691,7 @@ def main():
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run (default: the standard library's held-in part)")
     parser.add_argument("--tokens", type=natural, default=100_000, help="how many tokens of it at most (default: 100000)")
     parser.add_argument("--greedy", action="store_true", help="with the greedy allocation, which takes minutes (default: no)")
-    parser.add_argument("--no-fisher", action="store_true", help="leave the backward pass out (default: no)")
+    parser.add_argument("--no-fisher", action="store_true", help="leave the backward passes out, and what needs them (default: no)")
     parser.add_argument("--figures", metavar="FOLDER", type=Path, help="only draw what the calibration holds, as PNG files")
     parser.add_argument("--out", metavar="FILE", type=Path, help="(default: calibration.safetensors in the checkpoint folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -597,6 +715,8 @@ def main():
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
     tokens = tokens[:arguments.tokens]
     calibration = calibrate(model, tokens, source=source, fisher=not arguments.no_fisher, progress=progress_line)
+    if not arguments.no_fisher:
+        add_priced(calibration, model, tokens, progress_line)
     if arguments.greedy:
         add_greedy(calibration, model, tokens, path.with_suffix(".greedy"), progress_line)
     calibration.save(path)

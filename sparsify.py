@@ -505,8 +505,10 @@ def draw_quality(rows, path, plt):
     """Added perplexity against realised sparsity, a line an allocation; plt: matplotlib.pyplot."""
     dense = rows[0]["perplexity"]
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    for allocation in dict.fromkeys(row["allocation"] for row in rows[1:]):
-        own = [row for row in rows if row["allocation"] == allocation]
+    for allocation in dict.fromkeys(row["allocation"] for row in rows):
+        own = [row for row in rows if row["allocation"] == allocation and row["target"] > 0]
+        if not own:                                        # a dense model
+            continue
         axis.plot([100 * row["sparsity"] for row in own], [100 * (row["perplexity"] / dense - 1) for row in own],
                   marker="o", ms=3.5, lw=1.3, label=allocation)
     axis.set(xlabel="weights of the blocks not read (%)", ylabel=f"perplexity above the dense {dense:.2f} (%)",
@@ -549,6 +551,8 @@ def main():
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6, 0.65, 0.75],
                         help="levels to measure (default: 0.25 0.4 0.5 0.6 0.65 0.75)")
     parser.add_argument("--allocation", nargs="+", help="of those in the calibration, or cats (default: all of them)")
+    parser.add_argument("--beside", metavar="FOLDER", help="another checkpoint with the same tokenizer, calibrated, whose rows follow "
+                        "under its folder's name (default: none)")
     parser.add_argument("--sources", action="store_true", help="instead: where the loss at 50 %% comes from")
     parser.add_argument("--context", type=natural, help="tokens in a window (default: the model's context, at most 2048)")
     parser.add_argument("--scored", type=natural, help="how many at the end of each window count (default: all)")
@@ -587,10 +591,12 @@ def main():
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
     tokens = tokens[:arguments.tokens]
 
-    if arguments.sources:
-        settings = source_settings(calibration)
-        sparsify(model, calibration.thresholds(0.0) | {"lm_head": 0.0})
-    else:
+    def rows_of(model, calibration, name=""):
+        """([Setting], the dense row and theirs) of one checkpoint."""
+        if arguments.sources:
+            settings = source_settings(calibration)
+            sparsify(model, calibration.thresholds(0.0) | {"lm_head": 0.0})
+            return settings, judge(model, tokens, settings, context, arguments.scored, progress_line)
         allocations = arguments.allocation or [*calibration.allocations, "cats"]
         settings = table_settings(calibration, allocations, sorted(arguments.sparsity))
         if not settings:
@@ -598,11 +604,23 @@ def main():
         sparsify(model, calibration.thresholds(0.0))
         for setting in settings:
             setting.dense_prefix = arguments.dense_prefix
-    rows = judge(model, tokens, settings, context, arguments.scored, progress_line)
-    for allocation in {row["allocation"] for row in rows[1:]} if not arguments.sources else ():
-        at_target([rows[0], *(row for row in rows if row["allocation"] == allocation)])
+        rows = judge(model, tokens, settings, context, arguments.scored, progress_line)
+        for allocation in {row["allocation"] for row in rows[1:]}:
+            at_target([rows[0], *(row for row in rows if row["allocation"] == allocation)])
+        for row in rows:
+            row["allocation"] = name + row["allocation"]
+        return settings, rows
+
+    settings, rows = rows_of(model, calibration)
     rows[0]["perplexity_at_target"] = rows[0]["perplexity"]
-    functions = (0 if arguments.text or arguments.sources else 120) if arguments.functions is None else arguments.functions
+    if arguments.beside:
+        if arguments.sources or arguments.functions:
+            raise InputError("--beside is for the table of perplexities, without --sources and --functions")
+        other, other_tokenizer = load_model(arguments.beside, arguments.device, arguments.dtype, arguments.quantize)
+        if other_tokenizer.pieces() != tokenizer.pieces():
+            raise InputError(f"--beside {arguments.beside}: its tokenizer is not that of {arguments.model}")
+        rows += rows_of(other, load_calibration(other, arguments.beside), f"{Path(arguments.beside).name} ")[1]
+    functions = (0 if arguments.text or arguments.sources or arguments.beside else 120) if arguments.functions is None else arguments.functions
     if functions:
         from demo import corpus
         beginnings = function_beginnings(tokenizer, corpus.files("held-out"), functions)
@@ -620,11 +638,12 @@ def main():
         print(json.dumps(about | {"rows": rows}, indent=1))
         return
     print(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
-    print(f"{'':>14} {'target':>7} {'realised':>9} {'perplexity':>11}" + f" {'at target':>10}" * (not arguments.sources)
+    width = max(len(row["allocation"]) for row in rows)
+    print(f"{'':>{width}} {'target':>7} {'realised':>9} {'perplexity':>11}" + f" {'at target':>10}" * (not arguments.sources)
           + f" {'agreement':>10} {'KL':>8}" + f" {'functions':>10}" * bool(functions))
     for row in rows:
         at = f"{row['perplexity_at_target']:10.3f}" if row.get("perplexity_at_target") else f"{'-':>10}"
-        print(f"{row['allocation']:>14} {row['target']:7.0%} {row['sparsity']:9.1%} {row['perplexity']:11.3f} "
+        print(f"{row['allocation']:>{width}} {row['target']:7.0%} {row['sparsity']:9.1%} {row['perplexity']:11.3f} "
               + f"{at} " * (not arguments.sources) + f"{row['agreement']:10.1%} {row['kl']:8.4f}"
               + (f" {row['functions']:10.1%}" if functions else ""))
 
