@@ -450,7 +450,8 @@ def prices(model, windows, linears, thresholds):
     """What one weight less costs in each linear of a sparse model, (layers, 7) float64: KL to the dense model a weight and token.
 
     linears: {name: module} of the dense model; thresholds: {name: () or (in,)}, made of it by hooks. A linear without inputs
-    near its threshold has NaN.
+    near its threshold has NaN. A little too low for early layers: a gradient does not see that inputs further on, moved by
+    what is dropped here, cross their own thresholds.
     """
     seen, active, hooks = {}, [], []
     sums = {name: torch.zeros(2, 2, dtype=torch.float64, device=model.device) for name in linears}     # dropped, kept: sum, count
@@ -503,8 +504,8 @@ def add_priced(calibration, model, tokens, progress=lambda text: None):
             progress(f"calibrating, prices at {level:.0%}: round {turn + 1} of {ROUNDS}")
             calibration.priced = shares.expand(len(PRICED_AT), -1, -1)                      # for `thresholds`, at any level
             price = prices(model, windows, linears, calibration.thresholds(level, "priced"))
-            price = price.nan_to_num(price.nanmedian().item())
-            price = price.clamp(min=0.03 * price.median()).log()
+            typical = price[price > 0].median() if (price > 0).any() else torch.tensor(1.0)
+            price = price.nan_to_num(typical.item()).clamp(min=0.03 * typical).log()        # too few inputs may tell nonsense
             moved = moved - 0.4 * (price - (price * size).sum(1).mean()).clamp(-2, 2)
             shares = at_level(start + moved, size, level)
         found.append(shares)

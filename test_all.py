@@ -979,16 +979,17 @@ def calibrated(tmp_path_factory):
     tokens = tokens_like(model, 1500)
     made = calibrate.calibrate(model, tokens, 16, "a test")
     calibrate.add_greedy(made, model, tokens, tmp_path_factory.mktemp("greedy") / "partial")
+    calibrate.add_priced(made, model, tokens)
     return model, tokens, made
 
 
 def test_calibration_leaves_the_sinks_out(calibrated):
     _, _, made = calibrated
     assert made.histograms["input"][0, 0].sum() == 93 * (16 - calibrate.SINKS) * 32
-    assert made.allocations == ["balanced", *ALLOCATIONS]
+    assert made.allocations == ["priced", "balanced", *ALLOCATIONS]
 
 
-@pytest.mark.parametrize("allocation", ["balanced", *ALLOCATIONS])
+@pytest.mark.parametrize("allocation", ["priced", "balanced", *ALLOCATIONS])
 def test_every_allocation_reaches_its_target(calibrated, allocation):
     _, tokens, made = calibrated
     _, sizes = made.sizes()
@@ -1040,6 +1041,42 @@ def test_fisher_drops_by_one_price(calibrated):
     by_block = 2 * shares - made.sparsities(0.5, "fisher-channel")
     assert torch.allclose(by_block @ sizes, torch.full((3,), 0.5, dtype=torch.float64), atol=1e-4)
     assert made.weights["fisher-channel"][name].square().mean().sqrt().item() == pytest.approx(1, rel=1e-3)
+
+
+@torch.no_grad()
+def test_prices_are_what_weights_cost(calibrated):
+    """The gradient near the thresholds foretells what the KL does when one linear's threshold is moved."""
+    model, _, made = calibrated
+    linears = {name: model.get_submodule(name) for name in linear_names(model)}
+    thresholds, windows = made.thresholds(0.1, "balanced"), sparse.windows_of(tokens_like(model, 6000), 64)
+    told = calibrate.prices(model, windows, linears, thresholds).flatten()
+
+    sparse_model = sparse.sparsify(tiny_model(torch.float32), thresholds)
+    inputs, counts = windows[:, :-1], sparse_model.sparse_state.counts
+    with sparse.sparse_mode(sparse_model, "off"):
+        dense = sparse_model(inputs).log_softmax(-1)
+
+    def kl_and_dropped(name, factor):
+        with sparse.sparse_mode(sparse_model, "all", {name: factor * thresholds[name]}):
+            sparse.reset_counts(sparse_model)
+            kl = F.kl_div(sparse_model(inputs).log_softmax(-1), dense, reduction="sum", log_target=True).item()
+        kept, seen = counts[list(linears).index(name)].tolist()
+        return kl, (seen - kept) * linears[name].out_features
+    measured = []
+    for name in linears:
+        (low, fewer), (high, more) = (kl_and_dropped(name, factor) for factor in (1 / 1.3, 1.3))
+        measured.append((high - low) / (more - fewer))
+    measured = torch.tensor(measured, dtype=torch.float64)
+    assert torch.corrcoef(torch.stack((told, measured)))[0, 1] > 0.9
+    assert 0.5 < (told / measured).median() < 1.2
+
+
+def test_priced_shares_are_nearer_to_the_dense_model(calibrated):
+    model, tokens, made = calibrated
+    settings = [sparse.Setting(name, level, made.thresholds(level, name)) for level in (0.25, 0.5) for name in ("balanced", "priced")]
+    rows = sparse.judge(sparse.sparsify(tiny_model(torch.float32), made.thresholds(0.0)), tokens, settings)
+    for balanced, priced in zip(rows[1::2], rows[2::2]):
+        assert priced["kl"] < 0.97 * balanced["kl"] and priced["sparsity"] > balanced["sparsity"] - 0.01
 
 
 def test_greedy_path_is_monotone_and_each_step_is_the_best(calibrated):
@@ -1107,7 +1144,7 @@ def test_calibration_file(calibrated, tmp_path):
     for sparsity in (-0.1, 1.0, float("nan")):
         with pytest.raises(InputError, match="expected at least 0 and below 1"):
             loaded.thresholds(sparsity)
-    with pytest.raises(InputError, match="allocation 'other' is not in this calibration, .*; known are balanced"):
+    with pytest.raises(InputError, match="allocation 'other' is not in this calibration, .*; known are priced"):
         loaded.thresholds(0.5, "other")
     loaded.greedy = None
     with pytest.raises(InputError, match="'greedy' is not in this calibration, .*; make it with: python calibrate.py --model FOLDER --greedy"):
@@ -1127,7 +1164,7 @@ def test_calibration_file(calibrated, tmp_path):
         loaded.histograms["input"][1, 2] = 0
     for spoil in (emptied, lambda: loaded.shapes.pop("hidden_size"), lambda: setattr(loaded, "shapes", []),
                   lambda: setattr(loaded, "fingerprint", torch.zeros(3)), lambda: loaded.histograms.pop("gate"),
-                  lambda: setattr(loaded, "greedy", torch.zeros(3, 4, 5)), lambda: setattr(loaded, "fisher", torch.ones(3, 7))):
+                  lambda: setattr(loaded, "greedy", torch.zeros(3, 4, 5)), lambda: setattr(loaded, "priced", torch.zeros(3, 4, 5)), lambda: setattr(loaded, "fisher", torch.ones(3, 7))):
         loaded = made = Calibration(dict(made.shapes), made.source, made.fingerprint, dict(made.histograms))
         spoil()
         loaded.save(path)
