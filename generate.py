@@ -29,6 +29,7 @@ import contextlib
 import functools
 import heapq
 import statistics
+import sys
 import time
 
 import torch
@@ -37,6 +38,7 @@ from calibrate import load_calibration
 from kernel import best_backend
 from model import DEMO, InputError, Llama, Parser, check_tokens, command_line, in_window, linear_names, load_model, natural, progress_line
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
+from tokenizer import StreamDecoder, chat_template
 
 PROMPT = 'class Stack:\n    """A last-in, first-out stack of items."""\n\n    def __init__(self'
 
@@ -531,40 +533,6 @@ class Speculation:
 # ---------------------------------------------------------------------------------------------------------
 # Text as it comes, and the command line
 
-class StreamDecoder:
-    """Turns tokens into text as they come, whole characters only.
-
-    A character may be spread over several tokens, and what a token spells may depend on those before it. So the
-    text of the last few tokens is decoded anew with each token, and given out as far as it is new and sure. Between calls
-    the first `given` characters of decode(pending) have been given out.
-    """
-    CONTEXT = 8              # tokens kept before the new ones
-    PATIENCE = 32            # tokens to wait for a character to become whole
-
-    def __init__(self, tokenizer, prompt_ids=()):
-        self.tokenizer = tokenizer
-        self.pending = list(prompt_ids)[-self.CONTEXT:]
-        self.given = len(tokenizer.decode(self.pending))
-
-    def add(self, token):
-        """The text that `token` completes; "" while a character is unfinished."""
-        self.pending.append(token)
-        text = self.tokenizer.decode(self.pending)
-        if text.endswith("\ufffd") and len(self.pending) < self.PATIENCE:   # bytes that are no character yet
-            return ""
-        new, self.given = text[self.given:], len(text)
-        if len(self.pending) >= 2 * self.CONTEXT:
-            self.pending = self.pending[-self.CONTEXT:]
-            self.given = len(self.tokenizer.decode(self.pending))
-        return new
-
-    def end(self):
-        """What is left when no token follows: bytes that never became a character show as U+FFFD."""
-        new, self.given = self.tokenizer.decode(self.pending)[self.given:], 0
-        self.pending = []
-        return new
-
-
 def stream(tokens, decoder, show):
     """Takes tokens from an iterator to its end, shows their text as it comes, and measures. Ctrl-C ends it early.
 
@@ -678,6 +646,9 @@ def main():
     parser.add_argument("--draft-tokens", type=natural, metavar="N", help="guesses a pass (default: what is fastest, found while it "
                         "decodes; then a seed does not repeat a sampled text)")
     parser.add_argument("--compare", action="store_true", help="with --draft: decode plainly too (default: no)")
+    parser.add_argument("--chat", action="store_true", help="talk: each line of input is a turn, in the checkpoint's own chat format "
+                        "(default: no)")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first (default: nothing)")
     parser.add_argument("--max-new-tokens", type=natural, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0; 1 in the demo, where so small a model "
                         "would soon repeat itself)")
@@ -692,12 +663,15 @@ def main():
     parser.add_argument("--allocation", help="how the sparsity is shared out (default: the best that the calibration holds)")
     arguments = parser.parse_args()
     demo = arguments.model == str(DEMO) and arguments.prompt is None and not arguments.draft
-    compare = arguments.compare if arguments.draft else arguments.sparsity is None
+    compare = arguments.compare if arguments.draft else arguments.sparsity is None and not arguments.chat
+    for name in ("prompt", "compare") if arguments.chat else ("system",):
+        if getattr(arguments, name):
+            raise InputError(f"--{name} is for {'a text, not for --chat' if arguments.chat else '--chat, which is not given'}")
     if arguments.temperature is None:
         arguments.temperature = 1.0 if demo else 0.0
         arguments.top_p = arguments.top_p or (0.9 if demo else None)
     if arguments.sparsity is None:
-        arguments.sparsity = 0.0 if arguments.draft else 0.5
+        arguments.sparsity = 0.0 if arguments.draft or arguments.chat else 0.5
     if arguments.draft != "sparse" and arguments.draft_sparsity is not None:
         raise InputError("--draft-sparsity is for --draft sparse")
     arguments.draft_sparsity = 0.75 if arguments.draft_sparsity is None else arguments.draft_sparsity
@@ -711,6 +685,7 @@ def main():
     if compare and arguments.seed is None:
         arguments.seed = 0
 
+    template = chat_template(arguments.model) if arguments.chat else None
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
     if tokenizer is None:
         if arguments.prompt is not None:
@@ -752,24 +727,41 @@ def main():
             raise KeyboardInterrupt
         return ids, rate(ids, rest)
 
+    def text_of(prompt):
+        """The tokens that follow a prompt, as the command line wants them written."""
+        if not arguments.draft:
+            return generate(model, prompt, arguments.max_new_tokens, **sampling)
+        return generate_speculative(model, prompt, arguments.max_new_tokens, draft, draft_thresholds, arguments.draft_tokens,
+                                    **sampling, sparse_verifier=arguments.sparsity > 0)
+
     if arguments.draft:
-        speculate(model, tokenizer, prompt, arguments, thresholds_for, sampling, run)
+        draft, draft_thresholds = prepare_draft(model, tokenizer, arguments, thresholds_for)
+        if tokenizer is None and isinstance(draft, str):   # a random model: what it would write says nothing
+            draft_costs(model, draft, arguments.draft_sparsity)
+            return
+        if not arguments.chat:
+            speculate(model, prompt, arguments, text_of, run)
+            return
+    elif not compare:
+        sparsify(model, thresholds_for(arguments.sparsity))
+    if arguments.chat:
+        with sparse_mode(model, "decode" if arguments.sparsity else "off"):
+            chat(tokenizer, template, arguments.system, text_of)
         return
     if not compare:
-        sparsify(model, thresholds_for(arguments.sparsity))
         with sparse_mode(model, "decode" if arguments.sparsity else "off"):
             run(f"{arguments.sparsity:.0%} sparse" if arguments.sparsity else "dense",
-                generate(model, prompt, arguments.max_new_tokens, **sampling))
+                text_of(prompt))
         return
     # Dense is to be as fast as it can be: with our kernel, except where only the fallback runs.
     thresholds = thresholds_for(arguments.sparsity)
     if ours != "torch":
         sparsify(model, thresholds)
     with sparse_mode(model, "off"):
-        dense_ids, dense_rate = run("dense", generate(model, prompt, arguments.max_new_tokens, **sampling))
+        dense_ids, dense_rate = run("dense", text_of(prompt))
     print()
     sparsify(model, thresholds)
-    sparse_ids, sparse_rate = run(f"{arguments.sparsity:.0%} sparse", generate(model, prompt, arguments.max_new_tokens, **sampling))
+    sparse_ids, sparse_rate = run(f"{arguments.sparsity:.0%} sparse", text_of(prompt))
     if not dense_rate:                                     # a text of a token or none has no rate
         return
     print(f"\nsparse over dense: {sparse_rate / dense_rate:.2f}x; the first {first_difference(dense_ids, sparse_ids)} of "
@@ -781,8 +773,25 @@ def first_difference(ids, others):
     return next((i for i, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
 
 
-def speculate(model, tokenizer, prompt, arguments, thresholds_for, sampling, run):
-    """The command line with --draft."""
+def chat(tokenizer, template, system, text_of):
+    """Turns of a conversation, one for each line of input, until it ends. text_of(prompt ids): an iterator of token ids."""
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            line = input("\n> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        prompt = tokenizer.encode(template(messages), bos=False, special=True)
+        ids, *_ = stream(text_of(prompt), StreamDecoder(tokenizer, prompt), lambda text: print(text, end="", flush=True))
+        print(flush=True)
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
+
+
+def prepare_draft(model, tokenizer, arguments, thresholds_for):
+    """(draft, draft_thresholds) for generate_speculative; the model, and a draft model, made as fast as they can be."""
     draft, sparsity, draft_thresholds = arguments.draft, arguments.sparsity, None
     if draft == "sparse":
         draft_thresholds = thresholds_for(arguments.draft_sparsity)
@@ -790,17 +799,22 @@ def speculate(model, tokenizer, prompt, arguments, thresholds_for, sampling, run
         folder = str(DEMO) if draft == "demo" else draft
         draft, other = load_model(folder, arguments.device, arguments.dtype)
         same_tokens(tokenizer, other, folder)
-    if tokenizer is None and isinstance(draft, str):       # a random model: what it would write says nothing
+    if tokenizer is None and isinstance(draft, str):       # for draft_costs
         sparsify(model, draft_thresholds or thresholds_for(0))
-        draft_costs(model, draft, arguments.draft_sparsity)
-        return
+        return draft, draft_thresholds
     for each in (model, draft) if isinstance(draft, Llama) else (model,):
         if best_backend(each.model.embed_tokens.weight) != "torch" or each is model and (sparsity or draft == "sparse"):
             names = [*linear_names(each.config), *["lm_head"] * (each.device.type == "cpu")]
             sparsify(each, dict.fromkeys(names, 0.0) if each is not model else thresholds_for(sparsity))
+    return draft, draft_thresholds
+
+
+def speculate(model, prompt, arguments, text_of, run):
+    """Writes the text speculatively, says what it took, and with --compare sets plain decoding beside it."""
+    sparsity, sampling = arguments.sparsity, {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
     with sparse_mode(model, "decode" if sparsity else "off"):
-        speculation = generate_speculative(model, prompt, arguments.max_new_tokens, draft, draft_thresholds,
-                                           arguments.draft_tokens, **sampling, sparse_verifier=sparsity > 0)
+        speculation = text_of(prompt)
+        sampling["eos_ids"] = speculation.eos_ids
         if arguments.compare:
             plain, plain_rate = run("plain", generate(model, prompt, arguments.max_new_tokens, **sampling))
             print()

@@ -744,49 +744,10 @@ def copy_tokenizer(folder, out):
             shutil.copy(file, out)
 
 
-class SentencePieceTokenizer:
-    """The tokenizer of Llama-2 and Mistral, from a checkpoint's tokenizer.model."""
-
-    def __init__(self, path, eos_ids=None):
-        import sentencepiece                               # needed only where there is text
-        self.processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self.processor.load(str(path))
-        except (RuntimeError, OSError) as error:
-            raise InputError(f"{path}: not a SentencePiece model: {str(error).splitlines()[0]}") from None
-        self.vocab_size = self.processor.vocab_size()
-        self.eos_ids = tuple(i for i in eos_ids or [self.processor.eos_id()] if type(i) is int and i >= 0)
-
-    def encode(self, text, bos=True):
-        """Token ids of `text`, the begin-of-sequence token first if `bos` and there is one."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError("the text is not Unicode: it holds bytes that are no UTF-8") from None
-        return [self.processor.bos_id()] * (bos and self.processor.bos_id() >= 0) + self.processor.encode(text)
-
-    def decode(self, ids):
-        """The text of token ids. Control tokens have none, nor have ids that pad a model's vocabulary."""
-        return self.processor.decode([int(i) for i in ids if i < self.vocab_size])
-
-    def pieces(self):
-        """What each token stands for, a list by id: two tokenizers with the same pieces are the same."""
-        return [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
-
-
 def load_tokenizer(folder):
-    """The tokenizer of a checkpoint folder: .encode(text, bos=True) -> list[int], .decode(ids) -> str, .eos_ids."""
-    folder = Path(folder)
-    path = folder / "tokenizer.model"
-    if not path.exists():
-        other = folder / "tokenizer.json"
-        raise InputError(f"{other}: this kind of tokenizer is not supported, a SentencePiece tokenizer.model is"
-                         if other.exists() else f"{folder}: no tokenizer: tokenizer.model is not there")
-    eos = None
-    for name in ("generation_config.json", "config.json"):
-        if eos is None and (folder / name).exists():
-            eos = read_json(folder / name).get("eos_token_id")
-    return SentencePieceTokenizer(path, eos if isinstance(eos, list) or eos is None else [eos])
+    """The tokenizer of a checkpoint folder: .encode(text, bos=True) -> list[int], .decode(ids) -> str, .eos_ids; see tokenizer.py."""
+    from tokenizer import open_tokenizer                   # needed only where there is text
+    return open_tokenizer(folder)
 
 
 def find_device(name):

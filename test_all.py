@@ -3,6 +3,7 @@
 Without a GPU the Triton kernels run in Triton's interpreter, which rounds float32 to bfloat16 on the way into some
 operations: there 2^-7 is allowed.
 """
+import base64
 import dataclasses
 import json
 import math
@@ -25,6 +26,7 @@ import kernel                                                                   
 import model as llama                                                                       # noqa: E402
 import quantize as quantizing                                                               # noqa: E402
 import rotate as rotation                                                                   # noqa: E402
+import tokenizer as tokenizing                                                              # noqa: E402
 import sparsify as sparse                                                                   # noqa: E402
 from calibrate import Calibration                                                           # noqa: E402
 from demo import corpus                                                                     # noqa: E402
@@ -1218,6 +1220,135 @@ def test_a_rotated_checkpoint_is_the_same_function(tmp_path, tied):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# tokenizer.py
+
+TEXTS = ["def walk(self, top):\n    return [i for i in range(10)]", " two  leading spaces", "Ωμέγα, naïve — 日本語 🙂🙂", "", "tabs\tand\r\nlines\n\n\n",
+         "it's 12345 o'clock, <|eot_id|> <s> </s>", "\n", "x" * 300]
+
+
+def tiktoken_folder(folder):
+    """A Llama-3-like tokenizer.model: single bytes, a few merges, 256 special tokens behind them."""
+    pytest.importorskip("tiktoken", reason="tiktoken is not installed (requirements-dev.txt)")
+    tokens = [bytes([i]) for i in range(256)] + [b"he", b" w", b" wa", b"lk", b" walk", b"12", b"123", "Ω".encode(), b"  ", b"xx", b"xxxx"]
+    (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
+    return tokens
+
+
+def json_folder(folder):
+    """A byte-level BPE in the hub's format, with special tokens and a chat template."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (requirements-dev.txt)")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|user|>", "<|eot_id|>"]
+    made.train_from_iterator(TEXTS * 3, tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {str(i): {"content": text, "special": True} for i, text in enumerate(special)}}))
+    return made
+
+
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+    {% if message.role == 'system' and not loop.first %}
+        {{ raise_exception('the system speaks first') }}
+    {% endif %}
+<|user|>{{ message['role'] }}
+{{ message['content'] | trim }}</s>
+{% endfor %}
+{% if add_generation_prompt %}
+<|user|>assistant
+{% endif %}"""
+
+
+def tokenizer_of(kind, folder):
+    if kind == "sentencepiece":
+        return llama.load_tokenizer(DEMO)
+    {"tiktoken": tiktoken_folder, "json": json_folder}[kind](folder)
+    return llama.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken", "json"])
+def test_text_comes_back_at_once_and_streamed(tmp_path, kind):
+    tokenizer = tokenizer_of(kind, tmp_path)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids[0] == tokenizer.bos and not set(ids[1:]) & set(tokenizer.special.values())    # written out, it is text
+        assert tokenizer.encode(text, bos=False) == ids[1:]
+        assert tokenizer.decode(ids) == text
+        for cut in {0, 1, len(ids) // 2}:
+            decoder = StreamDecoder(tokenizer, ids[:cut])
+            parts = [decoder.add(i) for i in ids[cut:]] + [decoder.end()]
+            assert tokenizer.decode(ids[:cut]).removesuffix("\ufffd") in text or cut
+            whole = "".join(parts)
+            assert "\ufffd" in whole or text.endswith(whole) and (cut > 1 or whole == text)
+    assert max(max(tokenizer.encode(text)) for text in TEXTS) < tokenizer.vocab_size
+
+
+def test_tiktoken_is_read_as_the_reference_reads_it(tmp_path):
+    tokens = tiktoken_folder(tmp_path)
+    import tiktoken
+    special = {f"<|special_{i}|>": len(tokens) + i for i in range(256)}
+    reference = tiktoken.Encoding("reference", pat_str=tokenizing.LLAMA3_SPLIT, mergeable_ranks={token: i for i, token in enumerate(tokens)},
+                                  special_tokens=special)
+    ours = llama.load_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text, bos=False) == reference.encode_ordinary(text)
+    assert ours.bos == len(tokens) and ours.vocab_size == len(tokens) + 256
+    assert ours.eos_ids == (len(tokens) + 1, len(tokens) + 9)
+    assert ours.encode("a<|eot_id|>b", special=True) == [ours.bos, ord("a"), len(tokens) + 9, ord("b")]
+    assert ours.decode([ord("a"), len(tokens) + 9, ord("b")]) == "ab"
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 8}))
+    assert llama.load_tokenizer(tmp_path).eos_ids == (7, 9)
+    lines = (tmp_path / "tokenizer.model").read_bytes().splitlines()
+    for spoiled, message in [(lines[:50] + [b"!!! x"], "line 51 is not a token"), (lines[:200], "every single byte"), (lines + lines[:1], "each once")]:
+        (tmp_path / "tokenizer.model").write_bytes(b"\n".join(spoiled))
+        with pytest.raises(InputError, match=message):
+            llama.load_tokenizer(tmp_path)
+
+
+def test_tokenizer_json_is_read_as_transformers_reads_it(tmp_path):
+    json_folder(tmp_path)
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = llama.load_tokenizer(tmp_path)
+    for text in TEXTS:
+        expected = reference(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, bos=False, special=True) == expected
+    assert ours.bos == reference.bos_token_id and ours.eos_ids == (reference.eos_token_id,)
+    # Chats: the same text, and the same ids.
+    render = tokenizing.chat_template(tmp_path)
+    for messages in ([{"role": "user", "content": " Hello Ω "}],
+                     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                      {"role": "user", "content": "c <|eot_id|>"}]):
+        text = render(messages)
+        assert text == reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert ours.encode(text, bos=False, special=True) == reference(text, add_special_tokens=False).input_ids
+    with pytest.raises(InputError, match="the chat template: the system speaks first"):
+        render([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
+    (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")       # the sandbox says no
+    with pytest.raises(InputError, match="the chat template: "):
+        tokenizing.chat_template(tmp_path)([])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer.json: not a tokenizer"):
+        llama.load_tokenizer(tmp_path)
+
+
+def test_chat_on_the_command_line(tmp_path):
+    for file in ("config.json", "model.safetensors", "tokenizer.model", "calibration.safetensors"):
+        (tmp_path / file).symlink_to(DEMO / file)
+    ended = run("generate.py", "--model", tmp_path, "--chat", input="x\n")
+    assert ended.returncode == 2 and "no chat template" in ended.stderr
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}def ")
+    for options in ((), ("--sparsity", 0.5), ("--draft", "recycle")):
+        ended = run("generate.py", "--model", tmp_path, "--chat", "--system", "a test", "--max-new-tokens", 6, *options, input="one\n\ntwo\n")
+        assert ended.returncode == 0 and len(ended.stdout.splitlines()) >= 3, ended.stderr
+    ended = run("generate.py", "--system", "a test")
+    assert ended.returncode == 2 and "--system is for --chat, which is not given" in ended.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------
 # quantize.py
 
 def quantized_case(seed):
@@ -1846,7 +1977,7 @@ def test_a_draft_model_needs_the_same_tokenizer():
     (["generate.py", "--draft-sparsity", "0.5"], "--draft-sparsity is for --draft sparse"),
     (["generate.py", "--sparsity", "1"], "--sparsity is 1.0, expected at least 0 and below 1"),
     (["generate.py", "--model", "nowhere"], "nowhere: no such folder"),
-    (["generate.py", "--model", "figures"], "figures: no tokenizer: tokenizer.model is not there"),
+    (["generate.py", "--model", "figures"], "figures: no tokenizer: neither tokenizer.model nor tokenizer.json is there"),
     (["generate.py", "--sparsity", "half"], "invalid float value: 'half'"),
     (["generate.py", "--max-new-tokens", "-3"], "-3 is not a whole number above 0"),
     (["generate.py", "--seed", "9" * 30], "seed is 999"),
