@@ -47,6 +47,7 @@ Thresholds belong to a model, so a calibration says what it was made from, and i
     python calibrate.py --greedy                            with the greedy allocation, which takes minutes
     python calibrate.py --figures figures                   draws what the calibration holds
 """
+import csv
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -56,8 +57,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from model import (DEMO, InputError, Parser, block_linears, check_tokens, command_line, in_window, linear_names, load_model, natural,
-                   progress_line, read_header, read_safetensors, rope_tables, write_safetensors)
+from model import (DEMO, Config, InputError, Parser, block_linears, check_tokens, command_line, in_window, linear_names, load_model, natural,
+                   progress_line, read_header, read_safetensors, read_shards, rope_tables, write_safetensors)
 from sparsify import default_context, read_tokens, windows_of
 
 SITES = ("attention in", "attention out", "MLP in", "MLP middle")
@@ -114,8 +115,8 @@ class Calibration:
 
     shapes: what the model looks like; source: what text this was made from
     fingerprint: (256,) float32 of the model's embedding, which tells models of one shape apart
-    histograms: {"input": (layers, 4, BINS) of |x| by site, "gate": (layers, BINS) of |silu(gate)|, "head": (BINS,) of the
-                 head's |x|, "fisher-channel" and "wina": (layers, 7, BINS) of |x| times that criterion's weights}, int64
+    histograms: {"input": (layers, 4, BINS) of |x| by site; if known "gate": (layers, BINS) of |silu(gate)|, "head": (BINS,) of
+                 the head's |x|, "fisher-channel" and "wina": (layers, 7, BINS) of |x| times that criterion's weights}, int64
     weights: {"fisher-channel" or "wina": {linear: (in,)}}: how much each channel counts, root mean square 1
     fisher: (layers, 7): the mean F of each linear
     greedy: (layers, steps, 7): the sparsity of each linear along the path of the greedy allocation; None without
@@ -164,11 +165,16 @@ class Calibration:
 
     def gate_thresholds(self, sparsity):
         """(layers,): what a share `sparsity` of all |silu(gate)| of each block stays below, the threshold of CATS."""
-        return quantile(self.histograms["gate"], sparsity).float()
+        return quantile(self._counts("gate"), sparsity).float()
 
     def head_threshold(self, sparsity):
         """The threshold () at which the head drops a share `sparsity` of its inputs. The paper leaves the head dense."""
-        return quantile(self.histograms["head"], sparsity).float()
+        return quantile(self._counts("head"), sparsity).float()
+
+    def _counts(self, name):
+        if name not in self.histograms:
+            raise InputError(f"this calibration holds no distribution of the {name}: it is {self.source}")
+        return self.histograms[name]
 
     def _read(self, sparsity, allocation):
         """(thresholds on the weighted magnitudes (layers, 7), shares they drop (layers, 7), the weights or None)"""
@@ -240,7 +246,7 @@ class Calibration:
             if self.shapes.get(key) != value:
                 raise InputError(f"this calibration was made for another model: {key} is {self.shapes.get(key)} in it, "
                                  f"{value} in the model")
-        if not torch.allclose(self.fingerprint, fingerprint_of(model), rtol=2**-6, atol=1e-6):
+        if not torch.allclose(self.fingerprint, fingerprint_of(model.model.embed_tokens.weight.detach()), rtol=2**-6, atol=1e-6):
             raise InputError("this calibration was made for another model of the same shape: the embeddings differ")
 
     def save(self, path):
@@ -278,6 +284,8 @@ class Calibration:
                     setattr(made, name, tensor)
             inputs = [size for _, size in block_linears(SimpleNamespace(**made.shapes)).values()] * layers
             expected = {"input": (layers, len(SITES), BINS), "gate": (layers, BINS), "head": (BINS,)}
+            if not made.histograms.keys() & {"gate", "head"}:      # the statistics of TEAL's authors have neither
+                expected = {"input": expected["input"]}
             expected |= {criterion: (layers, len(LINEARS), BINS) for criterion in made.weights}
             whole = made.fingerprint.shape == (256,) and made.weights.keys() <= {"wina", "fisher-channel"} \
                 and {name: tuple(counts.shape) for name, counts in made.histograms.items()} == expected \
@@ -305,9 +313,8 @@ def shapes_of(config):
                                                   "num_attention_heads", "num_key_value_heads", "vocab_size")}
 
 
-def fingerprint_of(model):
-    """256 values spread over the embedding, float32 (256,); the same in every dtype up to rounding."""
-    weight = model.model.embed_tokens.weight.detach()                        # (vocab, hidden)
+def fingerprint_of(weight):
+    """256 values spread over the embedding (vocab, hidden), float32 (256,); the same in every dtype up to rounding."""
     place = torch.linspace(0, weight.numel() - 1, 256, dtype=torch.float64).long().to(weight.device)
     return weight[place // weight.shape[1], place % weight.shape[1]].float().cpu()
 
@@ -333,7 +340,7 @@ def calibrate(model, tokens, context=None, source="unknown text", fisher=True, p
     windows = windows_of(tokens, context)
     linears = {name: model.get_submodule(name) for name in linear_names(model.config)}
     norms = {name: linear.weight.detach().float().norm(dim=0).cpu() for name, linear in linears.items()}
-    made = Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}", fingerprint_of(model), {},
+    made = Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}", fingerprint_of(model.model.embed_tokens.weight.detach()), {},
                        {"wina": {name: relative(norm) for name, norm in norms.items()}})
     if fisher:
         information = fisher_information(model, windows, linears, progress)
@@ -603,7 +610,63 @@ def add_greedy(calibration, model, tokens, partial_path, progress=lambda text: N
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Figures
+# The statistics that TEAL's authors publish (github.com/FasterDecoding/TEAL, models/NAME)
+
+def import_teal(folder, config, fingerprint):
+    """A Calibration with the uniform and greedy allocations of the paper, from the authors' files for this model.
+
+    folder: models/NAME of their repository: histograms/layer-i/{self_attn,mlp}/histograms.pt and lookup/layer-i/results.csv.
+    Their histograms count x with its sign, and their threshold for a sparsity s is the value below which a share 0.5 + s/2
+    lies (as if x were symmetric); so a share 2 * cdf(v) - 1 of |x| is taken to lie below v. Raises InputError for
+    files that are missing or hold something else.
+    """
+    def histogram_of(path, key):
+        try:
+            found = torch.load(path, weights_only=True)
+            centers, counts = found[f"{key}_centers"].double(), found[key].double()
+            whole = found.keys() == expected and centers.shape == counts.shape and len(centers) > 1 \
+                and bool((centers.diff() > 0).all() and (counts >= 0).all() and counts.sum() > 0)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        except Exception:                                  # what torch.load raises for other files is of many kinds
+            whole = False
+        if not whole:
+            raise InputError(f"{path}: not a histogram of TEAL's authors: expected {', '.join(sorted(expected))}")
+        below = counts.cumsum(0) / counts.sum()            # at each center
+        after = torch.searchsorted(centers, edges).clamp(1, len(centers) - 1)
+        fraction = (edges - centers[after - 1]) / (centers[after] - centers[after - 1])
+        share = below[after - 1] + fraction * (below[after] - below[after - 1])
+        share = torch.where(edges > centers[-1], 1.0, 2 * share - 1).clamp(0, 1).cummax(0).values
+        share[0], share[-1] = 0, 1
+        return (share.diff() * 2**40).long()
+
+    folder = Path(folder)
+    edges = torch.linspace(LOWEST, HIGHEST, BINS + 1, dtype=torch.float64).exp2()
+    inputs, paths = [], []
+    for layer in range(config.num_hidden_layers):
+        for part, more in (("self_attn", ()), ("mlp", ("h1.5",))):
+            expected = {f"{key}{suffix}" for key in ("h1", "h2", *more) for suffix in ("", "_centers")}
+            inputs += [histogram_of(folder / "histograms" / f"layer-{layer}" / part / "histograms.pt", key) for key in ("h1", "h2")]
+        path = folder / "lookup" / f"layer-{layer}" / "results.csv"
+        try:
+            with open(path, newline="") as file:
+                rows = [[float(row[name.split(".")[1].removesuffix("_proj")]) for name in LINEARS] for row in csv.DictReader(file)]
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        except (KeyError, TypeError, ValueError):
+            rows = []
+        found = torch.tensor([[0.0] * len(LINEARS), *rows])
+        if not rows or not ((found.diff(dim=0) > -1e-6).all() and found.max() < 1):
+            raise InputError(f"{path}: not a greedy path of TEAL's authors: expected rising shares below 1 under q, k, v, o, gate, up, down")
+        paths.append(found.cummax(0).values)
+    if (folder / "histograms" / f"layer-{config.num_hidden_layers}").exists():
+        raise InputError(f"{folder}: statistics of more layers than the model's {config.num_hidden_layers}")
+    steps = max(map(len, paths))
+    made = Calibration(shapes_of(config), f"the statistics TEAL's authors publish for {folder.name}", fingerprint,
+                       {"input": torch.stack(inputs).view(-1, len(SITES), BINS)})
+    made.greedy = torch.stack([torch.cat((path, path[-1:].expand(steps - len(path), -1))) for path in paths])
+    return made
+
 
 def pyplot():
     """matplotlib, set up for figures that can be read on a light and on a dark page."""
@@ -693,6 +756,7 @@ def main():
     parser.add_argument("--tokens", type=natural, default=100_000, help="how many tokens of it at most (default: 100000)")
     parser.add_argument("--greedy", action="store_true", help="with the greedy allocation, which takes minutes (default: no)")
     parser.add_argument("--no-fisher", action="store_true", help="leave the backward passes out, and what needs them (default: no)")
+    parser.add_argument("--import-teal", metavar="DIR", help="instead: the paper's thresholds, from models/NAME of the authors' repository")
     parser.add_argument("--figures", metavar="FOLDER", type=Path, help="only draw what the calibration holds, as PNG files")
     parser.add_argument("--out", metavar="FILE", type=Path, help="(default: calibration.safetensors in the checkpoint folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -704,8 +768,17 @@ def main():
         raise InputError(f"{arguments.model} has random weights: commands calibrate it on random tokens as they start")
     if arguments.quantize and not arguments.out:
         raise InputError("--quantize needs --out: calibration.safetensors in the folder is that of the weights as they are")
-    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
     path = arguments.out or Path(arguments.model) / "calibration.safetensors"
+    if arguments.import_teal:
+        embedding = next((tensors["model.embed_tokens.weight"] for _, tensors in read_shards(arguments.model)
+                          if "model.embed_tokens.weight" in tensors), None)
+        if embedding is None:
+            raise InputError(f"{arguments.model}: tensor model.embed_tokens.weight is missing from the checkpoint")
+        calibration = import_teal(arguments.import_teal, Config.read(arguments.model), fingerprint_of(embedding))
+        calibration.save(path)
+        print(f"{path}: {calibration.source}; allocations: {', '.join(calibration.allocations)}")
+        return
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
     if arguments.figures:
         calibration = load_calibration(model, arguments.model, path)
         arguments.figures.mkdir(parents=True, exist_ok=True)

@@ -862,12 +862,12 @@ def test_a_tied_head_can_be_sparse_and_stays_one_weight():
     model = tiny_model(tie_word_embeddings=True)
     tokens = tokens_like(model, 2, 6)
     expected = by_hand(model, tokens, {"lm_head": 0.5})
-    mark = calibrate.fingerprint_of(model)
+    mark = calibrate.fingerprint_of(model.model.embed_tokens.weight)
     sparse.sparsify(model, {"lm_head": 0.5})
     assert model.model.embed_tokens.weight_t is model.lm_head.weight_t
     with sparse.sparse_mode(model, "all"):
         assert close(model(tokens), expected, 1e-12)
-    assert torch.equal(calibrate.fingerprint_of(model), mark) and sparse.realised_sparsity(model) == 0
+    assert torch.equal(calibrate.fingerprint_of(model.model.embed_tokens.weight), mark) and sparse.realised_sparsity(model) == 0
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -1043,6 +1043,63 @@ def test_fisher_drops_by_one_price(calibrated):
     by_block = 2 * shares - made.sparsities(0.5, "fisher-channel")
     assert torch.allclose(by_block @ sizes, torch.full((3,), 0.5, dtype=torch.float64), atol=1e-4)
     assert made.weights["fisher-channel"][name].square().mean().sqrt().item() == pytest.approx(1, rel=1e-3)
+
+
+def their_threshold(histogram, key, sparsity):
+    """TEAL's: the inverse of the cumulative counts at 0.5 + s/2, linear between bin centers."""
+    counts, centers = histogram[key].double(), histogram[f"{key}_centers"].double()
+    below, target = counts.cumsum(0), (0.5 + sparsity / 2) * counts.double().sum()
+    at = int(torch.searchsorted(below, target))
+    return (centers[at - 1] + (target - below[at - 1]) / (below[at] - below[at - 1]) * (centers[at] - centers[at - 1])).item()
+
+
+def test_the_authors_statistics_are_imported(tmp_path):
+    config, generator = tiny_config(), torch.Generator().manual_seed(0)
+    folder, published = tmp_path / "Tiny-7B", {}
+    for layer in range(3):
+        for part in ("self_attn", "mlp"):
+            made = {}
+            for key in ("h1", "h2") + ("h1.5",) * (part == "mlp"):                          # as utils.py of theirs makes them
+                x = (torch.randn(200_000, generator=generator) * torch.rand((), generator=generator)).sort().values
+                bins = torch.cat((x[:1], torch.linspace(x[2000], x[-2000], 9999), x[-1:]))
+                made[key], made[f"{key}_centers"] = torch.histogram(x, bins=bins)[0], (bins[:-1] + bins[1:]) / 2
+            path = folder / "histograms" / f"layer-{layer}" / part / "histograms.pt"
+            path.parent.mkdir(parents=True)
+            torch.save(made, path)
+            published[layer, part] = made
+        path = folder / "lookup" / f"layer-{layer}" / "results.csv"
+        path.parent.mkdir(parents=True)
+        shares = torch.arange(1, 19)[:, None] * 0.05 * torch.tensor([1.0, 0.9, 0.5, 1, 0.9, 0.9, 1])
+        path.write_text("Effective Sparsity,Activation Error,Baseline Error,q,k,v,o,gate,up,down\n"
+                        + "".join(f"0,0,0,{','.join(map(str, row))}\n" for row in shares.tolist()))
+    model = tiny_model()
+    mark = calibrate.fingerprint_of(model.model.embed_tokens.weight)
+    calibrate.import_teal(folder, config, mark).save(tmp_path / "calibration.safetensors")
+    loaded = Calibration.load(tmp_path / "calibration.safetensors")
+    loaded.check(model)
+    assert loaded.allocations == ["greedy", "uniform"] and loaded.source == "the statistics TEAL's authors publish for Tiny-7B"
+    for sparsity in (0.1, 0.25, 0.5, 0.9):
+        for name, threshold in loaded.thresholds(sparsity, "uniform").items():
+            layer, part, linear = name.split(".")[2:]
+            key = "h2" if linear in ("o_proj", "down_proj") else "h1"
+            assert threshold.item() == pytest.approx(their_threshold(published[int(layer), part], key, sparsity), rel=0.01, abs=1e-3)
+    _, sizes = loaded.sizes()
+    row = shares[9].double()                               # a row of theirs: the same shares at the same sparsity
+    assert torch.allclose(loaded.sparsities((row @ sizes).item(), "greedy"), row.expand(3, 7), atol=1e-4)
+    for wanted in (lambda: loaded.head_threshold(0.5), lambda: loaded.gate_thresholds(0.5)):
+        with pytest.raises(InputError, match="this calibration holds no distribution of the"):
+            wanted()
+    with pytest.raises(InputError, match="layer-3/.*cannot be read: No such file"):
+        calibrate.import_teal(folder, tiny_config(num_hidden_layers=4), mark)
+    with pytest.raises(InputError, match="more layers than the model's 2"):
+        calibrate.import_teal(folder, tiny_config(num_hidden_layers=2), mark)
+    torch.save(published[0, "mlp"] | {"h3": torch.ones(1)}, folder / "histograms" / "layer-1" / "mlp" / "histograms.pt")
+    with pytest.raises(InputError, match="not a histogram of TEAL's authors: expected h1, h1.5"):
+        calibrate.import_teal(folder, config, mark)
+    torch.save(published[0, "mlp"], folder / "histograms" / "layer-1" / "mlp" / "histograms.pt")
+    path.write_text("q,k\n1,2\n")
+    with pytest.raises(InputError, match="results.csv: not a greedy path"):
+        calibrate.import_teal(folder, config, mark)
 
 
 @torch.no_grad()
