@@ -156,6 +156,13 @@ class Calibration:
         others than those that were counted here: the share realised differs by a point or so.
         """
         values, _, weights = self._read(sparsity, allocation)                # (layers, 7)
+        return self._by_name(values, weights)
+
+    def thresholds_at(self, shares):
+        """The thresholds of fisher-channel that drop given shares (layers, 7)."""
+        return self._by_name(quantile(self.histograms["fisher-channel"], shares), self.weights["fisher-channel"])
+
+    def _by_name(self, values, weights):
         names = linear_names(SimpleNamespace(**self.shapes))
         return {name: (value / weights[name] if weights else value).float() for name, value in zip(names, values.flatten())}
 
@@ -329,7 +336,7 @@ def calibrate(model, tokens, context=None, source="unknown text", fisher=True, p
     """Runs `tokens` (N,) int64 through the dense model, in windows of `context`, and returns their Calibration.
 
     context: None is the model's own, at most 2048. fisher: False leaves the backward pass out, and with it the
-    two allocations that need it. Memory does not grow with the number of tokens.
+    allocations that need it. Memory does not grow with the number of tokens.
     """
     check_tokens(tokens, model.config)
     if hasattr(model, "sparse_state"):
@@ -450,6 +457,8 @@ def count_magnitudes(model, windows, linears, weights, progress):
 PRICED_AT = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)      # model-wide sparsities at which prices are measured
 ROUNDS = 2               # of measuring and moving, at each
 NEAR = 1.25              # inputs up to this factor above and below a threshold tell its price
+STRIDE, FARTHEST = 0.4, 2.0      # log-odds move by -STRIDE times the logarithm of a price over the mean one, taken as FARTHEST at most
+PRICED_WINDOWS = 32
 
 
 @torch.no_grad()
@@ -460,17 +469,17 @@ def prices(model, windows, linears, thresholds):
     near its threshold has NaN. A little too low for early layers: a gradient does not see that inputs further on, moved by
     what is dropped here, cross their own thresholds.
     """
-    seen, active, hooks = {}, [], []
+    seen, hooks, dropping = {}, [], False
     sums = {name: torch.zeros(2, 2, dtype=torch.float64, device=model.device) for name in linears}     # dropped, kept: sum, count
     thresholds = {name: threshold.to(model.device) for name, threshold in thresholds.items()}
 
     def drop(module, inputs, name):
-        if not active:
+        if not dropping:
             return None
         seen[name] = inputs[0].detach()
         return inputs[0] * (inputs[0].abs() > thresholds[name]),
 
-    def tell(module, grad_input, grad_output, name):
+    def record(module, grad_input, grad_output, name):
         x, gradient = seen[name][:, SINKS:].float(), grad_input[0][:, SINKS:].float()
         distance = x.abs() / thresholds[name]              # 1 at the threshold
         cost = -gradient * x / distance                    # of dropping, if the input stood at the threshold
@@ -479,14 +488,14 @@ def prices(model, windows, linears, thresholds):
 
     for name, linear in linears.items():
         hooks.append(linear.register_forward_pre_hook(lambda module, inputs, name=name: drop(module, inputs, name)))
-        hooks.append(linear.register_full_backward_hook(lambda module, *gradients, name=name: tell(module, *gradients, name)))
+        hooks.append(linear.register_full_backward_hook(lambda module, *gradients, name=name: record(module, *gradients, name)))
     try:
         for part in windows.split(BATCH):
             tokens = part[:, :-1].to(model.device)
             dense = model(tokens).flatten(0, 1).log_softmax(-1)
-            active.append(True)
+            dropping = True
             backpropagate(model, tokens, lambda logits, dense=dense: F.kl_div(logits.log_softmax(-1), dense, reduction="sum", log_target=True))
-            active.clear()
+            dropping = False
     finally:
         for hook in hooks:
             hook.remove()
@@ -502,18 +511,19 @@ def add_priced(calibration, model, tokens, progress=lambda text: None):
     Starts from the balanced shares, moves their log-odds against the logarithm of the prices, and hands what was moved on
     to the next level.
     """
-    windows, (_, size) = windows_of(tokens, default_context(model))[:32], calibration.sizes()
+    if hasattr(model, "sparse_state"):
+        raise InputError("add_priced needs the dense model: this one was made sparse")
+    windows, (_, size) = windows_of(tokens, default_context(model))[:PRICED_WINDOWS], calibration.sizes()
     linears, moved, found = {name: model.get_submodule(name) for name in linear_names(model.config)}, 0.0, []
     for level in PRICED_AT:
         start = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit()       # (layers, 7)
         shares = at_level(start + moved, size, level)
         for turn in range(ROUNDS):
             progress(f"calibrating, prices at {level:.0%}: round {turn + 1} of {ROUNDS}")
-            calibration.priced = shares.expand(len(PRICED_AT), -1, -1)                      # for `thresholds`, at any level
-            price = prices(model, windows, linears, calibration.thresholds(level, "priced"))
+            price = prices(model, windows, linears, calibration.thresholds_at(shares))
             typical = price[price > 0].median() if (price > 0).any() else torch.tensor(1.0)
             price = price.nan_to_num(typical.item()).clamp(min=0.03 * typical).log()        # too few inputs may tell nonsense
-            moved = moved - 0.4 * (price - (price * size).sum(1).mean()).clamp(-2, 2)
+            moved = moved - STRIDE * (price - (price * size).sum(1).mean()).clamp(-FARTHEST, FARTHEST)
             shares = at_level(start + moved, size, level)
         found.append(shares)
     calibration.priced = torch.stack(found).float()
@@ -525,7 +535,7 @@ def at_level(odds, size, level):
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if ((odds + middle).sigmoid() * size).sum(1).mean() < level else (low, middle)
-    return (odds + middle).sigmoid()
+    return (odds + middle).sigmoid().clamp(max=0.9999)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -152,14 +152,16 @@ class Steps:
         if model.device.type != "cuda":
             if depths is None:
                 return model(tokens, cache)
-            past = in_window(torch.arange(cache.used), cache.used + depths, model.config.sliding_window)
-            return model(tokens, cache, cache.used + depths, torch.cat((past, sees), 1))
+            window, positions = model.config.sliding_window, cache.used + depths
+            past, sees = in_window(torch.arange(cache.used), positions, window), sees & in_window(positions, positions, window)
+            return model(tokens, cache, positions, torch.cat((past, sees), 1))
         order = torch.arange(T, device=model.device)
         slots = cache.used + order
         positions = slots if depths is None else cache.used + depths
         all_slots = torch.arange(cache.length, device=model.device)
         mask = (all_slots < cache.used) & in_window(all_slots, positions, model.config.sliding_window)      # (T, length)
-        mask[:, cache.used:cache.used + T] = sees if sees is not None else order <= order[:, None]
+        sees = order <= order[:, None] if sees is None else sees
+        mask[:, cache.used:cache.used + T] = sees & in_window(positions, positions, model.config.sliding_window)
         inputs = tokens, positions, mask, slots
         if T not in self.graphs:
             self.graphs[T] = self.capture([tensor.clone() for tensor in inputs])

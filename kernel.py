@@ -78,17 +78,23 @@ class QuantizedWeight(torch.nn.Module):
             self.register_buffer(name, tensor)
         self.group, self.bits, self.shape = group, 4 if group else 8, torch.Size((codes.shape[0], scales.shape[-1]))
 
+    def _apply(self, move, recurse=True):
+        """Moves to another device as any module does, but keeps its dtypes whatever the model is cast to."""
+        for name, tensor in list(self.named_buffers()):
+            setattr(self, name, move(tensor).to(tensor.dtype) if not tensor.is_floating_point() else tensor.to(move(tensor).device))
+        return self
+
     @property
     def device(self):
         return self.codes.device
 
     def dequantized(self, dtype):
         """The weight (in, out) as it is multiplied with, in floating point."""
-        codes = unpack_codes(self.codes, self.bits, self.shape[1])
+        codes, wide = unpack_codes(self.codes, self.bits, self.shape[1]), torch.promote_types(dtype, torch.float32)
         if not self.group:
-            return (codes - 128).to(dtype) * self.scales.to(dtype)
+            return ((codes - 128).to(wide) * self.scales.to(wide)).to(dtype)
         codes = codes.unflatten(0, (-1, self.group)) - self.zeros.int()[:, None]            # (groups, group, out)
-        return (codes.to(dtype) * self.scales.to(dtype)[:, None]).flatten(0, 1)
+        return (codes.to(wide) * self.scales.to(wide)[:, None]).flatten(0, 1).to(dtype)
 
 
 def pack_codes(codes, bits):
@@ -191,12 +197,14 @@ def _check(x, weights_t, counts=None):
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected floating point (1 to {MAX_ROWS}, in)")
     first = weights_t[0]
     for w in weights_t:
+        if isinstance(w, QuantizedWeight) != isinstance(first, QuantizedWeight):
+            raise ValueError("quantized and other weights in one group: expected all of one kind")
         if isinstance(w, QuantizedWeight):
             if w.shape[0] != x.shape[1] or w.device != x.device:
                 raise ValueError(f"weight_t is {w.bits} bits, {tuple(w.shape)} on {w.device}, expected ({x.shape[1]}, out) "
                                  f"on {x.device}, as x is")
-            if not isinstance(first, QuantizedWeight) or (w.bits, w.group) != (first.bits, first.group):
-                raise ValueError("weights of several kinds in one group: expected all of the same bits and group size")
+            if (w.bits, w.group) != (first.bits, first.group):
+                raise ValueError(f"codes of {w.bits} and of {first.bits} bits, or of different groups, together: expected all of one kind")
             continue
         if w.ndim != 2 or w.shape[0] != x.shape[1] or w.dtype != x.dtype or w.device != x.device:
             raise ValueError(f"weight_t is {w.dtype} {tuple(w.shape)} on {w.device}, expected "
@@ -255,8 +263,9 @@ def _torch_gemv(x, weight_t, threshold, counts):
 #     bfloat16   two: the upper half of a float32 each: shift, or mask
 #     float16    two: sign, exponent and mantissa moved to their places in a float32; that is the value / 2^112, which
 #                the inputs make up for
-#     int8       four, int4: eight. The bits of a code q are put into the mantissa of 1.0, which makes it 1 + q / 256 (or
-#                / 128, / 2048) in one step less than a conversion; the ones come off when the sum is finished
+#     int8       four, int4: eight. The bits of a code q are put into the mantissa of 1.0, which makes it 1 + q / 256 (int4:
+#                1 + q / 128) in one step less than a conversion. The ones come off when the sum is finished:
+#                Σ x (1 + q / 256) = Σ x + Σ x q / 256
 
 C_SOURCE = r"""
 #include <math.h>
@@ -267,7 +276,7 @@ C_SOURCE = r"""
 #include <omp.h>
 #endif
 
-#define GROUP 4          // kept rows added in one pass over the outputs, so that these are loaded and stored less
+#define BATCH 4          // kept rows added in one pass over the outputs, so that these are loaded and stored less
 #define ROOM 8192        // sums a thread holds at a time, of all tokens (8 at most): 32 KB, which the first cache holds
 
 typedef uint32_t __attribute__((aligned(1), may_alias)) word;
@@ -277,17 +286,16 @@ static inline float number(uint32_t bits) { float value; memcpy(&value, &bits, 4
 #define BF16_LANE(w, k)  number(k ? (w) & 0xffff0000u : (w) << 16)
 #define F16_LANE(w, k)   number((uint32_t)((int32_t)(k ? (w) : (w) << 16) >> 3) & 0x8fffe000u)
 #define I8_LANE(w, k)    number(((k == 0 ? (w) << 15 : k == 1 ? (w) << 7 : k == 2 ? (w) >> 1 : (w) >> 9) & 0x7f8000u) | 0x3f800000u)
-#define I4_LANE(w, k)    number(((k == 0 ? (w) << 16 : k < 3 ? (w) << 8 : k < 5 ? (w) : k < 7 ? (w) >> 8 : (w) >> 12) \
-                                 & (k == 1 || k == 3 || k == 5 ? 0xf000u : 0xf0000u)) | 0x3f800000u)
+#define I4_LANE(w, k)    number(((k < 4 ? (w) << (16 - 4 * k) : (w) >> (4 * k - 16)) & 0xf0000u) | 0x3f800000u)
 
-// What a sum over lane k becomes in the output j: codes are scaled after summing, not one by one. total: of the inputs.
-#define AS_IT_IS(sum, j, k)   (sum)
-#define I8_SCALED(sum, j, k)  (((const float *)scale)[j] * (256 * ((sum) - total) - 128 * total))
-#define I4_SCALED(sum, j, k)  (number((uint32_t)((const uint16_t *)scale)[j] << 16) \
-                               * ((k == 1 || k == 3 || k == 5 ? 2048 : 128) * ((sum) - total) - zero[j] * total))
+// What a sum becomes in the output j: codes are scaled after summing, not one by one. total: of the inputs. The number
+// that means zero, 128 or zero[j], is taken off here too.
+#define AS_IT_IS(sum, j)   (sum)
+#define I8_SCALED(sum, j)  (((const float *)scale)[j] * (256 * ((sum) - total) - 128 * total))
+#define I4_SCALED(sum, j)  (number((uint32_t)((const uint16_t *)scale)[j] << 16) * (128 * ((sum) - total) - zero[j] * total))
 
 // The channels that any token keeps, and their inputs. Channels come in spans, which are listed by different threads, and
-// which are the groups of an int4 weight. A span is padded to whole groups of GROUP with inputs of zero. In each group the
+// which are the groups of an int4 weight. A span is padded to whole groups of BATCH with inputs of zero. In each group the
 // inputs stand token by token, so that one load serves a token:
 //     channel  c0 c1 c2 c3 | c4 ...        input  (token 0: x[c0] x[c1] x[c2] x[c3]) (token 1: ...) | ...
 // A token that does not keep a channel which another one keeps has zero there.
@@ -299,24 +307,24 @@ static void list_kept(struct kept *list, long span, long s, const float *x, floa
     float *input = list->input + s * list->room * tokens;
     int64_t entries = 0;
     for (long i = s * span; i < (s + 1) * span && i < in; i++) {
-        float *place = input + n / GROUP * GROUP * tokens + n % GROUP;
+        float *place = input + n / BATCH * BATCH * tokens + n % BATCH;
         int needed = 0;
         for (long t = 0; t < tokens; t++) {
             int keep = !(fabsf(x[t * in + i]) <= threshold[i * step]);       // NaN is kept
-            place[t * GROUP] = keep ? factor * x[t * in + i] : 0.0f;
+            place[t * BATCH] = keep ? factor * x[t * in + i] : 0.0f;
             needed |= keep;
             entries += keep;
         }
         channel[n] = i;
         n += needed;
     }
-    for (; n % GROUP; n++) {
+    for (; n % BATCH; n++) {
         channel[n] = channel[n - 1];
-        for (long t = 0; t < tokens; t++) input[n / GROUP * GROUP * tokens + t * GROUP + n % GROUP] = 0.0f;
+        for (long t = 0; t < tokens; t++) input[n / BATCH * BATCH * tokens + t * BATCH + n % BATCH] = 0.0f;
     }
     for (long t = 0; t < tokens; t++) {
         float total = 0;                               // what a zero point is multiplied by
-        for (long k = 0; k < n; k++) total += input[k / GROUP * GROUP * tokens + t * GROUP + k % GROUP];
+        for (long k = 0; k < n; k++) total += input[k / BATCH * BATCH * tokens + t * BATCH + k % BATCH];
         list->total[s * tokens + t] = total;
     }
     list->n[s] = n;
@@ -340,12 +348,12 @@ static char *scratch(size_t size) {
 #define DEFINE(NAME, BITS, LANE, FACTOR, FINISH, CODES)                                                           \
 enum { NAME##_LANES = 32 / BITS, NAME##_STEP = CODES ? 1 : NAME##_LANES };                                        \
                                                                                                                   \
-/* sums[t][k][j] += input[t][r] * lane k of row[r][j] for GROUP rows; TOKENS is a constant where this is inlined. \
+/* sums[t][k][j] += input[t][r] * lane k of row[r][j] for BATCH rows; TOKENS is a constant where this is inlined. \
    The last word may be cut short: `tail` lanes of it. */                                                         \
 static inline __attribute__((always_inline)) void NAME##_add(const int TOKENS, const char *const *rows,           \
         const float *restrict input, float *restrict sums, long words, long tail, long lane, long stride) {       \
-    const word *row[GROUP];                                                                                       \
-    for (int r = 0; r < GROUP; r++) row[r] = (const word *)rows[r];                                               \
+    const word *row[BATCH];                                                                                       \
+    for (int r = 0; r < BATCH; r++) row[r] = (const word *)rows[r];                                               \
     VECTORIZE                                                                                                     \
     for (long j = 0; j < words; j++)                                                                              \
         UNROLL                                                                                                    \
@@ -354,14 +362,14 @@ static inline __attribute__((always_inline)) void NAME##_add(const int TOKENS, c
             for (int t = 0; t < TOKENS; t++) {                                                                    \
                 float sum = 0;                                                                                    \
                 UNROLL                                                                                            \
-                for (int r = 0; r < GROUP; r++) sum += input[t * GROUP + r] * LANE(row[r][j], k);                 \
+                for (int r = 0; r < BATCH; r++) sum += input[t * BATCH + r] * LANE(row[r][j], k);                 \
                 sums[t * stride + k * lane + j] += sum;                                                           \
             }                                                                                                     \
-    for (int r = 0; tail && r < GROUP; r++) {                                                                     \
+    for (int r = 0; tail && r < BATCH; r++) {                                                                     \
         uint32_t last = 0;                                                                                        \
         memcpy(&last, row[r] + words, (tail * BITS + 7) / 8);                                                     \
         for (int t = 0; t < TOKENS; t++)                                                                          \
-            for (int k = 0; k < tail; k++) sums[t * stride + k * lane + words] += input[t * GROUP + r] * LANE(last, k); \
+            for (int k = 0; k < tail; k++) sums[t * stride + k * lane + words] += input[t * BATCH + r] * LANE(last, k); \
     }                                                                                                             \
 }                                                                                                                 \
                                                                                                                   \
@@ -374,9 +382,9 @@ static void NAME##_finish(float *restrict sums, float *restrict to, long columns
             long count = (columns - first + NAME##_STEP - 1) / NAME##_STEP;                                       \
             float *restrict of = sums + k * lane + j;                                                             \
             if (count >= 16)                                                                                      \
-                for (int i = 0; i < 16; i++) { to[first + NAME##_STEP * i] += FINISH(of[i], first + NAME##_STEP * i, k); of[i] = 0; } \
+                for (int i = 0; i < 16; i++) { to[first + NAME##_STEP * i] += FINISH(of[i], first + NAME##_STEP * i); of[i] = 0; } \
             else                                                                                                  \
-                for (int i = 0; i < count; i++) { to[first + NAME##_STEP * i] += FINISH(of[i], first + NAME##_STEP * i, k); of[i] = 0; } \
+                for (int i = 0; i < count; i++) { to[first + NAME##_STEP * i] += FINISH(of[i], first + NAME##_STEP * i); of[i] = 0; } \
         }                                                                                                         \
 }                                                                                                                 \
                                                                                                                   \
@@ -393,13 +401,13 @@ static void NAME##_range(const struct kept *list, long spans, const char *weight
         memset(sums, 0, sizeof sums);                                                                             \
         for (long t = 0; t < tokens; t++) memset(y + t * width + first, 0, columns * sizeof(float));              \
         for (long s = 0; s < spans; s++) {                                                                        \
-            for (long k = 0; k < list->n[s]; k += GROUP) {                                                        \
-                const char *rows[GROUP];                                                                          \
-                for (int r = 0; r < GROUP; r++)                                                                   \
+            for (long k = 0; k < list->n[s]; k += BATCH) {                                                        \
+                const char *rows[BATCH];                                                                          \
+                for (int r = 0; r < BATCH; r++)                                                                   \
                     rows[r] = weight + list->channel[s * list->room + k + r] * pitch + first * BITS / 8;          \
                 /* four tokens at a time keep the sums in registers; the rows are in the cache by then */         \
                 for (long t = 0; t < tokens; t += 4) {                                                            \
-                    const float *input = list->input + (s * list->room + k) * tokens + t * GROUP;                 \
+                    const float *input = list->input + (s * list->room + k) * tokens + t * BATCH;                 \
                     float *to = sums + t * stride;                                                                \
                     switch (tokens - t) {                                                                         \
                     case 1:  NAME##_add(1, rows, input, to, words, tail, lane, stride); break;                    \
@@ -424,7 +432,7 @@ static void NAME##_range(const struct kept *list, long spans, const char *weight
 int NAME(const float *x, int linears, const char *const *weight, const char *const *scale, const uint8_t *const *zero, \
          const float *const *threshold, const long *step, const long *out, float *y, long tokens, long in, long span, \
          int threads, int64_t *counts) {                                                                          \
-    long spans = (in + span - 1) / span, padded = (span + GROUP - 1) / GROUP * GROUP, width = 0;                  \
+    long spans = (in + span - 1) / span, padded = (span + BATCH - 1) / BATCH * BATCH, width = 0;                  \
     struct kept list[3];                                                                                          \
     for (int l = 0; l < linears; l++) width += out[l];                                                            \
     long each = spans * (sizeof(int64_t) + sizeof(int) * (1 + padded) + sizeof(float) * tokens * (1 + padded)) + 64;   \
@@ -556,11 +564,12 @@ def _c_group(x, weights_t, thresholds, counts, gated):
         raise ValueError(f'backend "c" needs a C compiler and float32, float16 or bfloat16 on the CPU, not '
                          f'{x.dtype} on {x.device.type}')
     dtype, x, n, outs, first = x.dtype, x.float().contiguous(), len(weights_t), [w.shape[1] for w in weights_t], weights_t[0]
+    # Channels come in spans, which the threads share out for listing. A span of int4 codes has one scale: it is their group.
     kind, span, codes, scales, zeros = dtype, SPAN, weights_t, [], []
     if isinstance(first, QuantizedWeight):
         kind, span, codes = first.bits, first.group or SPAN, [w.codes for w in weights_t]
         scales, zeros = [w.scales.data_ptr() for w in weights_t], [w.zeros.data_ptr() for w in weights_t if w.group]
-    y = torch.empty(len(x), sum(outs))
+    y = torch.empty(len(x), sum(outs), dtype=torch.float32)
     counts = torch.empty(n, 2, dtype=torch.int64) if counts is None else counts
     pointers, longs = ctypes.c_void_p * n, ctypes.c_long * n
     failed = getattr(c_library(), C_NAMES[kind])(

@@ -31,7 +31,8 @@ import os
 import shutil
 import struct
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -319,6 +320,8 @@ class Config:
             scaling = {"rope_type": rope_type} | {name: number(name, float, place=rope) for name in ROPE_NUMBERS[rope_type]}
             if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
                 refuse(key, "a low_freq_factor below the high_freq_factor")
+        if raw["model_type"] == "mistral":
+            raw.setdefault("sliding_window", 4096)
         mistral = raw["model_type"] == "mistral"           # where each key means something; the other kind ignores it
         heads = number("num_attention_heads")
         config = Config(
@@ -336,7 +339,8 @@ class Config:
             model_type=raw["model_type"],
             attention_bias=raw.get("attention_bias", False) and not mistral,
             mlp_bias=raw.get("mlp_bias", False) and not mistral,
-            sliding_window=number("sliding_window") if mistral and raw.get("sliding_window") is not None else None,
+            # Mistral-7B-v0.1 had a window of 4096; where the key is absent, transformers takes that.
+            sliding_window=number("sliding_window") if mistral and raw.get("sliding_window", 4096) is not None else None,
             rope_scaling=scaling,
             quantization_config=quantization or None,
         )
@@ -595,37 +599,16 @@ class Llama(nn.Module):
             if config.quantization_config:
                 from quantize import shape_linears         # needed only where weights are quantized
                 shape_linears(model, Path(folder) / "config.json")
-        wanted = dict(model.named_parameters()) | dict(model.named_buffers())    # a tied head is listed once, as the embedding
-        names = set(wanted)
         if dtype is None:
             dtype = checkpoint_dtype(folder)
-        for path, tensors in read_shards(folder):
+        for _, tensors in checked_shards(folder, model):
             for name, tensor in tensors.items():
-                if name.endswith("rotary_emb.inv_freq"):   # older checkpoints store it; config.json defines it
-                    continue
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue                               # the same values once more
-                parameter = wanted.pop(name, None)
-                if parameter is None and name in names:
-                    raise InputError(f"{path}: tensor {name}: a second one, another file holds it too")
-                if parameter is None:
-                    raise InputError(f"{path}: tensor {name}: not part of a Llama with the shape in config.json")
-                if tensor.shape != parameter.shape:
-                    raise InputError(f"{path}: tensor {name}: shape {list(tensor.shape)}, config.json makes it "
-                                     f"{list(parameter.shape)}")
                 parent, leaf = name.rsplit(".", 1)
-                if not isinstance(parameter, nn.Parameter):           # codes, or their scales: as they lie in the file
-                    if tensor.dtype != parameter.dtype:
-                        raise InputError(f"{path}: tensor {name}: {tensor.dtype}, expected {parameter.dtype}")
+                if isinstance(getattr(model.get_submodule(parent), leaf), nn.Parameter):
+                    place = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+                    setattr(model.get_submodule(parent), leaf, nn.Parameter(place, requires_grad=False))
+                else:                                      # codes, and their scales: as they lie in the file
                     setattr(model.get_submodule(parent), leaf, tensor.to(device))
-                    continue
-                if not tensor.is_floating_point():
-                    raise InputError(f"{path}: tensor {name}: {tensor.dtype}, expected floating point")
-                place = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-                setattr(model.get_submodule(parent), leaf, nn.Parameter(place, requires_grad=False))
-        if wanted:
-            raise InputError(f"{folder}: tensor {min(wanted)} is missing from the checkpoint"
-                             + (f", and {len(wanted) - 1} more" if len(wanted) > 1 else ""))
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.eval()
@@ -689,7 +672,7 @@ PRESETS = {  # without rope scaling, which costs no time
 def preset_config(name):
     if name not in PRESETS:
         raise InputError(f"preset {name!r} is not known; known are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return replace(PRESETS[name])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -719,12 +702,59 @@ def read_shards(folder):
         yield path, read_safetensors(path)
 
 
+def checked_shards(folder, model):
+    """`read_shards`, each tensor checked to be one of a Llama on the meta device, once, and at the end that none is missing.
+
+    What config.json defines anyway is left out: a tied head, and frequencies that older checkpoints store.
+    """
+    wanted = dict(model.named_parameters()) | dict(model.named_buffers())    # a tied head is listed once, as the embedding
+    names = set(wanted)
+    for path, tensors in read_shards(folder):
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")
+                and not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
+        for name, tensor in kept.items():
+            place = wanted.pop(name, None)
+            if place is None and name in names:
+                raise InputError(f"{path}: tensor {name}: a second one, another file holds it too")
+            if place is None:
+                raise InputError(f"{path}: tensor {name}: not part of a Llama with the shape in config.json")
+            if tensor.shape != place.shape:
+                raise InputError(f"{path}: tensor {name}: shape {list(tensor.shape)}, config.json makes it {list(place.shape)}")
+            if not isinstance(place, nn.Parameter) and tensor.dtype != place.dtype:
+                raise InputError(f"{path}: tensor {name}: {tensor.dtype}, expected {place.dtype}")
+            if not tensor.is_floating_point() and isinstance(place, nn.Parameter):
+                raise InputError(f"{path}: tensor {name}: {tensor.dtype}, expected floating point")
+        yield path, kept
+    if wanted:
+        raise InputError(f"{folder}: tensor {min(wanted)} is missing from the checkpoint"
+                         + (f", and {len(wanted) - 1} more" if len(wanted) > 1 else ""))
+
+
+@contextlib.contextmanager
+def new_folder(out):
+    """`with new_folder(out) as unfinished`: a folder to fill, which becomes `out`, new, when all of it is there, and else is removed."""
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out}: exists already; this is written to a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}") from None
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)                            # mkdtemp's own is for its maker alone
+        os.rename(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def checkpoint_dtype(folder):
     """The dtype that most of a checkpoint's values have."""
     counts = {}
     for path in shard_paths(folder):
-        for dtype, _, begin, end in read_header(path)[0].values():
-            if dtype.is_floating_point:
+        for name, (dtype, _, begin, end) in read_header(path)[0].items():
+            if dtype.is_floating_point and not name.endswith(".scales"):
                 counts[dtype] = counts.get(dtype, 0) + end - begin
     if not counts:
         raise InputError(f"{folder}: no tensor of the checkpoint is floating point")
@@ -824,6 +854,12 @@ def main():
         config, dtype = preset_config(folder.removeprefix("random:")), torch.bfloat16
     else:
         config, dtype = Config.read(folder), checkpoint_dtype(folder)
+        stored = dict.fromkeys(("embedding", "attention", "MLP", "norms", "head"), 0)       # bytes
+        for path in shard_paths(folder):
+            for name, (_, _, begin, end) in read_header(path)[0].items():
+                part = next(part for part, sign in (("embedding", "embed_tokens"), ("attention", "self_attn"), ("MLP", ".mlp."),
+                                                    ("head", "lm_head"), ("norms", "")) if sign in name)
+                stored[part] += end - begin
     sizes = {name: rows * columns * config.num_hidden_layers for name, (rows, columns) in block_linears(config).items()}
     embedding = config.vocab_size * config.hidden_size
     parts = {
@@ -834,17 +870,20 @@ def main():
         "head": 0 if config.tie_word_embeddings else embedding,
     }
     total = sum(parts.values())
+    if folder.startswith("random:"):
+        stored = {name: size * dtype.itemsize for name, size in parts.items()}
     print(f"{folder}: {config.num_hidden_layers} blocks, hidden {config.hidden_size}, intermediate "
           f"{config.intermediate_size}, {config.num_attention_heads} heads on {config.num_key_value_heads} "
           f"key-value heads of {config.head_dim}, {str(dtype).removeprefix('torch.')}")
     print(f"{'part':>10} {'parameters':>15} {'MB':>10} {'share':>7}")
+    stored["all"] = sum(stored.values())
     for name, size in (parts | {"all": total}).items():
         note = "   (the embedding once more)" if name == "head" and config.tie_word_embeddings else ""
-        print(f"{name:>10} {size:15,} {size * dtype.itemsize / 1e6:10,.1f} {size / total:7.1%}{note}")
+        print(f"{name:>10} {size:15,} {stored[name] / 1e6:10,.1f} {stored[name] / stored['all']:7.1%}{note}")
     # One row of the embedding is read a token; the head is read whole, and stays dense.
-    read = sum(sizes.values()) + parts["norms"] + embedding
-    print(f"read for one token: {read * dtype.itemsize / 1e6:,.1f} MB; "
-          f"sparsity can skip from attention and MLP, {sum(sizes.values()) / read:.1%} of it")
+    skippable = stored["attention"] + stored["MLP"]
+    read = skippable + stored["norms"] + (stored["head"] or stored["embedding"])
+    print(f"read for one token: {read / 1e6:,.1f} MB; sparsity can skip from attention and MLP, {skippable / read:.1%} of it")
 
 
 if __name__ == "__main__":

@@ -23,23 +23,24 @@ Where a few weights are large, cutting them off makes the steps of all others fi
 each group takes the one with the least squared error. Rounding is to nearest, and nothing but the weights is looked at.
 Only the linears of the blocks are quantized; activations keep their 16 or 32 bits, and sums are taken in float32.
 
-The kernel (kernel.py) unpacks in registers, in the pass that skips; no weight is ever written out in floating point. A
-quantized folder is read by every other command. Its activations differ a little, so it is calibrated anew.
+Decoding unpacks in registers, in the pass that skips (kernel.py); a weight is written out in floating point only for
+products of many rows, a prompt's, where that costs little. A quantized folder is read by every other command. Its activations differ a little, so it is calibrated anew.
 
     python quantize.py                                          size and error of the demo model at int8 and int4
     python quantize.py --model FOLDER --bits 4 --out FOLDER     writes the quantized checkpoint
     python quantize.py --table                                  bits against sparsity: perplexity, bytes a token, speed
 """
 import json
-import os
-import shutil
+import statistics
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from kernel import QuantizedWeight, pack_codes
-from model import (DEMO, Config, InputError, Parser, block_linears, command_line, copy_tokenizer, linear_names, load_model,
-                   progress_line, read_json, read_shards, replacing, weight_map_file, write_safetensors)
+from model import (DEMO, Config, InputError, Llama, Parser, block_linears, checked_shards, command_line, copy_tokenizer, linear_names,
+                   load_model, new_folder, progress_line, read_json, replacing, weight_map_file, write_safetensors)
 from sparsify import SparseLinear
 
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)     # of a group's range: those tried
@@ -52,31 +53,38 @@ def quantized(weight, bits, group=128, clipping=CLIPPING, name="the weight"):
     bits: 8, or 4 with groups of `group` inputs. clipping: the ratios of a group's range of which the best is taken (int4).
     Raises InputError, with `name`, for weights that are not finite and a group that does not divide the inputs.
     """
-    if bits not in (4, 8):
-        raise InputError(f"bits is {bits}, expected 4 or 8")
-    if not torch.isfinite(weight).all():
-        raise InputError(f"{name}: holds NaN or infinity, which has no code")
+    check_weight(weight, bits, group, name)
     weight_t = weight.t().float()                                                           # (in, out)
     if bits == 8:
         scales = (weight_t.abs().amax(0) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (out,)
         return QuantizedWeight(pack_codes((weight_t / scales).round().int() + 128, 8), scales)
-    if group < 1 or group % 32 or len(weight_t) % group:
-        raise InputError(f"{name}: groups of {group}, expected a multiple of 32 that divides its {len(weight_t)} inputs")
     parts = weight_t.unflatten(0, (-1, group))                                              # (groups, group, out)
     low, high = parts.amin(1).clamp(max=0), parts.amax(1).clamp(min=0)                      # zero is always among the values
-    best = torch.full_like(low, float("inf"))
+    best, scales, zeros, codes = torch.full_like(low, float("inf")), low, low, torch.zeros_like(parts)
     for ratio in clipping:
         scale = ((high - low) * ratio / 15).clamp(min=1e-30).bfloat16().float()             # as it will be stored
         zero = (-low * ratio / scale).round().clamp(0, 15)
         code = (parts / scale[:, None] + zero[:, None]).round().clamp(0, 15)
         error = ((code - zero[:, None]) * scale[:, None] - parts).square().sum(1)
         better = error < best
-        if ratio == clipping[0]:
-            best, scales, zeros, codes = error, scale, zero, code
-            continue
-        best, scales, zeros = (torch.where(better, new, old) for new, old in ((error, best), (scale, scales), (zero, zeros)))
+        best, scales, zeros = torch.where(better, error, best), torch.where(better, scale, scales), torch.where(better, zero, zeros)
         codes = torch.where(better[:, None], code, codes)
     return QuantizedWeight(pack_codes(codes.flatten(0, 1).int(), 4), scales.bfloat16(), zeros.to(torch.uint8), group)
+
+
+def check_weight(weight, bits, group, name):
+    """Raises InputError for a weight (out, in) that cannot be quantized so."""
+    if bits not in (4, 8):
+        raise InputError(f"bits is {bits}, expected 4 or 8")
+    if not torch.isfinite(weight).all():
+        raise InputError(f"{name}: holds NaN or infinity, which has no code")
+    if bits == 4 and (group < 1 or group % 32 or weight.shape[1] % group):
+        raise InputError(f"{name}: groups of {group}, expected a multiple of 32 that divides its {weight.shape[1]} inputs")
+
+
+def relative_error(weight, weight_q):
+    """‖w - w'‖ / ‖w‖ of a weight (out, in) and its QuantizedWeight."""
+    return ((weight_q.dequantized(torch.float32).t() - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)).item()
 
 
 def empty_weight(inputs, outputs, bits, group=None):
@@ -102,7 +110,7 @@ def settings_of(config, path):
     if raw.get("version") != VERSION:
         raise InputError(f"{path}: quantization_config: version is {raw.get('version')!r}, known is {VERSION}")
     bits, group = raw.get("bits"), raw.get("group")
-    if (bits, type(group)) not in ((8, type(None)), (4, int)):
+    if type(bits) is not int or (bits, type(group)) not in ((8, type(None)), (4, int)):
         raise InputError(f"{path}: quantization_config: {bits!r} bits with group {group!r}, expected 8 with null or 4 with a number")
     for name, (_, inputs) in block_linears(config).items():
         if bits == 4 and (group < 1 or group % 32 or inputs % group):
@@ -124,11 +132,18 @@ def quantize(model, bits, group=128, clipping=CLIPPING, progress=lambda text: No
     names = linear_names(model.config)
     if any(isinstance(model.get_submodule(name), SparseLinear) for name in names):
         raise InputError("the model is quantized or sparse already; quantize it first, then make it sparse")
+    for name in names:                                     # all checks first: what is refused changes nothing
+        check_weight(model.get_submodule(name).weight, bits, group, name)
     for done, name in enumerate(names):
         progress(f"quantizing: linear {done + 1} of {len(names)}")
         replace_linear(model, name, quantized(model.get_submodule(name).weight, bits, group, clipping, name))
-    model.config.quantization_config = {"quant_method": METHOD, "version": VERSION, "bits": bits, "group": group if bits == 4 else None}
+    model.config = replace(model.config, quantization_config=settings_for(bits, group))
     return model
+
+
+def settings_for(bits, group):
+    """What config.json says of a quantized checkpoint; `settings_of` reads it."""
+    return {"quant_method": METHOD, "version": VERSION, "bits": bits, "group": group if bits == 4 else None}
 
 
 def quantize_folder(folder, out, bits, group=128, progress=lambda text: None):
@@ -140,33 +155,30 @@ def quantize_folder(folder, out, bits, group=128, progress=lambda text: None):
     config = Config.read(folder)
     if config.quantization_config:
         raise InputError(f"{folder}: is quantized already")
-    if out.exists():
-        raise InputError(f"{out}: exists already; a quantized checkpoint is written to a new folder")
     linears, errors, weight_map = {f"{name}.weight" for name in linear_names(config)}, [], {}
-    unfinished = out.with_name(out.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for path, tensors in read_shards(folder):
-        written = {}
-        for done, (name, tensor) in enumerate(tensors.items()):
-            progress(f"quantizing: {path.name}, tensor {done + 1} of {len(tensors)}")
-            if name not in linears:
-                written[name] = tensor
-                continue
-            weight = quantized(tensor, bits, group, name=f"{path}: tensor {name}")
-            parts = {f"{name}_t.{part}": values for part, values in weight.named_buffers() if values is not None}
-            written |= parts
-            error = (weight.dequantized(torch.float32).t() - tensor.float()).norm() / tensor.float().norm().clamp(min=1e-30)
-            errors.append((name.removesuffix(".weight"), error.item(), tensor.nbytes, sum(values.nbytes for values in parts.values())))
-        write_safetensors(unfinished / path.name, written, {"format": "pt"})
-        weight_map |= dict.fromkeys(written, path.name)
-    if not (folder / "model.safetensors").exists():
-        weight_map_file(unfinished, weight_map)
-    copy_tokenizer(folder, unfinished)
-    settings = {"quant_method": METHOD, "version": VERSION, "bits": bits, "group": group if bits == 4 else None}
-    with replacing(unfinished / "config.json") as file:
-        file.write((json.dumps(read_json(folder / "config.json") | {"quantization_config": settings}, indent=2) + "\n").encode())
-    os.rename(unfinished, out)
+    with torch.device("meta"):
+        shape = Llama(config)
+    with new_folder(out) as unfinished:
+        for path, tensors in checked_shards(folder, shape):
+            written = {}
+            for done, (name, tensor) in enumerate(tensors.items()):
+                progress(f"quantizing: {path.name}, tensor {done + 1} of {len(tensors)}")
+                if name not in linears:
+                    written[name] = tensor
+                    continue
+                weight = quantized(tensor, bits, group, name=f"{path}: tensor {name}")
+                parts = {f"{name}_t.{part}": values for part, values in weight.named_buffers()}
+                written |= parts
+                errors.append((name.removesuffix(".weight"), relative_error(tensor, weight), tensor.nbytes,
+                               sum(values.nbytes for values in parts.values())))
+            write_safetensors(unfinished / path.name, written, {"format": "pt"})
+            weight_map |= dict.fromkeys(written, path.name)
+        if not (folder / "model.safetensors").exists():
+            weight_map_file(unfinished, weight_map)
+        copy_tokenizer(folder, unfinished)
+        raw = read_json(folder / "config.json") | {"quantization_config": settings_for(bits, group)}
+        with replacing(unfinished / "config.json") as file:
+            file.write((json.dumps(raw, indent=2) + "\n").encode())
     return errors
 
 
@@ -191,6 +203,8 @@ def main():
         raise InputError(f"--group is {arguments.group}, expected a multiple of 32")
     if arguments.model.startswith("random:"):
         raise InputError(f"{arguments.model} has random weights: commands quantize it as they start, with --quantize")
+    if Path(arguments.model).is_dir() and Config.read(arguments.model).quantization_config:
+        raise InputError(f"{arguments.model}: is quantized already")
     if arguments.table:
         table(arguments.model, arguments.group, arguments.tokens)
         return
@@ -205,8 +219,7 @@ def main():
                 progress_line(f"int{bits}: {name}")
                 weight = model.get_submodule(name).weight
                 weight_q = quantized(weight, bits, arguments.group, name=name)
-                error = (weight_q.dequantized(torch.float32).t() - weight.float()).norm() / weight.float().norm()
-                rows.append((name, error.item(), weight.nbytes, sum(part.nbytes for part in weight_q.buffers())))
+                rows.append((name, relative_error(weight, weight_q), weight.nbytes, sum(part.nbytes for part in weight_q.buffers())))
     for bits, rows in errors.items():
         before, after = (sum(row[i] for row in rows) for i in (2, 3))
         print(f"int{bits}{f', groups of {arguments.group}' if bits == 4 else ''}: the blocks' linears {before / 1e6:,.1f} MB -> "
@@ -221,11 +234,11 @@ def main():
 
 
 def table(folder, group, count, levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
-    """Prints perplexity, bytes a token and tokens a second, 16, 8 and 4 bits against sparsity."""
+    """Prints perplexity, bytes a token and tokens a second, 16, 8 and 4 bits against sparsity. Each is calibrated on its own,
+    without the priced allocation, which would take minutes more; tokens a second are of decoding alone."""
     from calibrate import calibrate
     from generate import generate
     from sparsify import at_target, Setting, judge, read_tokens, reset_counts, realised_sparsity, sparse_mode, sparsify
-    import time
 
     print(f"{folder}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'bits':>5} {'sparsity':>9} {'realised':>9} {'perplexity':>11} {'at target':>10} {'MB a token':>11} {'tokens/s':>9}")
@@ -244,13 +257,14 @@ def table(folder, group, count, levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
         for row, level in zip(rows, levels):
             with sparse_mode(model, "decode" if level else "off", calibration.thresholds(level)):
                 reset_counts(model)
-                began = time.perf_counter()
-                ids = list(generate(model, held_out[:64].tolist(), 129))
-                seconds = time.perf_counter() - began
+                times = []
+                for _ in generate(model, held_out[:64].tolist(), 200):
+                    times.append(time.perf_counter())
+                seconds = statistics.median(end - begin for begin, end in zip(times, times[1:]))
                 skipped = realised_sparsity(model)
             at = f"{row['perplexity_at_target']:10.3f}" if row.get("perplexity_at_target") else f"{'-':>10}"
             print(f"{bits:5} {level:9.0%} {row['sparsity']:9.1%} {row['perplexity']:11.3f} {at} "
-                  f"{(size - skipped * linears) / 1e6:11.3f} {len(ids) / seconds:9.1f}", flush=True)
+                  f"{(size - skipped * linears) / 1e6:11.3f} {1 / seconds:9.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,12 @@ activation sparsity: LaRoSA, arXiv 2507.01299, with a rotation a layer, paid for
     python rotate.py --model FOLDER --out FOLDER [--text FILE]
 """
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
-from model import (DEMO, Config, InputError, Llama, Parser, checkpoint_dtype, command_line, copy_tokenizer, load_model, natural,
-                   progress_line, read_json, read_shards, replacing, weight_map_file, write_safetensors)
+from model import (DEMO, Config, InputError, Llama, Parser, checked_shards, checkpoint_dtype, command_line, copy_tokenizer, load_model,
+                   natural, new_folder, progress_line, read_json, replacing, weight_map_file, write_safetensors)
 
 STREAM_READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
                   "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
@@ -78,7 +76,8 @@ def principal_directions(moments):
     """Eigenvectors (..., n, n) of second moments (..., n, n), in columns, the largest first; InputError if not full rank."""
     values, vectors = torch.linalg.eigh(moments)
     if not (values[..., 0] > 1e-12 * values[..., -1]).all():
-        raise InputError("the text is too short: the activations do not span all directions; give more with --tokens or --text")
+        raise InputError("the text is too short: the activations do not span all directions; give more with --tokens or --text "
+                         "(if more does not help, a channel of the model is always zero)")
     return vectors.flip(-1)
 
 
@@ -118,29 +117,26 @@ def rotate(folder, out, Q, R, dtype=None, progress=lambda text: None):
     config, dtype = Config.read(folder), dtype or checkpoint_dtype(folder)
     if config.quantization_config:
         raise InputError(f"{folder}: is quantized; rotate first, then quantize")
-    if out.exists():
-        raise InputError(f"{out}: exists already; a rotated checkpoint is written to a new folder")
-    norms = {name: tensor.double() for _, tensors in read_shards(folder) for name, tensor in tensors.items()
-             if name.endswith("norm.weight")}
-    unfinished = out.with_name(out.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    weight_map = {}
-    for path, tensors in read_shards(folder):
-        progress(f"rotating: {path.name}")
-        turned = {name: rotated(name, tensor, norms, Q, R, config).to(dtype) for name, tensor in tensors.items()
-                  if not name.endswith("rotary_emb.inv_freq") and not (config.tie_word_embeddings and name == "lm_head.weight")}
-        if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-            turned["lm_head.weight"] = rotated("lm_head.weight", tensors["model.embed_tokens.weight"], norms, Q, R, config).to(dtype)
-        write_safetensors(unfinished / path.name, turned, {"format": "pt"})
-        weight_map |= dict.fromkeys(turned, path.name)
-    if not (folder / "model.safetensors").exists():
-        weight_map_file(unfinished, weight_map)
-    copy_tokenizer(folder, unfinished)
-    raw = read_json(folder / "config.json") | {"tie_word_embeddings": False}
-    with replacing(unfinished / "config.json") as file:
-        file.write((json.dumps(raw, indent=2) + "\n").encode())
-    os.rename(unfinished, out)
+    with torch.device("meta"):
+        shape = Llama(config)
+    weight_map, norms = {}, {}
+    with new_folder(out) as unfinished:
+        for _, tensors in checked_shards(folder, shape):
+            norms |= {name: tensor.double() for name, tensor in tensors.items() if name.endswith("norm.weight")}
+        for path, tensors in checked_shards(folder, shape):
+            progress(f"rotating: {path.name}")
+            turned = {name: rotated(name, tensor, norms, Q, R, config).to(dtype) for name, tensor in tensors.items()}
+            if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+                turned["lm_head.weight"] = rotated("lm_head.weight", tensors["model.embed_tokens.weight"], norms, Q, R, config).to(dtype)
+            write_safetensors(unfinished / path.name, turned, {"format": "pt"})
+            weight_map |= dict.fromkeys(turned, path.name)
+        if not (folder / "model.safetensors").exists():
+            weight_map_file(unfinished, weight_map)
+        copy_tokenizer(folder, unfinished)
+        name = str(dtype).removeprefix("torch.")
+        raw = read_json(folder / "config.json") | {"tie_word_embeddings": False, "torch_dtype": name, "dtype": name}
+        with replacing(unfinished / "config.json") as file:
+            file.write((json.dumps(raw, indent=2) + "\n").encode())
 
 
 def main():
@@ -156,7 +152,9 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="to write (default: the checkpoint's own)")
     arguments = parser.parse_args()
     if Path(arguments.out).exists():
-        raise InputError(f"{arguments.out}: exists already; a rotated checkpoint is written to a new folder")
+        raise InputError(f"{arguments.out}: exists already; this is written to a new folder")
+    if not arguments.model.startswith("random:") and Path(arguments.model).is_dir() and Config.read(arguments.model).quantization_config:
+        raise InputError(f"{arguments.model}: is quantized; rotate first, then quantize")
     model, tokenizer = load_model(arguments.model, arguments.device)
     if tokenizer is None:
         raise InputError(f"{arguments.model} has random weights, whose activations have no directions")
