@@ -263,9 +263,8 @@ def _torch_gemv(x, weight_t, threshold, counts):
 #     bfloat16   two: the upper half of a float32 each: shift, or mask
 #     float16    two: sign, exponent and mantissa moved to their places in a float32; that is the value / 2^112, which
 #                the inputs make up for
-#     int8       four, int4: eight. The bits of a code q are put into the mantissa of 1.0, which makes it 1 + q / 256 (int4:
-#                1 + q / 128) in one step less than a conversion. The ones come off when the sum is finished:
-#                Σ x (1 + q / 256) = Σ x + Σ x q / 256
+#     int8       four, int4: eight: shift, mask and convert. What stands for zero comes off when a sum is finished, and so
+#                does the scale: Σ x · scale · (code - zero) = scale · (Σ x · code - zero · Σ x)
 
 C_SOURCE = r"""
 #include <math.h>
@@ -285,14 +284,13 @@ static inline float number(uint32_t bits) { float value; memcpy(&value, &bits, 4
 #define F32_LANE(w, k)   number(w)
 #define BF16_LANE(w, k)  number(k ? (w) & 0xffff0000u : (w) << 16)
 #define F16_LANE(w, k)   number((uint32_t)((int32_t)(k ? (w) : (w) << 16) >> 3) & 0x8fffe000u)
-#define I8_LANE(w, k)    number(((k == 0 ? (w) << 15 : k == 1 ? (w) << 7 : k == 2 ? (w) >> 1 : (w) >> 9) & 0x7f8000u) | 0x3f800000u)
-#define I4_LANE(w, k)    number(((k < 4 ? (w) << (16 - 4 * k) : (w) >> (4 * k - 16)) & 0xf0000u) | 0x3f800000u)
+#define I8_LANE(w, k)    (float)(int32_t)((w) >> 8 * k & 255)
+#define I4_LANE(w, k)    (float)(int32_t)((w) >> 4 * k & 15)
 
-// What a sum becomes in the output j: codes are scaled after summing, not one by one. total: of the inputs. The number
-// that means zero, 128 or zero[j], is taken off here too.
+// What a sum becomes in the output j. total: Σ x, of the inputs kept.
 #define AS_IT_IS(sum, j)   (sum)
-#define I8_SCALED(sum, j)  (((const float *)scale)[j] * (256 * ((sum) - total) - 128 * total))
-#define I4_SCALED(sum, j)  (number((uint32_t)((const uint16_t *)scale)[j] << 16) * (128 * ((sum) - total) - zero[j] * total))
+#define I8_SCALED(sum, j)  (((const float *)scale)[j] * ((sum) - 128 * total))
+#define I4_SCALED(sum, j)  (number((uint32_t)((const uint16_t *)scale)[j] << 16) * ((sum) - zero[j] * total))
 
 // The channels that any token keeps, and their inputs. Channels come in spans, which are listed by different threads, and
 // which are the groups of an int4 weight. A span is padded to whole groups of BATCH with inputs of zero. In each group the

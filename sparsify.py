@@ -649,4 +649,5 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    from sparsify import main as main_of_the_module        # so that a SparseLinear here is the one that quantize.py knows
+    command_line(main_of_the_module)

@@ -1536,6 +1536,101 @@ def test_quantized_folder(tmp_path, bits):
             Llama.from_pretrained(tmp_path / "small")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_with_nan_outliers_and_in_groups(backend):
+    device = DEVICE if backend == "triton" else torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    for bits in (8, 4):
+        weights = [quantizing.quantized(torch.randn(out, 64, generator=generator), bits, 64).to(device) for out in (40, 130, 7)]
+        x = 0.1 * torch.randn(3, 64, generator=generator).to(device)
+        thresholds = [0.0, 0.05, 0.1]
+        alone = [kernel.sparse_gemv(x, weight, threshold, backend) for weight, threshold in zip(weights, thresholds)]
+        for found, expected in zip(kernel.sparse_gemv_group(x, weights, thresholds, backend), alone):
+            assert close(found, expected, 2**-7 if backend == "triton" else 1e-5)
+        gate, up = weights[1], quantizing.quantized(torch.randn(130, 64, generator=generator), bits, 64).to(device)
+        expected = F.silu(kernel.sparse_gemv(x, gate, 0.0, backend)) * kernel.sparse_gemv(x, up, 0.1, backend)
+        assert close(kernel.sparse_gated(x, gate, up, 0.0, 0.1, backend), expected, 2**-6 if backend == "triton" else 1e-5)
+        x[1, 5] = float("nan")                             # it shows in its row, and there alone
+        found = kernel.sparse_gemv(x, weights[0], 0.05, backend)
+        assert found[1].isnan().all() and not found[[0, 2]].isnan().any()
+        x[1, 5] = 1500.0                                   # an outlier leaves the others' part exact
+        exact = x.double() @ weights[0].dequantized(torch.float64)
+        rest = exact[1] - x[1, 5].double() * weights[0].dequantized(torch.float64)[5]
+        found = kernel.sparse_gemv(x, weights[0], 0.0, backend)[1].double() - x[1, 5].double() * weights[0].dequantized(torch.float64)[5]
+        if not (backend == "triton" and device.type == "cpu"):                              # whose sums are bfloat16's
+            assert (found - rest).abs().median() < 0.01 * rest.abs().median()
+
+
+def test_a_quantized_weight_keeps_its_dtypes_and_its_kind():
+    for bits in (8, 4):
+        weight = quantizing.quantized(torch.randn(33, 64), bits, 64)
+        x, kinds = torch.randn(1, 64), [part.dtype for part in weight.buffers()]
+        before = kernel.sparse_gemv(x, weight, 0.0)
+        for dtype in (torch.float16, torch.float64, torch.bfloat16):
+            weight = torch.nn.ModuleList([weight]).to(dtype)[0]
+            assert [part.dtype for part in weight.buffers()] == kinds and torch.equal(kernel.sparse_gemv(x, weight, 0.0), before)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(kernel.sparse_gemv(x, weight, 0.0), before)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for pair in ((weight, torch.randn(64, 33)), (torch.randn(64, 33), weight), (weight, quantizing.quantized(torch.randn(33, 64), 12 - bits, 64))):
+            with pytest.raises(ValueError, match="expected all of one kind"):
+                kernel.sparse_gemv_group(x, list(pair), [0.0, 0.0])
+        with pytest.raises(ValueError, match="expected \\(32, out\\)"):
+            kernel.sparse_gemv(torch.randn(1, 32), weight, 0.0)
+
+
+def test_a_quantization_that_fails_changes_nothing(tmp_path):
+    model = tiny_model(torch.float32, hidden_size=64, intermediate_size=80, head_dim=16)
+    with pytest.raises(InputError, match="layers.0.mlp.down_proj: groups of 32"):
+        quantizing.quantize(model, 4, 32)
+    assert all(isinstance(model.get_submodule(name), torch.nn.Linear) for name in linear_names(model))
+    quantizing.quantize(model, 8)
+    for preset in ("llama-3.2-1b",):                       # a model's own configuration, not the preset's
+        assert llama.preset_config(preset) is not llama.PRESETS[preset]
+    # Nothing of an unfinished folder stays, and nothing else is touched.
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine.txt").write_text("keep me")
+    spoiled = tiny_model(torch.float32, hidden_size=64, intermediate_size=96, head_dim=16)
+    spoiled.model.layers[2].mlp.up_proj.weight[3, 4] = float("nan")
+    spoiled.save_pretrained(tmp_path / "nan")
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(tmp_path / "nan" / "model.safetensors").items()}
+    for name, change, message in [("nan", {}, "up_proj.weight: holds NaN"),
+                                  ("missing", {"model.layers.1.mlp.up_proj.weight": None, "model.norm.weight": torch.ones(64)}, "is missing"),
+                                  ("misshapen", {"model.norm.weight": torch.ones(7)}, "shape \\[7\\]")]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text((tmp_path / "nan" / "config.json").read_text())
+        changed = {key: value for key, value in (tensors | change).items() if value is not None}
+        changed["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.2.mlp.up_proj.weight"].nan_to_num() if name != "nan" \
+            else tensors["model.layers.2.mlp.up_proj.weight"]
+        write_safetensors(tmp_path / name / "model.safetensors", changed)
+        for write in (lambda: quantizing.quantize_folder(tmp_path / name, tmp_path / "out", 8),
+                      *([] if name == "nan" else [lambda: rotation.rotate(tmp_path / name, tmp_path / "out", torch.eye(64).double(),
+                                                                          torch.eye(16).double().expand(3, 2, 16, 16))])):
+            with pytest.raises(InputError, match=message):
+                write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["misshapen", "missing", "nan", "out.tmp"]
+    assert (tmp_path / "out.tmp" / "mine.txt").read_text() == "keep me"
+
+
+def test_every_command_takes_a_quantized_folder(tmp_path):
+    assert run("quantize.py", "--bits", 4, "--out", tmp_path / "small").returncode == 0
+    assert run("quantize.py", "--model", tmp_path / "small").stderr.strip().endswith("small: is quantized already")
+    assert run("generate.py", "--model", tmp_path / "small", "--quantize", "int8").stderr.count("is quantized already") == 1
+    assert "is quantized; rotate first" in run("rotate.py", "--model", tmp_path / "small", "--out", tmp_path / "x").stderr
+    ended = run("calibrate.py", "--model", tmp_path / "small", "--tokens", 4000, "--no-fisher")
+    assert ended.returncode == 0, ended.stderr
+    ended = run("sparsify.py", "--model", tmp_path / "small", "--tokens", 2000, "--sparsity", 0.5, "--functions", 0, "--allocation", "uniform")
+    assert ended.returncode == 0 and "uniform" in ended.stdout, ended.stderr
+    for options in (("--sparsity", 0.5), ("--draft", "sparse", "--compare")):
+        ended = run("generate.py", "--model", tmp_path / "small", "--max-new-tokens", 8, *options)
+        assert ended.returncode == 0 and "8 tokens" in ended.stdout, ended.stderr
+    ended = run("generate.py", "--quantize", "int8", "--max-new-tokens", 8, "--sparsity", 0.5)
+    assert ended.returncode == 0 and "8 tokens" in ended.stdout, ended.stderr
+    assert float(run("model.py", tmp_path / "small").stdout.split("read for one token: ")[1].split(" MB")[0]) < 6
+
+
 def test_what_cannot_be_quantized():
     for value in (float("nan"), float("inf")):
         with pytest.raises(InputError, match="this one: holds NaN or infinity"):
@@ -1740,6 +1835,18 @@ def test_a_rejected_draft_leaves_the_cache_as_it_was(kind):
         assert used >= 15
         assert close(found.keys[:, :, :, :used], cache.keys[:, :, :, :used], 1e-12)
         assert close(found.values[:, :, :, :used], cache.values[:, :, :, :used], 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "recycle", "model"])
+@pytest.mark.parametrize("window", [2, 5, 12])
+def test_speculation_with_a_sliding_window(kind, window):
+    model = tiny_model(vocab_size=13, model_type="mistral", sliding_window=window)
+    prompt = tokens_like(model, 9).tolist()
+    plain = list(generate(model, prompt, 24))
+    draft, thresholds = draft_of(kind, model)
+    for draft_tokens in (1, 4, 7):
+        assert list(generation.generate_speculative(model, prompt, 24, draft, thresholds, draft_tokens)) == plain
 
 
 @torch.no_grad()
