@@ -454,8 +454,8 @@ def count_magnitudes(model, windows, linears, weights, progress):
 # ---------------------------------------------------------------------------------------------------------
 # The priced allocation
 
-PRICED_AT = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)      # model-wide sparsities at which prices are measured
-ROUNDS = 2               # of measuring and moving, at each
+PRICED_AT = (0.3, 0.5, 0.65, 0.75)       # model-wide sparsities at which prices are measured
+MOVES = 2                # against the prices, at each
 NEAR = 1.25              # inputs up to this factor above and below a threshold tell its price
 STRIDE, FARTHEST = 0.4, 2.0      # log-odds move by -STRIDE times the logarithm of a price over the mean one, taken as FARTHEST at most
 PRICED_WINDOWS = 32
@@ -463,13 +463,14 @@ PRICED_WINDOWS = 32
 
 @torch.no_grad()
 def prices(model, windows, linears, thresholds):
-    """What one weight less costs in each linear of a sparse model, (layers, 7) float64: KL to the dense model a weight and token.
+    """(what one weight less costs in each linear of a sparse model, (layers, 7) float64, in KL to the dense model; that KL).
 
+    Both are sums over the tokens of the windows.
     linears: {name: module} of the dense model; thresholds: {name: () or (in,)}, made of it by hooks. A linear without inputs
     near its threshold has NaN. A little too low for early layers: a gradient does not see that inputs further on, moved by
     what is dropped here, cross their own thresholds.
     """
-    seen, hooks, dropping = {}, [], False
+    seen, hooks, dropping, total = {}, [], False, 0.0
     sums = {name: torch.zeros(2, 2, dtype=torch.float64, device=model.device) for name in linears}     # dropped, kept: sum, count
     thresholds = {name: threshold.to(model.device) for name, threshold in thresholds.items()}
 
@@ -494,7 +495,13 @@ def prices(model, windows, linears, thresholds):
             tokens = part[:, :-1].to(model.device)
             dense = model(tokens).flatten(0, 1).log_softmax(-1)
             dropping = True
-            backpropagate(model, tokens, lambda logits, dense=dense: F.kl_div(logits.log_softmax(-1), dense, reduction="sum", log_target=True))
+            kl = []
+
+            def loss(logits, dense=dense, kl=kl):
+                kl.append(F.kl_div(logits.log_softmax(-1), dense, reduction="sum", log_target=True))
+                return kl[0]
+            backpropagate(model, tokens, loss)
+            total += kl[0].item()
             dropping = False
     finally:
         for hook in hooks:
@@ -502,29 +509,39 @@ def prices(model, windows, linears, thresholds):
     # On either side of the threshold the gradient is that of a model with the input and without; the truth lies between.
     found = torch.stack([(side[:, 0] / side[:, 1]).mean() for side in sums.values()]).cpu()
     outs = torch.tensor([linear.out_features for linear in linears.values()], dtype=torch.float64)
-    return (found / outs).view(-1, len(LINEARS))
+    return (found / outs).view(-1, len(LINEARS)), total
 
 
 def add_priced(calibration, model, tokens, progress=lambda text: None):
     """Adds the priced allocation to a calibration of the dense model, from 32 windows of `tokens` (N,).
 
     Starts from the balanced shares, moves their log-odds against the logarithm of the prices, and hands what was moved on
-    to the next level.
+    to the next level. Of all shares that were tried at a level those with the smallest KL are kept.
     """
     if hasattr(model, "sparse_state"):
         raise InputError("add_priced needs the dense model: this one was made sparse")
     windows, (_, size) = windows_of(tokens, default_context(model))[:PRICED_WINDOWS], calibration.sizes()
-    linears, moved, found = {name: model.get_submodule(name) for name in linear_names(model.config)}, 0.0, []
+    linears, found = {name: model.get_submodule(name) for name in linear_names(model.config)}, []
+    moved = torch.zeros(len(calibration.fisher), len(LINEARS), dtype=torch.float64)
     for level in PRICED_AT:
-        start = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit()       # (layers, 7)
-        shares = at_level(start + moved, size, level)
-        for turn in range(ROUNDS):
-            progress(f"calibrating, prices at {level:.0%}: round {turn + 1} of {ROUNDS}")
-            price = prices(model, windows, linears, calibration.thresholds_at(shares))
+        start, tried = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit(), []     # (layers, 7)
+
+        def attempt(moved):
+            progress(f"calibrating, prices at {level:.0%}: {len(tried) + 1} of {MOVES + 2 if found else MOVES + 1}")
+            shares = at_level(start + moved, size, level)
+            price, kl = prices(model, windows, linears, calibration.thresholds_at(shares))
+            tried.append((kl, len(tried), shares, moved, price))
+
+        attempt(torch.zeros_like(moved))
+        if found:
+            attempt(moved)
+        for _ in range(MOVES):
+            _, _, _, moved, price = min(tried)             # the best so far, by its KL
             typical = price[price > 0].median() if (price > 0).any() else torch.tensor(1.0)
             price = price.nan_to_num(typical.item()).clamp(min=0.03 * typical).log()        # too few inputs may tell nonsense
-            moved = moved - STRIDE * (price - (price * size).sum(1).mean()).clamp(-FARTHEST, FARTHEST)
-            shares = at_level(start + moved, size, level)
+            stride = STRIDE / 2 ** (len(tried) - 1 - min(tried)[1])                         # shorter where the last one led astray
+            attempt(moved - stride * (price - (price * size).sum(1).mean()).clamp(-FARTHEST, FARTHEST))
+        _, _, shares, moved, _ = min(tried)
         found.append(shares)
     calibration.priced = torch.stack(found).float()
 

@@ -1108,12 +1108,16 @@ def test_prices_are_what_weights_cost(calibrated):
     model, _, made = calibrated
     linears = {name: model.get_submodule(name) for name in linear_names(model)}
     thresholds, windows = made.thresholds(0.1, "balanced"), sparse.windows_of(tokens_like(model, 6000), 64)
-    told = calibrate.prices(model, windows, linears, thresholds).flatten()
+    told, total = calibrate.prices(model, windows, linears, thresholds)
+    told = told.flatten()
 
     sparse_model = sparse.sparsify(tiny_model(torch.float32), thresholds)
     inputs, counts = windows[:, :-1], sparse_model.sparse_state.counts
     with sparse.sparse_mode(sparse_model, "off"):
         dense = sparse_model(inputs).log_softmax(-1)
+
+    with sparse.sparse_mode(sparse_model, "all"):
+        assert total == pytest.approx(F.kl_div(sparse_model(inputs).log_softmax(-1), dense, reduction="sum", log_target=True).item(), rel=1e-3)
 
     def kl_and_dropped(name, factor):
         with sparse.sparse_mode(sparse_model, "all", {name: factor * thresholds[name]}):
@@ -1132,10 +1136,10 @@ def test_prices_are_what_weights_cost(calibrated):
 
 def test_priced_shares_are_nearer_to_the_dense_model(calibrated):
     model, tokens, made = calibrated
-    settings = [sparse.Setting(name, level, made.thresholds(level, name)) for level in (0.25, 0.5) for name in ("balanced", "priced")]
+    settings = [sparse.Setting(name, level, made.thresholds(level, name)) for level in (0.3, 0.5, 0.75) for name in ("balanced", "priced")]
     rows = sparse.judge(sparse.sparsify(tiny_model(torch.float32), made.thresholds(0.0)), tokens, settings)
     for balanced, priced in zip(rows[1::2], rows[2::2]):
-        assert priced["kl"] < 0.97 * balanced["kl"] and priced["sparsity"] > balanced["sparsity"] - 0.01
+        assert priced["kl"] < (0.97 if balanced["target"] < 0.6 else 1.02) * balanced["kl"] and priced["sparsity"] > balanced["sparsity"] - 0.01
 
 
 def test_greedy_path_is_monotone_and_each_step_is_the_best(calibrated):
