@@ -234,8 +234,11 @@ def main():
 
 
 def table(folder, group, count, levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
-    """Prints perplexity, bytes a token and tokens a second, 16, 8 and 4 bits against sparsity. Each is calibrated on its own, on 20,000 tokens and
-    without the priced allocation, which would take minutes more. Tokens a second are of decoding alone."""
+    """Prints perplexity, bytes a token and tokens a second, 16, 8 and 4 bits against sparsity.
+
+    Each is calibrated on its own, on 20,000 tokens and without the priced allocation, which would take minutes more.
+    Tokens a second are of decoding alone.
+    """
     from calibrate import calibrate
     from generate import generate
     from sparsify import at_target, Setting, judge, read_tokens, reset_counts, realised_sparsity, sparse_mode, sparsify

@@ -506,7 +506,7 @@ def draw_quality(rows, path, plt):
     dense = rows[0]["perplexity"]
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
     for allocation in dict.fromkeys(row["allocation"] for row in rows):
-        own = [row for row in rows if row["allocation"] == allocation and row["target"] > 0]
+        own = [row for row in rows if row["allocation"] == allocation and row["sparsity"] > 0]
         if not own:                                        # a dense model
             continue
         axis.plot([100 * row["sparsity"] for row in own], [100 * (row["perplexity"] / dense - 1) for row in own],
