@@ -57,7 +57,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from model import (DEMO, Config, InputError, Parser, block_linears, check_tokens, command_line, in_window, linear_names, load_model, natural,
+from model import (DEMO, Config, InputError, Parser, block_linears, causal_mask, check_tokens, command_line, linear_names, load_model, natural,
                    progress_line, read_header, read_safetensors, read_shards, rope_tables, write_safetensors)
 from sparsify import default_context, read_tokens, windows_of
 
@@ -371,7 +371,7 @@ def backpropagate(model, tokens, loss):
         x = model.model.embed_tokens(tokens)
         positions = torch.arange(tokens.shape[1], device=model.device)
         cos, sin = rope_tables(positions, model.config, x.dtype)
-        mask = window_mask(positions, model.config)
+        mask = causal_mask(positions, 0, model.config.sliding_window)
         inputs = []
         for block in model.model.layers:
             inputs.append(x)
@@ -382,13 +382,6 @@ def backpropagate(model, tokens, loss):
         for block, x in zip(reversed(model.model.layers), reversed(inputs)):
             x = x.requires_grad_()
             gradient, = torch.autograd.grad(block(x, cos, sin, mask, None, None), x, gradient)
-
-
-def window_mask(positions, config):
-    """What attention needs for whole sequences (T,) as a mask (T, T): None, unless a sliding window is shorter than they are."""
-    if not config.sliding_window or len(positions) <= config.sliding_window:
-        return None
-    return (positions <= positions[:, None]) & in_window(positions, positions, config.sliding_window)
 
 
 def fisher_information(model, windows, linears, progress):
@@ -624,7 +617,7 @@ def add_greedy(calibration, model, tokens, partial_path, progress=lambda text: N
     x = model.model.embed_tokens(windows)
     positions = torch.arange(windows.shape[1], device=model.device)
     cos, sin = rope_tables(positions, model.config, x.dtype)
-    mask = window_mask(positions, model.config)
+    mask = causal_mask(positions, 0, model.config.sliding_window)
     for layer, block in enumerate(model.model.layers):
         if layer not in done:
             progress(f"calibrating, greedy: block {layer + 1} of {len(model.model.layers)}")

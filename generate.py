@@ -742,7 +742,7 @@ def main():
             draft_costs(model, draft, arguments.draft_sparsity)
             return
         if not arguments.chat:
-            speculate(model, prompt, arguments, text_of, run)
+            speculate(model, prompt, arguments, lambda: generate(model, prompt, arguments.max_new_tokens, **sampling), text_of, run)
             return
     elif not compare:
         sparsify(model, thresholds_for(arguments.sparsity))
@@ -811,14 +811,13 @@ def prepare_draft(model, tokenizer, arguments, thresholds_for):
     return draft, draft_thresholds
 
 
-def speculate(model, prompt, arguments, text_of, run):
+def speculate(model, prompt, arguments, plain_text, text_of, run):
     """Writes the text speculatively, says what it took, and with --compare sets plain decoding beside it."""
-    sparsity, sampling = arguments.sparsity, {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    sparsity = arguments.sparsity
     with sparse_mode(model, "decode" if sparsity else "off"):
         speculation = text_of(prompt)
-        sampling["eos_ids"] = speculation.eos_ids
         if arguments.compare:
-            plain, plain_rate = run("plain", generate(model, prompt, arguments.max_new_tokens, **sampling))
+            plain, plain_rate = run("plain", plain_text())
             print()
         ids, speed = run(f"speculative, {arguments.draft}", speculation)
         did = speculation.statistics

@@ -320,8 +320,7 @@ class Config:
             scaling = {"rope_type": rope_type} | {name: number(name, float, place=rope) for name in ROPE_NUMBERS[rope_type]}
             if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
                 refuse(key, "a low_freq_factor below the high_freq_factor")
-        if raw["model_type"] == "mistral":
-            raw.setdefault("sliding_window", 4096)
+        raw.setdefault("sliding_window", 4096)             # Mistral-7B-v0.1's: where the key is absent, transformers takes that
         mistral = raw["model_type"] == "mistral"           # where each key means something; the other kind ignores it
         heads = number("num_attention_heads")
         config = Config(
@@ -339,8 +338,7 @@ class Config:
             model_type=raw["model_type"],
             attention_bias=raw.get("attention_bias", False) and not mistral,
             mlp_bias=raw.get("mlp_bias", False) and not mistral,
-            # Mistral-7B-v0.1 had a window of 4096; where the key is absent, transformers takes that.
-            sliding_window=number("sliding_window") if mistral and raw.get("sliding_window", 4096) is not None else None,
+            sliding_window=number("sliding_window") if mistral and raw["sliding_window"] is not None else None,
             rope_scaling=scaling,
             quantization_config=quantization or None,
         )
@@ -354,8 +352,12 @@ class Config:
         """Writes FOLDER/config.json as transformers' LlamaForCausalLM or MistralForCausalLM reads it."""
         names = {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu",
                  "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": 1, "eos_token_id": 2}
-        with replacing(Path(folder) / "config.json") as file:
-            file.write((json.dumps(names | vars(self), indent=2) + "\n").encode())
+        write_json(Path(folder) / "config.json", names | vars(self))
+
+
+def write_json(path, value):
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path):
@@ -420,6 +422,18 @@ def rotate(x, cos, sin):
 def in_window(keys, queries, window):
     """Which of the positions `keys` (S,) lie in the sliding window of those in `queries` (T,): (T, S) bool; window None: all."""
     return keys > queries[:, None] - (window or 2**62)
+
+
+def causal_mask(positions, past, window):
+    """What tokens at `positions` (T,), the first of which is `past`, see of all up to the last of them: (T, past + T) bool.
+
+    None where attention needs no mask: nothing lies before the tokens, or there is one token, and no window cuts anything off.
+    """
+    length = past + len(positions)
+    if not (past and len(positions) > 1 or window and length > window):
+        return None
+    keys = torch.arange(length, device=positions.device)
+    return (keys <= positions[:, None]) & in_window(keys, positions, window)
 
 
 class KVCache:
@@ -562,10 +576,7 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(tokens)                                                 # (B, T, hidden)
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device)
-            window = self.config.sliding_window
-            if past and T > 1 or window and past + T > window:       # each new token sees the past and the new ones up to itself
-                all_positions = torch.arange(past + T, device=tokens.device)
-                mask = (all_positions <= positions[:, None]) & in_window(all_positions, positions, window)    # (T, S)
+            mask = causal_mask(positions, past, self.config.sliding_window)
         cos, sin = rope_tables(positions, self.config, x.dtype)
         for block in self.model.layers:
             x = block(x, cos, sin, mask, cache, slots)
@@ -761,17 +772,26 @@ def checkpoint_dtype(folder):
     return max(counts, key=counts.get)
 
 
-def weight_map_file(folder, weight_map):
-    """Writes the index of a checkpoint in several files; weight_map: {tensor: file}."""
-    with replacing(Path(folder) / "model.safetensors.index.json") as file:
-        file.write(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1).encode())
+def rewrite_checkpoint(folder, out, change, config_changes):
+    """Writes the checkpoint in `folder` anew to the new folder `out`, shard by shard, with its tokenizer and settings.
 
-
-def copy_tokenizer(folder, out):
-    """Copies what belongs to a checkpoint besides its weights and config.json: the tokenizer and its settings."""
-    for file in Path(folder).iterdir():
-        if file.is_file() and ("token" in file.name or file.name in ("generation_config.json", "chat_template.jinja")):
-            shutil.copy(file, out)
+    change(path, tensors {name: tensor}) -> the tensors {name: tensor} that take the place of a shard's; every tensor is
+    checked first. config_changes: what is set in config.json.
+    """
+    folder, weight_map = Path(folder), {}
+    with torch.device("meta"):
+        model = Llama(Config.read(folder))
+    with new_folder(out) as unfinished:
+        for path, tensors in checked_shards(folder, model):
+            written = change(path, tensors)
+            write_safetensors(unfinished / path.name, written, {"format": "pt"})
+            weight_map |= dict.fromkeys(written, path.name)
+        if not (folder / "model.safetensors").exists():
+            write_json(unfinished / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+        for file in folder.iterdir():
+            if file.is_file() and ("token" in file.name or file.name in ("generation_config.json", "chat_template.jinja")):
+                shutil.copy(file, unfinished)
+        write_json(unfinished / "config.json", read_json(folder / "config.json") | config_changes)
 
 
 def load_tokenizer(folder):

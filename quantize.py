@@ -30,7 +30,6 @@ products of many rows, a prompt's, where that costs little. A quantized folder i
     python quantize.py --model FOLDER --bits 4 --out FOLDER     writes the quantized checkpoint
     python quantize.py --table                                  bits against sparsity: perplexity, bytes a token, speed
 """
-import json
 import statistics
 import time
 from dataclasses import replace
@@ -39,8 +38,8 @@ from pathlib import Path
 import torch
 
 from kernel import QuantizedWeight, pack_codes
-from model import (DEMO, Config, InputError, Llama, Parser, block_linears, checked_shards, command_line, copy_tokenizer, linear_names,
-                   load_model, new_folder, progress_line, read_json, replacing, weight_map_file, write_safetensors)
+from model import (DEMO, Config, InputError, Parser, block_linears, command_line, linear_names, load_model, load_tokenizer, natural,
+                   progress_line, rewrite_checkpoint)
 from sparsify import SparseLinear
 
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)     # of a group's range: those tried
@@ -151,34 +150,26 @@ def quantize_folder(folder, out, bits, group=128, progress=lambda text: None):
 
     Returns [(name, relative error ‖w - w'‖ / ‖w‖, bytes before, bytes after)] of the linears.
     """
-    folder, out = Path(folder), Path(out)
     config = Config.read(folder)
     if config.quantization_config:
         raise InputError(f"{folder}: is quantized already")
-    linears, errors, weight_map = {f"{name}.weight" for name in linear_names(config)}, [], {}
-    with torch.device("meta"):
-        shape = Llama(config)
-    with new_folder(out) as unfinished:
-        for path, tensors in checked_shards(folder, shape):
-            written = {}
-            for done, (name, tensor) in enumerate(tensors.items()):
-                progress(f"quantizing: {path.name}, tensor {done + 1} of {len(tensors)}")
-                if name not in linears:
-                    written[name] = tensor
-                    continue
-                weight = quantized(tensor, bits, group, name=f"{path}: tensor {name}")
-                parts = {f"{name}_t.{part}": values for part, values in weight.named_buffers()}
-                written |= parts
-                errors.append((name.removesuffix(".weight"), relative_error(tensor, weight), tensor.nbytes,
-                               sum(values.nbytes for values in parts.values())))
-            write_safetensors(unfinished / path.name, written, {"format": "pt"})
-            weight_map |= dict.fromkeys(written, path.name)
-        if not (folder / "model.safetensors").exists():
-            weight_map_file(unfinished, weight_map)
-        copy_tokenizer(folder, unfinished)
-        raw = read_json(folder / "config.json") | {"quantization_config": settings_for(bits, group)}
-        with replacing(unfinished / "config.json") as file:
-            file.write((json.dumps(raw, indent=2) + "\n").encode())
+    linears, errors = {f"{name}.weight" for name in linear_names(config)}, []
+
+    def change(path, tensors):
+        written = {}
+        for done, (name, tensor) in enumerate(tensors.items()):
+            progress(f"quantizing: {path.name}, tensor {done + 1} of {len(tensors)}")
+            if name not in linears:
+                written[name] = tensor
+                continue
+            weight = quantized(tensor, bits, group, name=f"{path}: tensor {name}")
+            parts = {f"{name}_t.{part}": values for part, values in weight.named_buffers()}
+            written |= parts
+            errors.append((name.removesuffix(".weight"), relative_error(tensor, weight), tensor.nbytes,
+                           sum(values.nbytes for values in parts.values())))
+        return written
+
+    rewrite_checkpoint(folder, out, change, {"quantization_config": settings_for(bits, group)})
     return errors
 
 
@@ -197,7 +188,7 @@ def main():
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale at 4 bits (default: 128)")
     parser.add_argument("--out", metavar="FOLDER", help="folder to write, which must not exist (default: only measure)")
     parser.add_argument("--table", action="store_true", help="measure perplexity and speed, bits against sparsity (default: no)")
-    parser.add_argument("--tokens", type=int, default=50_000, help="of the held-out text for --table (default: 50000)")
+    parser.add_argument("--tokens", type=natural, default=50_000, help="of the held-out text for --table (default: 50000)")
     arguments = parser.parse_args()
     if arguments.group < 1 or arguments.group % 32:
         raise InputError(f"--group is {arguments.group}, expected a multiple of 32")
@@ -245,11 +236,11 @@ def table(folder, group, count, levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
 
     print(f"{folder}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'bits':>5} {'sparsity':>9} {'realised':>9} {'perplexity':>11} {'at target':>10} {'MB a token':>11} {'tokens/s':>9}")
+    train, held_out = (read_tokens(load_tokenizer(folder), None, part)[0] for part in ("train", "held-out"))
     for bits in (16, 8, 4):
-        model, tokenizer = load_model(folder, dtype="bfloat16")
+        model, _ = load_model(folder, dtype="bfloat16")
         if bits < 16:
             quantize(model, bits, group, progress=progress_line)
-        train, held_out = (read_tokens(tokenizer, None, part)[0] for part in ("train", "held-out"))
         calibration = calibrate(model, train[:20_000], progress=progress_line)
         size, linears = bytes_a_token(model), sum(part.nbytes for name in linear_names(model.config)
                                                   for part in [*model.get_submodule(name).parameters(), *model.get_submodule(name).buffers()])

@@ -23,13 +23,12 @@ activation sparsity: LaRoSA, arXiv 2507.01299, with a rotation a layer, paid for
 
     python rotate.py --model FOLDER --out FOLDER [--text FILE]
 """
-import json
 from pathlib import Path
 
 import torch
 
-from model import (DEMO, Config, InputError, Llama, Parser, checked_shards, checkpoint_dtype, command_line, copy_tokenizer, load_model,
-                   natural, new_folder, progress_line, read_json, replacing, weight_map_file, write_safetensors)
+from model import (DEMO, Config, InputError, Llama, Parser, checked_shards, checkpoint_dtype, command_line, load_model, natural,
+                   progress_line, rewrite_checkpoint)
 
 STREAM_READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
                   "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
@@ -113,30 +112,23 @@ def rotate(folder, out, Q, R, dtype=None, progress=lambda text: None):
     Tensor by tensor in float64, shard by shard, in `dtype` (None: the checkpoint's). A tied head is untied: it takes in the
     last norm's weight, the embedding does not. That costs vocab * hidden weights more on disk and in memory, none to read.
     """
-    folder, out = Path(folder), Path(out)
     config, dtype = Config.read(folder), dtype or checkpoint_dtype(folder)
     if config.quantization_config:
         raise InputError(f"{folder}: is quantized; rotate first, then quantize")
     with torch.device("meta"):
         shape = Llama(config)
-    weight_map, norms = {}, {}
-    with new_folder(out) as unfinished:
-        for _, tensors in checked_shards(folder, shape):
-            norms |= {name: tensor.double() for name, tensor in tensors.items() if name.endswith("norm.weight")}
-        for path, tensors in checked_shards(folder, shape):
-            progress(f"rotating: {path.name}")
-            turned = {name: rotated(name, tensor, norms, Q, R, config).to(dtype) for name, tensor in tensors.items()}
-            if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-                turned["lm_head.weight"] = rotated("lm_head.weight", tensors["model.embed_tokens.weight"], norms, Q, R, config).to(dtype)
-            write_safetensors(unfinished / path.name, turned, {"format": "pt"})
-            weight_map |= dict.fromkeys(turned, path.name)
-        if not (folder / "model.safetensors").exists():
-            weight_map_file(unfinished, weight_map)
-        copy_tokenizer(folder, unfinished)
-        name = str(dtype).removeprefix("torch.")
-        raw = read_json(folder / "config.json") | {"tie_word_embeddings": False, "torch_dtype": name, "dtype": name}
-        with replacing(unfinished / "config.json") as file:
-            file.write((json.dumps(raw, indent=2) + "\n").encode())
+    norms = {name: tensor.double() for _, tensors in checked_shards(folder, shape) for name, tensor in tensors.items()
+             if name.endswith("norm.weight")}
+
+    def change(path, tensors):
+        progress(f"rotating: {path.name}")
+        turned = {name: rotated(name, tensor, norms, Q, R, config).to(dtype) for name, tensor in tensors.items()}
+        if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+            turned["lm_head.weight"] = rotated("lm_head.weight", tensors["model.embed_tokens.weight"], norms, Q, R, config).to(dtype)
+        return turned
+
+    name = str(dtype).removeprefix("torch.")
+    rewrite_checkpoint(folder, out, change, {"tie_word_embeddings": False, "torch_dtype": name, "dtype": name})
 
 
 def main():
@@ -153,7 +145,7 @@ def main():
     arguments = parser.parse_args()
     if Path(arguments.out).exists():
         raise InputError(f"{arguments.out}: exists already; this is written to a new folder")
-    if not arguments.model.startswith("random:") and Path(arguments.model).is_dir() and Config.read(arguments.model).quantization_config:
+    if Path(arguments.model).is_dir() and Config.read(arguments.model).quantization_config:
         raise InputError(f"{arguments.model}: is quantized; rotate first, then quantize")
     model, tokenizer = load_model(arguments.model, arguments.device)
     if tokenizer is None:

@@ -521,12 +521,15 @@ BACKENDS = ["torch", pytest.param("c", marks=pytest.mark.skipif(kernel.c_library
             pytest.param("triton", marks=pytest.mark.skipif(kernel.triton is None, reason="no Triton"))]
 
 
+def picker(seed):
+    """(a generator, a function that picks one of its arguments with it)"""
+    generator = torch.Generator().manual_seed(seed)
+    return generator, lambda *choices: choices[torch.randint(len(choices), (), generator=generator)]
+
+
 def gemv_case(seed):
     """A random problem: shapes odd and even, one of the dtypes, 1 to 8 rows, every kind of threshold."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def pick(*choices):
-        return choices[torch.randint(len(choices), (), generator=generator)]
+    generator, pick = picker(seed)
 
     dtype = pick(torch.float32, torch.bfloat16, torch.float16)
     rows, channels, outputs = pick(*range(1, 9)), pick(1, 7, 64, 129, 300), pick(1, 2, 63, 128, 257)
@@ -1414,10 +1417,7 @@ def test_chat_on_the_command_line(tmp_path):
 
 def quantized_case(seed):
     """(x, QuantizedWeight, threshold): random codes of either kind, odd shapes."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def pick(*choices):
-        return choices[torch.randint(len(choices), (), generator=generator)]
+    generator, pick = picker(seed)
 
     bits, outputs, dtype = pick(8, 4), pick(1, 30, 64, 129, 300), pick(torch.float32, torch.bfloat16, torch.float16)
     group = pick(32, 64, 128) if bits == 4 else None

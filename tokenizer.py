@@ -155,24 +155,31 @@ class JsonTokenizer(Tokenizer):
         return sorted(vocabulary, key=vocabulary.get)
 
 
+def optional_json(path):
+    """The object in a JSON file, an empty one where there is no file."""
+    return read_json(path) if path.exists() else {}
+
+
+def written_as(token):
+    """The text of a special token as the hub writes it: that text, or an object that holds it."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 class Settings:
     """What tokenizer_config.json, generation_config.json and config.json say: special {text: id}, bos and eos (texts or None), eos_ids."""
 
     def __init__(self, folder):
-        def optional(name):
-            return read_json(Path(folder) / name) if (Path(folder) / name).exists() else {}
-
-        raw, path = optional("tokenizer_config.json"), Path(folder) / "tokenizer_config.json"
+        path = Path(folder) / "tokenizer_config.json"
+        raw = optional_json(path)
         added = raw.get("added_tokens_decoder") or {}
         try:
             self.special = {token["content"]: int(i) for i, token in added.items() if token.get("special")}
-            self.bos, self.eos = (token["content"] if isinstance(token, dict) else token
-                                  for token in (raw.get("bos_token"), raw.get("eos_token")))
+            self.bos, self.eos = map(written_as, (raw.get("bos_token"), raw.get("eos_token")))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{path}: added_tokens_decoder, bos_token or eos_token is not as the hub writes it") from None
         self.eos_ids = ()
         for name in ("generation_config.json", "config.json"):
-            ids = optional(name).get("eos_token_id")
+            ids = optional_json(Path(folder) / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             self.eos_ids = self.eos_ids or tuple(i for i in ids if type(i) is int and i >= 0)
 
@@ -236,7 +243,7 @@ def chat_template(folder):
     """The chat template of a checkpoint folder as a function: messages ([{"role", "content"}]) -> the text of the chat so far,
     up to where the model's next turn begins. InputError where there is none, or it does not take the messages."""
     folder = Path(folder)
-    raw = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    raw = optional_json(folder / "tokenizer_config.json")
     source = raw.get("chat_template")
     if isinstance(source, list):                           # several, by name
         source = next((each.get("template") for each in source if isinstance(each, dict) and each.get("name") == "default"), None)
@@ -254,7 +261,7 @@ def chat_template(folder):
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: __import__("datetime").datetime.now().strftime(form)}
-    names = {name: token["content"] if isinstance(token, dict) else token for name, token in raw.items()
+    names = {name: written_as(token) for name, token in raw.items()
              if name.endswith("_token") and isinstance(token, (str, dict))}
 
     def render(messages):
