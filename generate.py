@@ -34,6 +34,7 @@ import time
 
 import torch
 
+import parallel
 from calibrate import load_calibration
 from kernel import best_backend
 from model import DEMO, InputError, Llama, Parser, check_tokens, command_line, in_window, linear_names, load_model, natural, progress_line
@@ -125,8 +126,7 @@ def choose(logits, sampling, generator):
 
 def random_source(model, seed):
     generator = torch.Generator(model.device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    return generator
+    return generator.manual_seed(parallel.from_first(lambda: generator.seed() if seed is None else seed))
 
 
 class Steps:
@@ -635,7 +635,8 @@ def draft_costs(model, draft, sparsity):
     print("times: this model's, with random weights; tokens a pass: the demo model's; both sampled at temperature 1, top-p 0.9")
 
 
-def main():
+def read_arguments():
+    """The command line, checked as far as it can be without a model."""
     parser = Parser(description="Writes text with a Llama. Without arguments: the demo model, dense and then sparse.")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder, or random:PRESET (default: the demo model)")
     parser.add_argument("--prompt", help="text to continue (default: the beginning of a Python class)")
@@ -665,13 +666,13 @@ def main():
     parser.add_argument("--allocation", help="how the sparsity is shared out (default: the best that the calibration holds)")
     arguments = parser.parse_args()
     demo = arguments.model == str(DEMO) and arguments.prompt is None and not arguments.draft
-    compare = arguments.compare if arguments.draft else arguments.sparsity is None and not arguments.chat
     for name in ("prompt", "compare") if arguments.chat else ("system",):
         if getattr(arguments, name):
             raise InputError(f"--{name} is for {'a text, not for --chat' if arguments.chat else '--chat, which is not given'}")
     if arguments.temperature is None:
         arguments.temperature = 1.0 if demo else 0.0
         arguments.top_p = arguments.top_p or (0.9 if demo else None)
+    beside_dense = arguments.sparsity is None and not arguments.chat        # the default without a draft
     if arguments.sparsity is None:
         arguments.sparsity = 0.0 if arguments.draft or arguments.chat else 0.5
     if arguments.draft != "sparse" and arguments.draft_sparsity is not None:
@@ -684,11 +685,26 @@ def main():
         if getattr(arguments, name) and (not arguments.draft or arguments.model.startswith("random:")):
             raise InputError(f"--{name.replace('_', '-')} is for --draft with a checkpoint folder")
     check_sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    if compare and arguments.seed is None:
+    if not arguments.draft:
+        arguments.compare = beside_dense
+    if arguments.compare and arguments.seed is None:
         arguments.seed = 0
+    return arguments
 
+
+def main():
+    arguments = read_arguments()
+    with parallel.group(arguments.device) as arguments.device:         # one process, unless torchrun has started more
+        show(arguments)
+
+
+def show(arguments):
+    """What the command line asks for."""
+    if parallel.ranks() > 1 and arguments.draft and not arguments.draft_tokens:
+        raise InputError("--draft with several processes needs --draft-tokens: each would find another number the fastest")
     template = chat_template(arguments.model) if arguments.chat else None
-    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize,
+                                  parallel if parallel.ranks() > 1 else Llama)
     if tokenizer is None:
         if arguments.prompt is not None:
             raise InputError(f"--prompt: {arguments.model} has random weights and no tokenizer")
@@ -699,6 +715,7 @@ def main():
     check_prompt(model, prompt, arguments.max_new_tokens)
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    threads += f", {parallel.ranks()} processes" if parallel.ranks() > 1 else ""
     print(f"{arguments.model}, {dtype}, {model.device.type}{threads}, torch {torch.__version__}")
 
     ours = best_backend(model.model.embed_tokens.weight)
@@ -709,7 +726,7 @@ def main():
             thresholds = load_calibration(model, arguments.model, arguments.calibration).thresholds(sparsity, arguments.allocation)
         if ours == "c":                                    # the head stays dense, but is read faster by our kernel
             thresholds["lm_head"] = 0.0
-        return thresholds
+        return parallel.part_of_thresholds(thresholds)
 
     sampling = dict(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
                     eos_ids=eos_ids)
@@ -722,6 +739,7 @@ def main():
         reset_counts(model)
         ids, first, rest, interrupted = stream(tokens, tokenizer and StreamDecoder(tokenizer, prompt),
                                                lambda text: print(text, end="", flush=True))
+        parallel.count_together(model)
         skipped = f", {realised_sparsity(model):.1%} of the blocks' weights skipped" if not arguments.draft else ""
         print(f"\n--- {title}: {len(ids)} tokens, {rate(ids, rest):.1f} tokens/s, prompt of {len(prompt)} in {first * 1e3:.0f} ms{skipped}",
               flush=True)
@@ -744,13 +762,13 @@ def main():
         if not arguments.chat:
             speculate(model, prompt, arguments, lambda: generate(model, prompt, arguments.max_new_tokens, **sampling), text_of, run)
             return
-    elif not compare:
+    elif not arguments.compare:
         sparsify(model, thresholds_for(arguments.sparsity))
     if arguments.chat:
         with sparse_mode(model, "decode" if arguments.sparsity else "off"):
             chat(tokenizer, template, arguments.system, text_of)
         return
-    if not compare:
+    if not arguments.compare:
         with sparse_mode(model, "decode" if arguments.sparsity else "off"):
             run(f"{arguments.sparsity:.0%} sparse" if arguments.sparsity else "dense",
                 text_of(prompt))
@@ -775,13 +793,20 @@ def first_difference(ids, others):
     return next((i for i, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
 
 
+def read_line():
+    """A line of input, None at its end."""
+    try:
+        return input("\n> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
 def chat(tokenizer, template, system, text_of):
     """Turns of a conversation, one for each line of input, until it ends. text_of(prompt ids): an iterator of token ids."""
     messages = [{"role": "system", "content": system}] if system else []
     while True:
-        try:
-            line = input("\n> " if sys.stdin.isatty() else "")
-        except EOFError:
+        line = parallel.from_first(read_line)
+        if line is None:
             return
         if not line.strip():
             continue
@@ -801,6 +826,7 @@ def prepare_draft(model, tokenizer, arguments, thresholds_for):
         folder = str(DEMO) if draft == "demo" else draft
         draft, other = load_model(folder, arguments.device, arguments.dtype)
         same_tokens(tokenizer, other, folder)
+        parallel.follow_first(draft)
     if tokenizer is None and isinstance(draft, str):       # for draft_costs
         sparsify(model, draft_thresholds or thresholds_for(0))
         return draft, draft_thresholds

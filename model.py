@@ -174,23 +174,25 @@ def read_safetensors(path):
     """All tensors of a safetensors file, as {name: tensor} views of the memory-mapped file.
 
     Nothing is read before it is used, and what was read can be dropped by the system again, so a file larger
-    than memory can be opened. Writing to a tensor changes a private copy, never the file.
+    than memory can be opened. Each tensor is a mapping of its own, whose pages are given back when it is forgotten.
+    Writing to a tensor changes a private copy, never the file.
     """
     entries, _, data_start = read_header(path)
-    tensors, mapped = {}, None
-    for name, (dtype, shape, begin, end) in entries.items():
-        if begin == end:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        if mapped is None:
-            with open(path, "rb") as file:
-                # Private, and on Linux without memory set aside for changes that nobody will make.
-                no_reserve = 0x4000 if sys.platform == "linux" else 0
-                mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE)
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=data_start + begin)
-        if (data_start + begin) % dtype.itemsize:          # the format does not promise alignment
-            flat = flat.clone()
-        tensors[name] = flat.view(dtype).view(shape)
+    tensors = {}
+    # Private, and on Linux without memory set aside for changes that nobody will make.
+    flags = mmap.MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)
+    with open(path, "rb") as file:
+        for name, (dtype, shape, begin, end) in entries.items():
+            if begin == end:
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                continue
+            start = (data_start + begin) % mmap.ALLOCATIONGRANULARITY          # mappings begin at whole pages
+            mapped = mmap.mmap(file.fileno(), start + end - begin, flags, mmap.PROT_READ | mmap.PROT_WRITE,
+                               offset=data_start + begin - start)
+            flat = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start)
+            if (data_start + begin) % dtype.itemsize:      # the format does not promise alignment
+                flat = flat.clone()
+            tensors[name] = flat.view(dtype).view(shape)
     return tensors
 
 
@@ -442,8 +444,8 @@ class KVCache:
     `model(tokens, cache)` appends at `cache.used` and moves it on; setting `used` back forgets what came after.
     """
 
-    def __init__(self, config, batch, length, device, dtype):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+    def __init__(self, layers, batch, heads, length, head_dim, device, dtype):
+        shape = (layers, batch, heads, length, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = length
@@ -589,8 +591,9 @@ class Llama(nn.Module):
 
     def make_cache(self, batch, length):
         """An empty KVCache for `batch` sequences of up to `length` positions, in the model's dtype and on its device."""
-        weight = self.model.embed_tokens.weight
-        return KVCache(self.config, batch, length, weight.device, weight.dtype)
+        weight, layers, head_dim = self.model.embed_tokens.weight, self.model.layers, self.config.head_dim
+        heads = layers[0].self_attn.k_proj.out_features // head_dim                         # those that are here: see parallel.py
+        return KVCache(len(layers), batch, heads, length, head_dim, weight.device, weight.dtype)
 
     @property
     def device(self):
@@ -613,13 +616,8 @@ class Llama(nn.Module):
         if dtype is None:
             dtype = checkpoint_dtype(folder)
         for _, tensors in checked_shards(folder, model):
-            for name, tensor in tensors.items():
-                parent, leaf = name.rsplit(".", 1)
-                if isinstance(getattr(model.get_submodule(parent), leaf), nn.Parameter):
-                    place = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-                    setattr(model.get_submodule(parent), leaf, nn.Parameter(place, requires_grad=False))
-                else:                                      # codes, and their scales: as they lie in the file
-                    setattr(model.get_submodule(parent), leaf, tensor.to(device))
+            for name in list(tensors):                     # each is forgotten before the next is read
+                put(model, name, tensors.pop(name), device, dtype)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.eval()
@@ -632,9 +630,14 @@ class Llama(nn.Module):
         model.to_empty(device=device)
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
+        return model.fill_random(seed)
+
+    def fill_random(self, seed):
+        """Random weights for all linears, those that keep the size of what goes through them; returns the model."""
         # Drawing 7 billion normal numbers would take minutes: one pool of four million fills every weight, again and again.
-        pool = torch.randn((1 << 22) + 7, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-        for name, parameter in model.named_parameters():
+        weight = self.model.embed_tokens.weight
+        pool = torch.randn((1 << 22) + 7, generator=torch.Generator().manual_seed(seed)).to(weight.device, weight.dtype)
+        for name, parameter in self.named_parameters():
             parameter.requires_grad_(False)
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
@@ -644,7 +647,7 @@ class Llama(nn.Module):
             for start in range(0, flat.numel(), scaled.numel()):
                 part = flat[start:start + scaled.numel()]
                 part.copy_(scaled[:part.numel()])
-        return model.eval()
+        return self.eval()
 
     def save_pretrained(self, folder):
         """Writes config.json and model.safetensors to `folder`, in the model's dtype; sparse linears as the dense they were."""
@@ -655,6 +658,17 @@ class Llama(nn.Module):
                    for name, parameter in self.named_parameters()}
         write_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
         self.config.write(folder, self.model.embed_tokens.weight.dtype)
+
+
+def put(model, name, tensor, device, dtype):
+    """Puts a checkpoint's tensor into a model: a parameter as a copy in `dtype`, codes and their scales as they lie in the file."""
+    parent, leaf = name.rsplit(".", 1)
+    module = model.get_submodule(parent)
+    if isinstance(getattr(module, leaf), nn.Parameter):
+        copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        setattr(module, leaf, nn.Parameter(copy, requires_grad=False))
+    else:
+        setattr(module, leaf, tensor.to(device))
 
 
 def check_tokens(tokens, config):
@@ -716,14 +730,16 @@ def read_shards(folder):
 def checked_shards(folder, model):
     """`read_shards`, each tensor checked to be one of a Llama on the meta device, once, and at the end that none is missing.
 
-    What config.json defines anyway is left out: a tied head, and frequencies that older checkpoints store.
+    What config.json defines anyway is left out: a tied head, and frequencies that older checkpoints store. The dictionaries
+    are the caller's: what is taken out of them is held by nobody else.
     """
     wanted = dict(model.named_parameters()) | dict(model.named_buffers())    # a tied head is listed once, as the embedding
     names = set(wanted)
     for path, tensors in read_shards(folder):
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")
-                and not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
-        for name, tensor in kept.items():
+        for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")
+                     or name == "lm_head.weight" and model.config.tie_word_embeddings]:
+            del tensors[name]
+        for name, tensor in tensors.items():
             place = wanted.pop(name, None)
             if place is None and name in names:
                 raise InputError(f"{path}: tensor {name}: a second one, another file holds it too")
@@ -735,7 +751,8 @@ def checked_shards(folder, model):
                 raise InputError(f"{path}: tensor {name}: {tensor.dtype}, expected {place.dtype}")
             if not tensor.is_floating_point() and isinstance(place, nn.Parameter):
                 raise InputError(f"{path}: tensor {name}: {tensor.dtype}, expected floating point")
-        yield path, kept
+            del tensor                                     # a reader's memory is that of one tensor
+        yield path, tensors
     if wanted:
         raise InputError(f"{folder}: tensor {min(wanted)} is missing from the checkpoint"
                          + (f", and {len(wanted) - 1} more" if len(wanted) > 1 else ""))
@@ -819,20 +836,20 @@ def natural(text):
     return int(text)
 
 
-def load_model(name, device="cpu", dtype=None, quantize=None):
+def load_model(name, device="cpu", dtype=None, quantize=None, maker=Llama):
     """(model, tokenizer) as every command takes them with --model: a checkpoint folder, or "random:PRESET".
 
     dtype: None, a torch.dtype, or the name of one. quantize: None, "int8" or "int4", to round the blocks' linears now.
-    A random model has no tokenizer: None.
+    maker: what has `from_pretrained` and `random`: Llama, or parallel for a part of one. A random model has no tokenizer: None.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     device = find_device(device)
     if str(name).startswith("random:"):
-        return quantized_now(Llama.random(str(name).removeprefix("random:"), device, dtype or torch.bfloat16), name, quantize), None
+        return quantized_now(maker.random(str(name).removeprefix("random:"), device, dtype or torch.bfloat16), name, quantize), None
     if not Path(name).is_dir():
         raise InputError(f"{name}: no such folder")
     tokenizer = load_tokenizer(name)
-    model = Llama.from_pretrained(name, device, dtype)
+    model = maker.from_pretrained(name, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
     return quantized_now(model, name, quantize), tokenizer

@@ -8,9 +8,13 @@ import dataclasses
 import json
 import math
 import os
+import re
+import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,7 @@ import calibrate                                                                
 import generate as generation                                                               # noqa: E402
 import kernel                                                                               # noqa: E402
 import model as llama                                                                       # noqa: E402
+import parallel                                                                             # noqa: E402
 import quantize as quantizing                                                               # noqa: E402
 import rotate as rotation                                                                   # noqa: E402
 import tokenizer as tokenizing                                                              # noqa: E402
@@ -54,6 +59,51 @@ def tiny_model(dtype=torch.float64, seed=0, **changes):
         else:
             parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
     return model.to(dtype).eval()
+
+
+def write_sharded(folder, config, dtype=torch.bfloat16, shard_bytes=5e9):
+    """A checkpoint folder of random weights in shards, with the demo's tokenizer; never more than a shard is in memory."""
+    folder.mkdir()
+    with torch.device("meta"):
+        model = Llama(config)
+    pool, weight_map, shard, size = torch.randn((1 << 22) + 7).to(dtype), {}, {}, 0
+    for place, (name, parameter) in enumerate(parameters := list(model.named_parameters())):
+        if name.endswith("norm.weight"):
+            shard[name] = torch.ones(parameter.shape, dtype=dtype)
+        else:
+            scaled = pool * parameter.shape[-1] ** -0.5
+            shard[name] = scaled.repeat(-(-parameter.numel() // len(scaled)))[:parameter.numel()].view(parameter.shape)
+        size += parameter.numel() * dtype.itemsize
+        if size >= shard_bytes or place + 1 == len(parameters):
+            file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+            write_safetensors(folder / file, shard, {"format": "pt"})
+            weight_map, shard, size = weight_map | dict.fromkeys(shard, file), {}, 0
+    llama.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    config.write(folder, dtype)
+    (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
+
+
+def anonymous_memory():
+    """Bytes of this process's memory that are not pages of files (RssAnon)."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def load_and_measure(folder):
+    """(model, seconds, bytes of anonymous memory at the highest while it was loaded, of its weights)."""
+    before, highest, loaded = anonymous_memory(), 0, threading.Event()
+
+    def watch():
+        nonlocal highest
+        while not loaded.wait(0.002):
+            highest = max(highest, anonymous_memory())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    model = Llama.from_pretrained(folder)
+    seconds = time.perf_counter() - began
+    loaded.set()
+    watcher.join()
+    return model, seconds, highest - before, sum(parameter.nbytes for parameter in model.parameters())
 
 
 def tokens_like(model, *shape, seed=0):
@@ -2063,6 +2113,131 @@ def test_ctrl_c_keeps_what_was_written(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# parallel.py
+
+def what_a_model_does(model, thresholds):
+    """{name: tensor} of logits and texts, dense and sparse; the same from one process and from a rank of several."""
+    found, tokens = {}, tokens_like(model, 2, 20)
+    thresholds = parallel.part_of_thresholds(thresholds)
+    found["whole"] = model(tokens)
+    cache = model.make_cache(2, 20)
+    found["cached"] = torch.cat([model(part, cache) for part in (tokens[:, :9], tokens[:, 9:12], *tokens[:, 12:].split(1, 1))], 1)
+    prompt = tokens[0, :6].tolist()
+    texts = {"greedy": generate(model, prompt, 12)}
+    sparse.sparsify(model, thresholds | {"lm_head": 0.0})
+    with sparse.sparse_mode(model, "all"):
+        found["sparse"] = model(tokens)
+    sparse.reset_counts(model)
+    texts |= {"sparse greedy": generate(model, prompt, 12), "sampled": generate(model, prompt, 12, 1.0, seed=3),
+              "drafted": generation.generate_speculative(model, prompt, 12, "sparse", draft_tokens=3),
+              "recycled": generation.generate_speculative(model, prompt, 12, "recycle", draft_tokens=7)}
+    found |= {name: torch.tensor(list(text)) for name, text in texts.items()}
+    with sparse.sparse_mode(model, "all"):
+        sparse.reset_counts(model)
+        model(tokens)
+    parallel.count_together(model)
+    return found | {"realised": torch.tensor(sparse.realised_sparsity(model), dtype=torch.float64)}
+
+
+def one_rank(folder, thresholds, out):
+    """What each process of the tests below does: its part of the model, in float64, and rank 0 writes down what it found."""
+    with parallel.group("cpu"):
+        model = parallel.from_pretrained(folder, dtype=torch.float64)
+        held = sum(parameter.numel() for name, parameter in model.named_parameters() if "_proj" in name)
+        with torch.no_grad():
+            found = what_a_model_does(model, read_safetensors(thresholds))
+        if parallel.dist.get_rank() == 0:
+            write_safetensors(out, {name: tensor.contiguous() for name, tensor in found.items()} | {"held": torch.tensor(held)})
+
+
+def torchrun(processes, *command):
+    return run("-m", "torch.distributed.run", "--nproc-per-node", processes, *command, env={"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+@pytest.mark.parametrize("what, processes", [("demo", 2), ("demo", 4), ("biases", 2), ("tied", 2)])
+def test_ranks_do_together_what_one_process_does(tmp_path, what, processes):
+    folder = DEMO
+    if what != "demo":
+        folder = tmp_path / "model"
+        changes = dict(tie_word_embeddings=True) if what == "tied" else dict(attention_bias=True, mlp_bias=True)
+        tiny_model(torch.float32, **changes).save_pretrained(folder)
+    model = Llama.from_pretrained(folder, dtype=torch.float64)
+    thresholds = {}
+    for name in linear_names(model):                       # a number for some linears, one a channel for others
+        torch.manual_seed(len(thresholds))
+        size = () if len(thresholds) % 3 else (model.get_submodule(name).in_features,)
+        thresholds[name] = torch.rand(size) * (0.6 if folder == DEMO else 1.5)
+    write_safetensors(tmp_path / "thresholds", thresholds)
+    held = sum(parameter.numel() for name, parameter in model.named_parameters() if "_proj" in name)
+    with torch.no_grad():
+        expected = what_a_model_does(model, thresholds)
+    script = tmp_path / "rank.py"
+    script.write_text("import sys, test_all\ntest_all.one_rank(*sys.argv[1:])\n")
+    ended = torchrun(processes, script, folder, tmp_path / "thresholds", tmp_path / "found")
+    assert ended.returncode == 0, ended.stderr
+    found = read_safetensors(tmp_path / "found")
+    assert 0.1 < expected["realised"] < 0.9
+    assert (expected["sparse"] - expected["whole"]).norm() > 0.01 * expected["whole"].norm()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor) if tensor.dtype == torch.int64 else close(found[name], tensor, 1e-10), name
+    biases = sum(len(module.bias) for name, module in model.named_modules() if name.endswith(("o_proj", "down_proj"))
+                 and module.bias is not None)
+    assert found["held"] == (held - biases) // processes + biases
+
+
+def test_torchrun_generate_writes_what_generate_writes():
+    command = ["generate.py", "--prompt", "class Stack:", "--max-new-tokens", 16, "--dtype", "float32", "--temperature", 1, "--seed", 5]
+    for more in (["--sparsity", 0.5], ["--draft", "demo", "--draft-tokens", 3]):
+        one, two = run(*command, *more), torchrun(2, *command, *more)
+        assert one.returncode == two.returncode == 0, two.stderr
+        assert one.stdout.splitlines()[1:4] == two.stdout.splitlines()[1:4] and "2 processes" in two.stdout
+        assert "16 tokens" in two.stdout and two.stdout.count("class Stack:") == 1          # rank 0 alone speaks
+        skipped = [re.findall(r"[\d.]+% of the blocks", ended.stdout) for ended in (one, two)]
+        assert skipped[0] == skipped[1] and len(skipped[0]) == ("--sparsity" in more)
+
+
+@pytest.mark.parametrize("processes, more, message", [
+    (3, [], "num_attention_heads is 8, which 3 processes cannot share evenly"),
+    (2, ["--draft", "recycle"], "needs --draft-tokens"),
+])
+def test_what_ranks_cannot_share_is_refused(processes, more, message):
+    ended = torchrun(processes, "generate.py", "--prompt", "x", *more)
+    assert ended.returncode != 0 and message in ended.stderr
+
+
+def test_quantized_folders_are_not_split(tmp_path):
+    quantizing.quantize_folder(DEMO, tmp_path / "out", 8)
+    ended = torchrun(2, "generate.py", "--model", tmp_path / "out", "--prompt", "x", "--sparsity", 0)
+    assert ended.returncode != 0 and "quantized folders are not split" in ended.stderr
+
+
+@pytest.mark.parametrize("when", ["while it decodes", "before it joins"])
+def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path, when):
+    """Without torchrun, which would end them itself."""
+    script = tmp_path / "rank.py"
+    script.write_text("import datetime, os, sys, parallel\nfrom model import command_line\nfrom generate import generate\n"
+                      "parallel.PATIENCE = datetime.timedelta(seconds=5)\n"
+                      "dies = sys.argv[1] if os.environ['RANK'] == '1' else None\n"
+                      "def main():\n"
+                      "    if dies == 'before it joins': os._exit(9)\n"
+                      "    with parallel.group('cpu'):\n"
+                      "        model = parallel.from_pretrained('demo')\n"
+                      "        for count, token in enumerate(generate(model, [1, 2, 3], 100)):\n"
+                      "            if dies and count == 5: os._exit(9)\n"
+                      "command_line(main)\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [subprocess.Popen([sys.executable, script, when], cwd=HERE, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "PYTHONPATH": str(HERE), "RANK": str(rank), "WORLD_SIZE": "2",
+                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 9], errors
+    expected = "another process has ended" if when == "while it decodes" else "the processes cannot be joined"
+    assert expected in errors[0] and "Traceback" not in errors[0], errors[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # demo/ and the commands
 
 def test_corpus_parts_do_not_meet():
@@ -2197,7 +2372,7 @@ def test_a_checkpoint_without_calibration_says_how_to_make_one(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.py", "kernel.py", "sparsify.py", "calibrate.py", "rotate.py", "generate.py",
-                                  "demo/train.py"])
+                                  "quantize.py", "demo/train.py"])
 def test_help(file):
     ended = run(file, "--help")
     assert ended.returncode == 0 and "usage:" in ended.stdout
