@@ -564,6 +564,18 @@ def test_random_preset():
     assert sizes + config.vocab_size * config.hidden_size + (2 * 16 + 1) * 2048 == 1_235_814_400
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
+    config = dataclasses.replace(llama.preset_config("llama-3.2-1b"), num_hidden_layers=4, vocab_size=20000)
+    write_sharded(tmp_path / "large", config, shard_bytes=2e8)
+    assert len(llama.shard_paths(tmp_path / "large")) > 2
+    model, _, highest, weights = load_and_measure(tmp_path / "large")
+    assert weights > 5e8 and 0.9 * weights < highest < 1.15 * weights
+    mapped = re.findall(r"model-\d+.safetensors", Path("/proc/self/maps").read_text())
+    assert not mapped                                      # of the files, nothing is held
+    assert torch.isfinite(model(tokens_like(model, 1, 4))).all()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # kernel.py
 
