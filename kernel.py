@@ -30,7 +30,7 @@ the same input gives the same bits on every run.
 Several tokens. From 2 to 8 rows of x (a draft to verify, a short prompt) a weight row is read once if any
 token keeps its channel, and each token adds it with its own mask.
 
-The limit is bytes of kept rows / memory bandwidth. `python kernel.py` shows how near to it we are.
+The limit is bytes of kept rows / memory bandwidth. `python kernel.py` shows how near to it we are (timing.py).
 
 Three backends compute the same function: "triton" (GPU), "c" (CPU, where a C compiler is found), "torch" (anywhere).
 Thresholds are compared, and sums are taken, in float32 ("torch" rounds each bag of a 16-bit sum once); a float64
@@ -45,9 +45,7 @@ import hashlib
 import os
 import platform
 import shutil
-import statistics
 import subprocess
-import time
 from pathlib import Path
 
 import torch
@@ -729,136 +727,7 @@ def _triton_group(x, weights_t, thresholds, counts, gated):
     return y
 
 
-# ---------------------------------------------------------------------------------------------------------
-
-def median_time(call, device, seconds=0.5):
-    """The median time of `call(i)` in seconds, i counting up, after a warm-up, over about `seconds`."""
-    times = []
-    if device.type == "cuda":
-        def once(i):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call(i)
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) / 1e3
-    else:
-        def once(i):
-            begin = time.perf_counter()
-            call(i)
-            return time.perf_counter() - begin
-    if once(0) < seconds:                                  # what is as slow as that is not measured to the end
-        once(1)
-        while sum(times) < seconds or len(times) < 11:
-            times.append(once(len(times)))
-    return statistics.median(times) if times else once(1)
-
-
-def dense_ways(x, weights_t):
-    """{name: call(i)}: the library's ways to compute x @ weights_t[i]. F.linear and mv have the usual (out, in) layout."""
-    weights, n = [w.t().contiguous() for w in weights_t], len(weights_t)
-    ways = {"F.linear": lambda i: F.linear(x, weights[i % n]), "x @ weight_t": lambda i: x @ weights_t[i % n]}
-    if len(x) == 1:
-        ways["torch.mv"] = lambda i: torch.mv(weights[i % n], x[0])
-    return ways
-
-
-def threshold_dropping(x, share):
-    """The magnitude at or below which a share of the entries of x (B, in) lies; 0.0 for a share of 0."""
-    dropped = round(share * x.numel())
-    return x.float().abs().flatten().sort().values[dropped - 1] if dropped else torch.tensor(0.0, device=x.device)
-
-
-def random_codes(inputs, outputs, bits, device):
-    """A QuantizedWeight of random codes, in groups of 128 at 4 bits."""
-    words = -(-outputs // (16 * (32 // bits))) * 16
-    codes = torch.randint(-2**31, 2**31, (inputs, words), dtype=torch.int32, device=device)
-    if bits == 8:
-        return QuantizedWeight(codes, torch.rand(outputs, device=device))
-    return QuantizedWeight(codes, torch.rand(inputs // 128, outputs, device=device).bfloat16(),
-                           torch.randint(16, (inputs // 128, outputs), dtype=torch.uint8, device=device), 128)
-
-
-def time_shape(inputs, outputs, kind, device, levels, rows):
-    """Prints the times of one weight (inputs, outputs): one row at each sparsity, then several rows.
-
-    kind: the name of a dtype; or "int8", "int4", beside which the dense ways multiply bfloat16.
-    """
-    bits, dtype = {"int8": 8, "int4": 4}.get(kind), getattr(torch, "bfloat16" if kind.startswith("int") else kind)
-    size = inputs * outputs * dtype.itemsize
-    copies = max(2, -(-512_000_000 // size))               # more than any cache holds
-    first = torch.randn(inputs, outputs, device=device).to(dtype)
-    weights = [first] + [first.roll(i, 0) for i in range(1, copies)]
-    xs = [torch.randn(1, inputs, device=device).to(dtype) for _ in range(8)]    # each keeps other rows
-    x = xs[0]
-    ways = {name: median_time(call, device) for name, call in dense_ways(x, weights).items()}
-    best = min(ways, key=ways.get)
-    dense_rate = size / ways[best]
-    print(f"\n{inputs} x {outputs} {kind}, {size / 1e6:.0f} MB{' as bfloat16' if bits else ''}; dense, one row: "
-          + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in ways.items()))
-    print(f"{'sparsity':>10} {'ms':>9} {'GB/s':>8} {'share':>7} {'ratio':>8}")
-    print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {dense_rate / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
-    if bits:
-        copies *= 16 // bits
-        weights = [random_codes(inputs, outputs, bits, device) for _ in range(copies)]
-        size = sum(part.nbytes for part in weights[0].buffers())
-    for sparsity in levels:
-        thresholds = [threshold_dropping(x, sparsity) for x in xs]
-        kept = (x.float().abs() > thresholds[0]).float().mean().item()
-        seconds = median_time(lambda i: sparse_gemv(xs[i % 8], weights[i % copies], thresholds[i % 8]), device)
-        print(f"{sparsity:10.0%} {seconds * 1e3:9.3f} {kept * size / seconds / 1e9:8.1f} "
-              f"{kept * size / seconds / dense_rate:7.0%} {ways[best] / seconds:7.2f}x   {best_backend(x)}", flush=True)
-    for count in rows:
-        if count > 1:
-            # Rows drop the same channels here, half of them: a weight row is read if any of the rows needs it.
-            same = (x * torch.randn(count, 1, device=device).sign()).to(dtype)
-            threshold = threshold_dropping(x, 0.5)
-            library = {} if bits else {name: median_time(call, device) for name, call in dense_ways(same, weights).items()}
-            ours = median_time(lambda i: dense(same, weights[i % copies]), device)
-            half = median_time(lambda i: sparse_gemv(same, weights[i % copies], threshold), device)
-            library |= {"ours": ours, "at 50 %": half}
-            print(f"{count:3} rows: " + ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in library.items())
-                  + " ms; over one dense row: " + ", ".join(f"{seconds / ways[best]:.2f}" for seconds in library.values()), flush=True)
-
-
-def main():
-    from model import InputError, PRESETS, Parser, block_linears, find_device
-
-    parser = Parser(
-        description="Times dense against sparse matrix-vector products, at the shapes of a Llama, on this machine.")
-    parser.add_argument("--shapes", default="llama-2-7b", metavar="PRESET",
-                        help=f"whose linears to time: {', '.join(PRESETS)} (default: llama-2-7b)")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"],
-                        choices=["float32", "bfloat16", "float16", "int8", "int4"], help="(default: float32 bfloat16)")
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
-                        help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="tokens at a time, 1 to 8 (default: 1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default: cuda where there is one, else cpu)")
-    arguments = parser.parse_args()
-    if arguments.shapes not in PRESETS:
-        raise InputError(f"--shapes {arguments.shapes!r} is not known; known are {', '.join(PRESETS)}")
-    for sparsity in arguments.sparsity:
-        if not 0 <= sparsity < 1:
-            raise InputError(f"--sparsity {sparsity} is outside [0, 1)")
-    for rows in arguments.rows:
-        if not 1 <= rows <= MAX_ROWS:
-            raise InputError(f"--rows {rows} is outside 1 to {MAX_ROWS}")
-    device = find_device(arguments.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}. Random inputs and weights, many copies in turn, so that no cache holds them.")
-    print("GB/s are bytes of kept weights over time; share: of the bandwidth that the best dense way reaches.")
-    if device.type == "cuda":
-        a = torch.randint(255, (1 << 30,), dtype=torch.uint8, device=device)
-        b = torch.empty_like(a)
-        print(f"copying 1 GiB: {2 * a.numel() / median_time(lambda i: b.copy_(a), device) / 1e9:.0f} GB/s, read plus written; "
-              f"a launch that does nothing: {median_time(lambda i: b[:1].copy_(a[:1]), device) * 1e6:.1f} us")
-    shapes = sorted({(inputs, outputs) for outputs, inputs in block_linears(PRESETS[arguments.shapes]).values()})
-    for kind in arguments.dtype:
-        for inputs, outputs in shapes:
-            time_shape(inputs, outputs, kind, device, arguments.sparsity, arguments.rows)
-
-
 if __name__ == "__main__":
-    from model import command_line
+    from cli import command_line
+    from timing import main
     command_line(main)

@@ -31,7 +31,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import Config, InputError, Llama, checked_shards, checkpoint_dtype, find_device, preset_config, put
+from checkpoint import Config, checked_shards, checkpoint_dtype
+from cli import InputError, find_device
+from model import Llama, preset_config, put
 
 BY_OUTPUT = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
 BY_INPUT = {"o_proj", "down_proj"}
@@ -110,9 +112,8 @@ def empty_part(config, name):
     if config.quantization_config:
         raise InputError(f"{name}: quantized folders are not split; take the unquantized one, with --quantize")
     own = {key: getattr(config, key) // ranks() for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
-    with torch.device("meta"):
-        model = Llama(replace(config, **own, tie_word_embeddings=False))
-        model.lm_head = nn.Linear(config.hidden_size, -(-config.vocab_size // ranks()), bias=False)
+    model = Llama.shapes(replace(config, **own, tie_word_embeddings=False))
+    model.lm_head = nn.Linear(config.hidden_size, -(-config.vocab_size // ranks()), bias=False, device="meta")
     model.config = replace(config, tie_word_embeddings=False)        # which model this is a part of; its head is its own
     for block in model.model.layers:
         for module in (block.self_attn, block.mlp):
@@ -138,9 +139,7 @@ def from_pretrained(folder, device="cpu", dtype=None):
     """This rank's part of the Llama in a checkpoint folder; as Llama.from_pretrained, of each tensor reading no more than that."""
     config, dtype = Config.read(folder), dtype or checkpoint_dtype(folder)
     model = empty_part(config, folder)
-    with torch.device("meta"):
-        whole = Llama(config)
-    for _, tensors in checked_shards(folder, whole):
+    for _, tensors in checked_shards(folder, Llama.shapes(config)):
         for name in list(tensors):
             tensor = tensors.pop(name)
             put(model, name, part_of(name, tensor), device, dtype)

@@ -38,8 +38,9 @@ from pathlib import Path
 import torch
 
 from kernel import QuantizedWeight, pack_codes
-from model import (DEMO, Config, InputError, Parser, block_linears, command_line, linear_names, load_model, load_tokenizer, natural,
-                   progress_line, rewrite_checkpoint)
+from checkpoint import Config, block_linears, linear_names, rewrite_checkpoint
+from cli import DEMO, InputError, Parser, command_line, natural, progress_line
+from model import Llama, load_model, load_tokenizer
 from sparsify import SparseLinear
 
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)     # of a group's range: those tried
@@ -169,7 +170,7 @@ def quantize_folder(folder, out, bits, group=128, progress=lambda text: None):
                            sum(values.nbytes for values in parts.values())))
         return written
 
-    rewrite_checkpoint(folder, out, change, {"quantization_config": settings_for(bits, group)})
+    rewrite_checkpoint(folder, Llama.shapes(config), out, change, {"quantization_config": settings_for(bits, group)})
     return errors
 
 
@@ -231,8 +232,9 @@ def table(folder, group, count, levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
     Tokens a second are of decoding alone.
     """
     from calibrate import calibrate
-    from generate import generate
-    from sparsify import at_target, Setting, judge, read_tokens, reset_counts, realised_sparsity, sparse_mode, sparsify
+    from decode import generate
+    from judge import Setting, at_target, judge
+    from sparsify import read_tokens, realised_sparsity, reset_counts, sparse_mode, sparsify
 
     print(f"{folder}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'bits':>5} {'sparsity':>9} {'realised':>9} {'perplexity':>11} {'at target':>10} {'MB a token':>11} {'tokens/s':>9}")

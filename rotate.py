@@ -27,8 +27,9 @@ from pathlib import Path
 
 import torch
 
-from model import (DEMO, Config, InputError, Llama, Parser, checked_shards, checkpoint_dtype, command_line, load_model, natural,
-                   progress_line, rewrite_checkpoint)
+from checkpoint import Config, checked_shards, checkpoint_dtype, rewrite_checkpoint
+from cli import DEMO, InputError, Parser, command_line, natural, progress_line
+from model import Llama, load_model
 
 STREAM_READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
                   "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
@@ -41,7 +42,7 @@ def covariances(model, windows, progress=lambda text: None):
     Returns (stream (hidden, hidden): of the normalised stream before the norm weights, over the inputs of all attentions and
     MLPs; heads (layers, G, D, D): of the attention output of the query heads that share a key-value head).
     """
-    from calibrate import SINKS                            # the sinks would decide the first directions alone
+    from allocate import SINKS                             # the sinks would decide the first directions alone
     config = model.config
     stream = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=model.device)
     heads = torch.zeros(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.head_dim,
@@ -115,9 +116,8 @@ def rotate(folder, out, Q, R, dtype=None, progress=lambda text: None):
     config, dtype = Config.read(folder), dtype or checkpoint_dtype(folder)
     if config.quantization_config:
         raise InputError(f"{folder}: is quantized; rotate first, then quantize")
-    with torch.device("meta"):
-        shape = Llama(config)
-    norms = {name: tensor.double() for _, tensors in checked_shards(folder, shape) for name, tensor in tensors.items()
+    shapes = Llama.shapes(config)
+    norms = {name: tensor.double() for _, tensors in checked_shards(folder, shapes) for name, tensor in tensors.items()
              if name.endswith("norm.weight")}
 
     def change(path, tensors):
@@ -128,7 +128,7 @@ def rotate(folder, out, Q, R, dtype=None, progress=lambda text: None):
         return turned
 
     name = str(dtype).removeprefix("torch.")
-    rewrite_checkpoint(folder, out, change, {"tie_word_embeddings": False, "torch_dtype": name, "dtype": name})
+    rewrite_checkpoint(folder, shapes, out, change, {"tie_word_embeddings": False, "torch_dtype": name, "dtype": name})
 
 
 def main():

@@ -24,16 +24,23 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                   # read when triton is imported
 
+import allocate                                                                             # noqa: E402
 import calibrate                                                                            # noqa: E402
+import checkpoint                                                                           # noqa: E402
+import cli                                                                                  # noqa: E402
+import decode                                                                               # noqa: E402
 import generate as generation                                                               # noqa: E402
+import judge as judging                                                                     # noqa: E402
 import kernel                                                                               # noqa: E402
 import model as llama                                                                       # noqa: E402
 import parallel                                                                             # noqa: E402
 import quantize as quantizing                                                               # noqa: E402
 import rotate as rotation                                                                   # noqa: E402
+import speculate as speculation                                                             # noqa: E402
 import tokenizer as tokenizing                                                              # noqa: E402
 import sparsify as sparse                                                                   # noqa: E402
 from calibrate import Calibration                                                           # noqa: E402
+from calibration import share_below                                                         # noqa: E402
 from demo import corpus                                                                     # noqa: E402
 from generate import StreamDecoder, generate                                                # noqa: E402
 from model import Config, InputError, Llama, read_safetensors, write_safetensors            # noqa: E402
@@ -64,8 +71,7 @@ def tiny_model(dtype=torch.float64, seed=0, **changes):
 def write_sharded(folder, config, dtype=torch.bfloat16, shard_bytes=5e9):
     """A checkpoint folder of random weights in shards, with the demo's tokenizer; never more than a shard is in memory."""
     folder.mkdir()
-    with torch.device("meta"):
-        model = Llama(config)
+    model = Llama.shapes(config)
     pool, weight_map, shard, size = torch.randn((1 << 22) + 7).to(dtype), {}, {}, 0
     for place, (name, parameter) in enumerate(parameters := list(model.named_parameters())):
         if name.endswith("norm.weight"):
@@ -78,7 +84,7 @@ def write_sharded(folder, config, dtype=torch.bfloat16, shard_bytes=5e9):
             file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
             write_safetensors(folder / file, shard, {"format": "pt"})
             weight_map, shard, size = weight_map | dict.fromkeys(shard, file), {}, 0
-    llama.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    checkpoint.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     config.write(folder, dtype)
     (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
 
@@ -111,7 +117,7 @@ def tokens_like(model, *shape, seed=0):
 
 
 def linear_names(model):
-    return llama.linear_names(model.config)
+    return checkpoint.linear_names(model.config)
 
 
 def close(found, expected, tolerance):
@@ -139,14 +145,14 @@ def write_raw(path, header, data=b"", length=None):
 
 def test_safetensors_round_trip(tmp_path):
     path = tmp_path / "x.safetensors"
-    tensors = {str(dtype): torch.randint(0, 2, (3, 5)).to(dtype) for dtype in llama.DTYPES.values()}
+    tensors = {str(dtype): torch.randint(0, 2, (3, 5)).to(dtype) for dtype in checkpoint.DTYPES.values()}
     tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(7.0), "transposed": torch.randn(4, 3).t()}
     write_safetensors(path, tensors, {"made by": "a test"})
     found = read_safetensors(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-    assert llama.read_header(path)[1] == {"made by": "a test"}
+    assert checkpoint.read_header(path)[1] == {"made by": "a test"}
 
 
 def test_safetensors_is_mapped_privately(tmp_path):
@@ -261,7 +267,7 @@ def reference_logits(model, tokens):
 
     x = state["model.embed_tokens.weight"][tokens]
     for layer in range(config.num_hidden_layers):
-        w = {name: state[f"model.layers.{layer}.{name}.weight"] for name in llama.block_linears(config)}
+        w = {name: state[f"model.layers.{layer}.{name}.weight"] for name in checkpoint.block_linears(config)}
         h = norm(x, state[f"model.layers.{layer}.input_layernorm.weight"])
         q, k, v = (h @ w[f"self_attn.{n}_proj"].T for n in "qkv")
         rows = []
@@ -501,7 +507,7 @@ def test_logits_are_those_of_transformers(tmp_path, what):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sharded_checkpoints_of_transformers(tmp_path, dtype):
     theirs = reference(tmp_path, dtype, "60KB", num_key_value_heads=2)
-    assert len(llama.shard_paths(tmp_path)) > 2
+    assert len(checkpoint.shard_paths(tmp_path)) > 2
     ours = Llama.from_pretrained(tmp_path, dtype=torch.float32)
     tokens = tokens_like(ours, 2, 30)
     assert close(ours(tokens), theirs(tokens).logits, 1e-4)
@@ -560,7 +566,7 @@ def test_random_preset():
     del llama.PRESETS["small"]
     assert tied.lm_head.weight is tied.model.embed_tokens.weight and tied.lm_head.weight.dtype == torch.bfloat16
     # The published count of parameters, so the shapes are the real ones.
-    sizes = config.num_hidden_layers * sum(a * b for a, b in llama.block_linears(config).values())
+    sizes = config.num_hidden_layers * sum(a * b for a, b in checkpoint.block_linears(config).values())
     assert sizes + config.vocab_size * config.hidden_size + (2 * 16 + 1) * 2048 == 1_235_814_400
 
 
@@ -568,7 +574,7 @@ def test_random_preset():
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     config = dataclasses.replace(llama.preset_config("llama-3.2-1b"), num_hidden_layers=4, vocab_size=20000)
     write_sharded(tmp_path / "large", config, shard_bytes=2e8)
-    assert len(llama.shard_paths(tmp_path / "large")) > 2
+    assert len(checkpoint.shard_paths(tmp_path / "large")) > 2
     model, _, highest, weights = load_and_measure(tmp_path / "large")
     assert weights > 5e8 and 0.9 * weights < highest < 1.15 * weights
     mapped = re.findall(r"model-\d+.safetensors", Path("/proc/self/maps").read_text())
@@ -881,7 +887,7 @@ def test_realised_sparsity_counts_what_is_not_read():
     tokens = tokens_like(model, 1, 8)
     model(tokens)
     hook.remove()
-    size = sum(a * b for a, b in llama.block_linears(model.config).values()) * model.config.num_hidden_layers
+    size = sum(a * b for a, b in checkpoint.block_linears(model.config).values()) * model.config.num_hidden_layers
     expected = (1 - kept / total) * 56 * 32 / size
     sparse.sparsify(model, {name: 0.3})
     assert sparse.realised_sparsity(model) == 0
@@ -981,9 +987,9 @@ def test_judge_agrees_with_perplexity():
     logits, dropped = (torch.cat([run(window[None, :8])[0] for window in sparse.windows_of(tokens, 8)]).log_softmax(-1)
                        for run in (model, lambda window: by_hand(model, window, thresholds)))
     sparse.sparsify(model, thresholds)
-    settings = [sparse.Setting("own", 0.5, thresholds), sparse.Setting("none", 0.0, nothing),
-                sparse.Setting("cats", 0.3, None, gate_thresholds)]
-    dense, row, zero, cats_row = sparse.judge(model, tokens, settings, 8)
+    settings = [judging.Setting("own", 0.5, thresholds), judging.Setting("none", 0.0, nothing),
+                judging.Setting("cats", 0.3, None, gate_thresholds)]
+    dense, row, zero, cats_row = judging.judge(model, tokens, settings, 8)
     assert row["perplexity"] == pytest.approx(sparse.perplexity(model, tokens, 8))
     assert row["sparsity"] == pytest.approx(sparse.realised_sparsity(model))
     assert dense["agreement"] == zero["agreement"] == 1 and dense["sparsity"] == 0
@@ -992,7 +998,7 @@ def test_judge_agrees_with_perplexity():
     assert row["agreement"] == pytest.approx((logits.argmax(-1) == dropped.argmax(-1)).double().mean().item())
     assert cats_row["perplexity"] == pytest.approx(by_cats) and 0 < cats_row["sparsity"] < 0.5
     # The paper's way: part of each window is context only, and its start is dense.
-    late = sparse.judge(model, tokens, [sparse.Setting("own", 0.5, thresholds, dense_prefix=4)], 12, scored=4)[1]
+    late = judging.judge(model, tokens, [judging.Setting("own", 0.5, thresholds, dense_prefix=4)], 12, scored=4)[1]
     fresh = tiny_model()
     losses = [F.cross_entropy(by_hand(fresh, tokens[None, i:i + 12], thresholds, 4)[0, 8:], tokens[i + 9:i + 13])
               for i in range(0, 70 - 12, 4)]
@@ -1002,19 +1008,19 @@ def test_judge_agrees_with_perplexity():
 def test_perplexity_is_read_at_the_target():
     rows = [{"target": target, "sparsity": sparsity, "perplexity": perplexity} for target, sparsity, perplexity in
             ((0.0, 0.0, 10.0), (0.5, 0.6, 20.0), (0.7, 0.696, 30.0), (0.9, 0.8, 50.0))]
-    sparse.at_target(rows)
+    judging.at_target(rows)
     found = [row["perplexity_at_target"] for row in rows]
     assert found[1] == pytest.approx(10 * 2 ** (5 / 6)) and found[0] == 10 and found[2] == 30 and found[3] is None
 
 
 def test_functions_are_cut_and_parsed():
     head = "    def f(self):\n"
-    assert sparse.is_function(head, "        return 1\n\n    def g(self, x\n")            # what follows is cut off
-    assert sparse.is_function(head, "        if self:\n            return 1\n        unfini")
-    assert not sparse.is_function(head, "        return (1\n\n    def g(self):\n")
-    assert not sparse.is_function(head, "    x = 1\n")    # nothing in it
+    assert judging.is_function(head, "        return 1\n\n    def g(self, x\n")            # what follows is cut off
+    assert judging.is_function(head, "        if self:\n            return 1\n        unfini")
+    assert not judging.is_function(head, "        return (1\n\n    def g(self):\n")
+    assert not judging.is_function(head, "    x = 1\n")    # nothing in it
     tokenizer = llama.load_tokenizer(DEMO)
-    found = sparse.function_beginnings(tokenizer, corpus.files("held-out"), 20)
+    found = judging.function_beginnings(tokenizer, corpus.files("held-out"), 20)
     assert len(found) == 20 and all(len(ids) == 128 for ids, _ in found)
     assert all(tokenizer.decode(ids).endswith(head) and "def " in head for ids, head in found)
 
@@ -1032,7 +1038,7 @@ def test_quantiles_of_a_histogram():
     for share in (0.2, 0.5, 0.9, 0.999):
         value = calibrate.quantile(counts, share)
         assert value.item() == pytest.approx(ordered[int(share * x.numel())].item(), rel=0.022)
-        assert calibrate.share_below(counts, value).item() == pytest.approx(share, abs=1e-9)
+        assert share_below(counts, value).item() == pytest.approx(share, abs=1e-9)
     assert calibrate.quantile(counts, 0) == 0 and calibrate.quantile(counts, 0.05) < 1e-5
 
 
@@ -1045,8 +1051,8 @@ def calibrated(tmp_path_factory):
     model = tiny_model(torch.float32)
     tokens = tokens_like(model, 1500)
     made = calibrate.calibrate(model, tokens, 16, "a test")
-    calibrate.add_greedy(made, model, tokens, tmp_path_factory.mktemp("greedy") / "partial")
-    calibrate.add_priced(made, model, tokens)
+    allocate.add_greedy(made, model, tokens, tmp_path_factory.mktemp("greedy") / "partial")
+    allocate.add_priced(made, model, tokens)
     return model, tokens, made
 
 
@@ -1073,7 +1079,7 @@ def test_fisher_information_is_the_mean_square_gradient():
     tokens = tokens_like(model, 33)
     name = "model.layers.1.self_attn.k_proj"
     windows = sparse.windows_of(tokens, 32)
-    found = calibrate.fisher_information(model, windows, {name: model.get_submodule(name)}, lambda text: None)[name]
+    found = allocate.fisher_information(model, windows, {name: model.get_submodule(name)}, lambda text: None)[name]
 
     # By hand: the same labels, and a leaf that only this linear reads.
     logits = model(windows[:, :-1])[0]
@@ -1173,7 +1179,7 @@ def test_prices_are_what_weights_cost(calibrated):
     model, _, made = calibrated
     linears = {name: model.get_submodule(name) for name in linear_names(model)}
     thresholds, windows = made.thresholds(0.1, "balanced"), sparse.windows_of(tokens_like(model, 6000), 64)
-    told, total = calibrate.prices(model, windows, linears, thresholds)
+    told, total = allocate.prices(model, windows, linears, thresholds)
     told = told.flatten()
 
     sparse_model = sparse.sparsify(tiny_model(torch.float32), thresholds)
@@ -1201,8 +1207,8 @@ def test_prices_are_what_weights_cost(calibrated):
 
 def test_priced_shares_are_nearer_to_the_dense_model(calibrated):
     model, tokens, made = calibrated
-    settings = [sparse.Setting(name, level, made.thresholds(level, name)) for level in (0.3, 0.5, 0.75) for name in ("balanced", "priced")]
-    rows = sparse.judge(sparse.sparsify(tiny_model(torch.float32), made.thresholds(0.0)), tokens, settings)
+    settings = [judging.Setting(name, level, made.thresholds(level, name)) for level in (0.3, 0.5, 0.75) for name in ("balanced", "priced")]
+    rows = judging.judge(sparse.sparsify(tiny_model(torch.float32), made.thresholds(0.0)), tokens, settings)
     for balanced, priced in zip(rows[1::2], rows[2::2]):
         assert priced["kl"] < (0.97 if balanced["target"] < 0.6 else 1.02) * balanced["kl"] and priced["sparsity"] > balanced["sparsity"] - 0.01
 
@@ -1214,7 +1220,7 @@ def test_greedy_path_is_monotone_and_each_step_is_the_best(calibrated):
         steps = path.diff(dim=0)
         assert (path[0] == 0).all() and (steps >= 0).all() and path.max() < 1
         moved = steps[steps.sum(1) > 0] @ sizes
-        assert torch.allclose(moved, torch.full_like(moved, calibrate.STEP), atol=1e-6)
+        assert torch.allclose(moved, torch.full_like(moved, allocate.STEP), atol=1e-6)
     # The first step of the first block, tried by hand.
     windows = sparse.windows_of(tokens, 64)[:4, :-1]
     block, x = model.model.layers[0], model.model.embed_tokens(windows)
@@ -1223,7 +1229,7 @@ def test_greedy_path_is_monotone_and_each_step_is_the_best(calibrated):
     errors = []
     for place, linear in enumerate(calibrate.LINEARS):
         counts = made.histograms["input"][0, calibrate.SITE_OF[linear]]
-        threshold = calibrate.quantile(counts, calibrate.STEP / sizes[place].item()).item()
+        threshold = calibrate.quantile(counts, allocate.STEP / sizes[place].item()).item()
         hook = block.get_submodule(linear).register_forward_pre_hook(lambda m, i: i[0] * (i[0].abs() > threshold))
         errors.append((block(x, cos, sin, None, None, None)[:, 16:] - exact).norm().item())
         hook.remove()
@@ -1242,15 +1248,15 @@ def test_greedy_goes_on_where_it_was_killed(calibrated, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate.add_greedy(again, model, tokens, partial, killed)
+        allocate.add_greedy(again, model, tokens, partial, killed)
     assert partial.exists()
     seen.clear()
-    calibrate.add_greedy(again, model, tokens, partial, seen.append)
+    allocate.add_greedy(again, model, tokens, partial, seen.append)
     assert seen == ["calibrating, greedy: block 3 of 3"]
     assert torch.equal(again.greedy, made.greedy)
     seen.clear()                                           # what another model left is not taken for this one's
     other = tiny_model(torch.float32, seed=1)
-    calibrate.add_greedy(calibrate.calibrate(other, tokens, 16, "a test", fisher=False), other, tokens, partial, seen.append)
+    allocate.add_greedy(calibrate.calibrate(other, tokens, 16, "a test", fisher=False), other, tokens, partial, seen.append)
     assert len(seen) == 3
 
 
@@ -1314,7 +1320,7 @@ def test_figures(calibrated, tmp_path):
     calibrate.draw_allocations(made, tmp_path / "b.png")
     rows = [{"allocation": name, "sparsity": share, "perplexity": 10 + share} for name, share in
             (("dense", 0), ("uniform", 0.2), ("uniform", 0.5))]
-    sparse.draw_quality(rows, tmp_path / "c.png", calibrate.pyplot())
+    judging.draw_quality(rows, tmp_path / "c.png", cli.pyplot())
     assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in "abc")
 
 
@@ -1751,7 +1757,7 @@ def test_generation_ends_where_the_context_does():
 
 def test_probabilities():
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
-    p = generation.probabilities
+    p = decode.probabilities
     assert torch.allclose(p(logits, 1.0), torch.tensor([0.5, 0.25, 0.15, 0.1]))
     assert torch.allclose(p(logits, 0.5), torch.tensor([0.25, 0.0625, 0.0225, 0.01]) / 0.345)
     assert torch.allclose(p(logits, 1.0, top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]))
@@ -1767,7 +1773,7 @@ def test_sampling_repeats_with_a_seed_and_follows_the_distribution():
     model = tiny_model()
     first = [list(generate(model, [1, 2], 8, temperature=1.0, seed=seed)) for seed in (3, 3, 4)]
     assert first[0] == first[1] != first[2]
-    expected = generation.probabilities(model(torch.tensor([[1, 2]]))[0, -1], 0.7, top_k=4)
+    expected = decode.probabilities(model(torch.tensor([[1, 2]]))[0, -1], 0.7, top_k=4)
     counts = torch.zeros(61)
     for seed in range(600):
         counts[next(generate(model, [1, 2], 1, temperature=0.7, top_k=4, seed=seed))] += 1
@@ -1821,7 +1827,7 @@ def test_speculative_greedy_is_plain_greedy(kind):
     shares = []
     for draft_tokens in [*range(1, 9), 31, None]:
         for prompt, expected in zip(prompts, plain):
-            run = generation.generate_speculative(model, prompt, 24, draft, thresholds, draft_tokens)
+            run = speculation.generate_speculative(model, prompt, 24, draft, thresholds, draft_tokens)
             found, did = run_through(run)
             assert found == expected
             assert did.tokens == len(found) - 1 and did.passes <= did.tokens                # the first token is the prompt's
@@ -1841,20 +1847,20 @@ def test_speculation_stops_inside_an_accepted_run(kind):
     thresholds = {name: 0.0 for name in linear_names(model)} if kind == "sparse" else thresholds
     inside = 0
     for eos in set(plain):
-        run = generation.generate_speculative(model, prompt, 30, draft, thresholds, 7, eos_ids=(eos,))
+        run = speculation.generate_speculative(model, prompt, 30, draft, thresholds, 7, eos_ids=(eos,))
         found, did = run_through(run)
         assert found == plain[:plain.index(eos)]
         inside += sum(did.accepted) + did.passes > did.tokens       # verified tokens lay behind the end
     assert inside
     for limit in range(1, 12):
-        found, did = run_through(generation.generate_speculative(model, prompt, limit, draft, thresholds, 7))
+        found, did = run_through(speculation.generate_speculative(model, prompt, limit, draft, thresholds, 7))
         assert found == plain[:limit]
     if kind == "model":                                    # a draft model whose context ends before the text does
         draft.config.max_position_embeddings = 12
-        found, did = run_through(generation.generate_speculative(model, prompt, 30, draft, None, 7))
+        found, did = run_through(speculation.generate_speculative(model, prompt, 30, draft, None, 7))
         assert found == plain and max(did.times) == 7 and 0 in did.times
         draft.config.max_position_embeddings = 3           # and one that does not even hold the prompt
-        assert list(generation.generate_speculative(model, prompt, 30, draft, None, 7)) == plain
+        assert list(speculation.generate_speculative(model, prompt, 30, draft, None, 7)) == plain
 
 
 @torch.no_grad()
@@ -1867,20 +1873,20 @@ def test_the_verifier_may_be_sparse(kind):
     sparse.sparsify(model, thresholds)
     with sparse.sparse_mode(model, "off"):
         dense = list(generate(model, prompt, 20))
-    run = generation.generate_speculative(model, prompt, 20, draft, draft_thresholds, 3)
+    run = speculation.generate_speculative(model, prompt, 20, draft, draft_thresholds, 3)
     assert run.against == "the dense model" and list(run) == dense
     texts = [dense]
     for where in ("decode", "all"):
         with sparse.sparse_mode(model, where):
             plain = list(generate(model, prompt, 20))
             for draft_tokens in (1, 3, 7, 12):             # 13 nodes are more than the kernel takes at once
-                run = generation.generate_speculative(model, prompt, 20, draft, draft_thresholds, draft_tokens, sparse_verifier=True)
+                run = speculation.generate_speculative(model, prompt, 20, draft, draft_thresholds, draft_tokens, sparse_verifier=True)
                 assert run.against == "the sparse model" and list(run) == plain
             texts.append(plain)
     assert len(set(map(tuple, texts))) == 3
     model.sparse_state.where, model.sparse_state.dense_prefix = "all", 2
     with pytest.raises(InputError, match="dense prefix"):
-        generation.generate_speculative(model, prompt, 20, draft, draft_thresholds)
+        speculation.generate_speculative(model, prompt, 20, draft, draft_thresholds)
 
 
 @torch.no_grad()
@@ -1889,7 +1895,7 @@ def test_a_rejected_draft_leaves_the_cache_as_it_was(kind):
     model = tiny_model(vocab_size=13)
     prompt = tokens_like(model, 6).tolist()
     draft, thresholds = draft_of(kind, model)
-    run = generation.generate_speculative(model, prompt, 20, draft, thresholds, 5)
+    run = speculation.generate_speculative(model, prompt, 20, draft, thresholds, 5)
     written = [next(run) for _ in range(15)]
     assert sum(run.statistics.reached) > sum(run.statistics.accepted)                       # something was rejected
     for of, found in [(model, run.cache), *([(draft, run.draft.cache)] if isinstance(draft, Llama) else [])]:
@@ -1912,7 +1918,7 @@ def test_speculation_with_a_sliding_window(kind, window):
     plain = list(generate(model, prompt, 24))
     draft, thresholds = draft_of(kind, model)
     for draft_tokens in (1, 4, 7):
-        assert list(generation.generate_speculative(model, prompt, 24, draft, thresholds, draft_tokens)) == plain
+        assert list(speculation.generate_speculative(model, prompt, 24, draft, thresholds, draft_tokens)) == plain
 
 
 @torch.no_grad()
@@ -1922,7 +1928,7 @@ def test_an_abandoned_or_interleaved_speculation_leaves_no_trace():
     plain = [list(generate(model, prompt, 20)) for prompt in prompts]
     sparse.sparsify(model, dict.fromkeys(linear_names(model), 0.2))
     before = model.sparse_state.thresholds.clone()
-    runs = [generation.generate_speculative(model, prompt, 20, "sparse", {name: 0.5 for name in linear_names(model)}, 3) for prompt in prompts]
+    runs = [speculation.generate_speculative(model, prompt, 20, "sparse", {name: 0.5 for name in linear_names(model)}, 3) for prompt in prompts]
     texts = [[], []]
     for _ in range(15):
         for run, text in zip(runs, texts):
@@ -1943,7 +1949,7 @@ def test_speculation_replays_graphs_on_a_gpu(kind):
         with sparse.sparse_mode(model, where):
             plain = list(generate(model, prompt, 20))
             for draft_tokens in (3, 12, None):
-                assert list(generation.generate_speculative(model, prompt, 20, draft, thresholds, draft_tokens,
+                assert list(speculation.generate_speculative(model, prompt, 20, draft, thresholds, draft_tokens,
                                                             sparse_verifier=sparse_verifier)) == plain
 
 
@@ -1973,7 +1979,7 @@ def p_value_of_drafts(kind, seeds=900):
     counts, expected = torch.zeros(5, 5, 5), torch.zeros(5, 5, 5, dtype=torch.float64)
     beginnings = torch.cartesian_prod(*[torch.arange(5)] * 3)                               # (125, 3)
     logits = model(torch.cat((torch.tensor(prompt).expand(125, -1), beginnings), 1))[:, -4:]
-    p = generation.probabilities(logits, *SAMPLING.values()).double()                       # (125, 4, 5)
+    p = decode.probabilities(logits, *SAMPLING.values()).double()                       # (125, 4, 5)
     for (a, b, c), (first, second, third, fourth) in zip(beginnings.tolist(), p):
         expected[b, c] += seeds * first[a] * second[b] * third[c] * fourth
     draft, thresholds = draft_of(kind, model)
@@ -1981,7 +1987,7 @@ def p_value_of_drafts(kind, seeds=900):
     thresholds = {name: 0.8 for name in linear_names(model)} if kind == "sparse" else thresholds
     accepted = reached = third_guesses = 0
     for seed in range(seeds):
-        run = generation.generate_speculative(model, prompt, 5, draft, thresholds, 3, seed=seed, **SAMPLING)
+        run = speculation.generate_speculative(model, prompt, 5, draft, thresholds, 3, seed=seed, **SAMPLING)
         _, b, c, d, _ = run
         counts[b, c, d] += 1
         accepted, reached = accepted + sum(run.statistics.accepted), reached + sum(run.statistics.reached)
@@ -1998,17 +2004,17 @@ def test_speculative_sampling_has_the_models_distribution(kind):
 
 @pytest.mark.parametrize("kind", ["sparse", "model"])
 def test_a_wrong_acceptance_rule_is_found_out(monkeypatch, kind):
-    monkeypatch.setattr(generation, "stays", lambda p, q, uniform: bool(uniform < p))       # should be uniform < p / q
+    monkeypatch.setattr(speculation, "stays", lambda p, q, uniform: bool(uniform < p))       # should be uniform < p / q
     assert p_value_of_drafts(kind) < 1e-6
 
 
 def test_a_tree_taken_for_a_drawn_guess_is_found_out(monkeypatch):
-    guess = generation.RecycleDraft.guess
+    guess = speculation.RecycleDraft.guess
 
     def claims_to_be_drawn(self, ids, size, sampling, generator):
         tokens, _ = guess(self, ids, size, sampling, generator)
         return tokens, torch.full((len(tokens), 5), 0.2)
-    monkeypatch.setattr(generation.RecycleDraft, "guess", claims_to_be_drawn)
+    monkeypatch.setattr(speculation.RecycleDraft, "guess", claims_to_be_drawn)
     assert p_value_of_drafts("recycle") < 1e-6
 
 
@@ -2016,10 +2022,10 @@ def test_a_tree_taken_for_a_drawn_guess_is_found_out(monkeypatch):
 def test_drafts_are_sampled_as_the_text_is():
     """Temperature, top-k and top-p apply to both sides: a guess is never one that the settings exclude."""
     model = tiny_model(vocab_size=13)
-    draft = generation.ModelDraft(model, model.make_cache(1, 20))
+    draft = speculation.ModelDraft(model, model.make_cache(1, 20))
     _, q = draft.guess([1, 2, 3], 4, tuple(SAMPLING.values()), torch.Generator().manual_seed(0))
     assert q.shape == (4, 13) and ((q > 0).sum(1) <= 4).all() and torch.allclose(q.sum(1), torch.ones(4, dtype=q.dtype))
-    assert torch.allclose(q[0], generation.probabilities(model(torch.tensor([[1, 2, 3]]))[0, -1], *SAMPLING.values()))
+    assert torch.allclose(q[0], decode.probabilities(model(torch.tensor([[1, 2, 3]]))[0, -1], *SAMPLING.values()))
 
 
 @pytest.mark.parametrize("kind", ["sparse", "recycle", "model"])
@@ -2027,7 +2033,7 @@ def test_sampled_speculation_repeats_with_a_seed_and_a_fixed_draft(kind):
     model = tiny_model(vocab_size=13)
     plain = [list(generate(model, [1, 2], 12, 1.0, seed=seed)) for seed in range(3)]
     draft, thresholds = draft_of(kind, model)
-    texts = [list(generation.generate_speculative(model, [1, 2], 12, draft, thresholds, 3, 1.0, seed=seed)) for seed in (0, 1, 2, 0)]
+    texts = [list(speculation.generate_speculative(model, [1, 2], 12, draft, thresholds, 3, 1.0, seed=seed)) for seed in (0, 1, 2, 0)]
     assert texts[0] == texts[3] != texts[1]
     if kind == "recycle":                                  # one draw a token, as without drafts: even the text is the same
         assert texts[:3] == plain
@@ -2035,7 +2041,7 @@ def test_sampled_speculation_repeats_with_a_seed_and_a_fixed_draft(kind):
 
 def test_draft_trees():
     for size in (1, 3, 7, 31, 79):
-        tree = generation.draft_tree(size, torch.device("cpu"))
+        tree = speculation.draft_tree(size, torch.device("cpu"))
         assert len(tree.parents) == size and tree.sees.shape == (size + 1, size + 1)
         assert len(set(zip(tree.parents, tree.ranks))) == size                              # no guess twice
         for node, parent in enumerate(tree.parents, start=1):
@@ -2043,19 +2049,19 @@ def test_draft_trees():
             assert tree.depths[node] == tree.depths[parent] + 1 == tree.sees[node].sum() - 1
             assert torch.equal(tree.sees[node], tree.sees[parent] | (torch.arange(size + 1) == node))
         assert sorted(int(node) for nodes, _, _ in tree.levels for node in nodes) == list(range(1, size + 1))
-        assert (tree.parents, tree.ranks) == tuple(x[:size] for x in (generation.draft_tree(79, torch.device("cpu")).parents,
-                                                                       generation.draft_tree(79, torch.device("cpu")).ranks))
+        assert (tree.parents, tree.ranks) == tuple(x[:size] for x in (speculation.draft_tree(79, torch.device("cpu")).parents,
+                                                                       speculation.draft_tree(79, torch.device("cpu")).ranks))
 
 
 def test_the_draft_length_adapts():
     """The best size is found for given times and acceptances, also where no draft is the best, and after a disturbance."""
     def settle(acceptance, draft_time, verify_time, slow=(), rounds=300):
-        did = generation.Statistics(generation.ModelDraft)
+        did = speculation.Statistics(speculation.ModelDraft)
         torch.manual_seed(0)
         for i in range(rounds):
             size = did.best_size()
             right = int((torch.rand(size) < acceptance).long().cumprod(0).sum())
-            did.record(generation.chain(size, torch.device("cpu")), list(range(right + 1)), size * draft_time,
+            did.record(speculation.chain(size, torch.device("cpu")), list(range(right + 1)), size * draft_time,
                        verify_time(size + 1) * (20 if i in slow else 1))
         return max(did.times, key=lambda size: len(did.times[size])), did
 
@@ -2073,7 +2079,7 @@ def test_the_draft_length_adapts():
 
 
 def test_statistics_of_a_tree():
-    did, tree = generation.Statistics(generation.RecycleDraft), generation.draft_tree(7, torch.device("cpu"))
+    did, tree = speculation.Statistics(speculation.RecycleDraft), speculation.draft_tree(7, torch.device("cpu"))
     leaf = next(node for node in tree.children[0] if not tree.children[node])
     did.record(tree, [0, leaf], 1.0, 2.0)
     assert did.reached == [1] and did.accepted == [1]      # behind a leaf nothing was guessed
@@ -2089,7 +2095,7 @@ def test_speculation_refuses_what_does_not_fit():
                              ({"draft": "recycle", "draft_tokens": 99}, "draft_tokens is 99"),
                              ({"draft": "recycle", "top_p": 0.0}, "top_p is 0.0")]:
         with pytest.raises(InputError, match=message):
-            generation.generate_speculative(model, [1, 2], 4, **options)
+            speculation.generate_speculative(model, [1, 2], 4, **options)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -2141,8 +2147,8 @@ def what_a_model_does(model, thresholds):
         found["sparse"] = model(tokens)
     sparse.reset_counts(model)
     texts |= {"sparse greedy": generate(model, prompt, 12), "sampled": generate(model, prompt, 12, 1.0, seed=3),
-              "drafted": generation.generate_speculative(model, prompt, 12, "sparse", draft_tokens=3),
-              "recycled": generation.generate_speculative(model, prompt, 12, "recycle", draft_tokens=7)}
+              "drafted": speculation.generate_speculative(model, prompt, 12, "sparse", draft_tokens=3),
+              "recycled": speculation.generate_speculative(model, prompt, 12, "recycle", draft_tokens=7)}
     found |= {name: torch.tensor(list(text)) for name, text in texts.items()}
     with sparse.sparse_mode(model, "all"):
         sparse.reset_counts(model)
@@ -2227,7 +2233,7 @@ def test_quantized_folders_are_not_split(tmp_path):
 def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path, when):
     """Without torchrun, which would end them itself."""
     script = tmp_path / "rank.py"
-    script.write_text("import datetime, os, sys, parallel\nfrom model import command_line\nfrom generate import generate\n"
+    script.write_text("import datetime, os, sys, parallel\nfrom cli import command_line\nfrom generate import generate\n"
                       "parallel.PATIENCE = datetime.timedelta(seconds=5)\n"
                       "dies = sys.argv[1] if os.environ['RANK'] == '1' else None\n"
                       "def main():\n"

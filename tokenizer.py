@@ -22,7 +22,8 @@ import functools
 import re
 from pathlib import Path
 
-from model import InputError, read_json
+from checkpoint import read_json
+from cli import InputError
 
 # How Llama-3 cuts text before it looks up pieces (its reference implementation, tokenizer.py).
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from demo import corpus                                                                     # noqa: E402
-from model import (Config, InputError, Llama, Parser, command_line, find_device, load_tokenizer,    # noqa: E402
-                   progress_line, read_header, read_safetensors, replacing, write_safetensors)
+from checkpoint import Config, read_header, read_safetensors, replacing, write_safetensors    # noqa: E402
+from cli import InputError, Parser, command_line, find_device, progress_line    # noqa: E402
+from model import Llama, load_tokenizer    # noqa: E402
 
 CONFIG = Config(hidden_size=256, intermediate_size=768, num_hidden_layers=7, num_attention_heads=8,
                 num_key_value_heads=4, head_dim=32, vocab_size=4096, max_position_embeddings=512,

@@ -1,0 +1,80 @@
+"""What the commands of all files share: one way to say that input cannot be used, and to show progress."""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))    # as seen from where a command is run
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line: what was found, what was expected."""
+
+
+def progress_line(text):
+    """Shows `text` in place of the last such line, where somebody watches; results go to standard output alone."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="\r", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, as all others here are."""
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def command_line(main):
+    """Runs a file's `main()`; input it cannot use ends it with one line and exit status 2, not a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")      # a terminal that lacks a character shows its number
+    try:
+        main()
+    except BrokenPipeError:                                # the reader of our output has closed it (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def find_device(name):
+    """The torch.device of a name, or an InputError if it cannot be used here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name} cannot be used: supported are cpu and cuda")
+    return device
+
+
+def natural(text):
+    """A whole number above 0, for the command line."""
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def pyplot():
+    """matplotlib, set up for figures that can be read on a light and on a dark page."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.rcParams.update({"figure.dpi": 110, "savefig.facecolor": "white", "font.size": 9, "axes.spines.top": False,
+                            "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False})
+    return pyplot
+
+
+def check_figure(path):
+    """Raises InputError, before anything is measured, if no PNG can be drawn at `path`."""
+    if not str(path).endswith(".png") or not Path(path).parent.is_dir():
+        raise InputError(f"--figure is {path}, expected a name in a folder that exists, ending in .png")
+    pyplot()

@@ -1,0 +1,166 @@
+"""Decoding: how a model that scores the next token writes a text.
+
+    prefill   the prompt runs through the model at once, dense; the KV cache now holds its positions
+    decode    choose a token from the last logits ─► run that one token through the model, sparse ─► its logits ─┐
+                    ▲                                                                                            │
+                    └────────────────────────────────────────────────────────────────────────────────────────────┘
+
+Each turn reads all weights that are not skipped, for one token: this loop is what activation sparsity speeds up.
+
+Greedy decoding (temperature 0) takes the likeliest token. Sampling divides the logits by the temperature, keeps the
+top_k likeliest tokens and of those the fewest that hold a share top_p of the probability, and draws from what is left.
+"""
+import torch
+
+import parallel
+from cli import InputError
+from model import check_tokens, in_window
+
+
+def probabilities(logits, temperature, top_k=None, top_p=None):
+    """The distribution that is sampled from: logits (..., vocab) -> (..., vocab), temperature above 0."""
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature    # the largest is 0 at any temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        best = logits.topk(top_k)
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, best.indices, best.values)
+    p = logits.softmax(-1)
+    if top_p is not None:
+        ordered, order = p.topk(min(1024, p.shape[-1]))    # nearly always enough, and ten times faster than to sort all
+        if (ordered.sum(-1) < top_p).any():
+            ordered, order = p.sort(-1, descending=True)
+        enough = ordered.cumsum(-1) - ordered >= top_p     # what the likelier tokens hold together
+        enough[..., 0] = False
+        p = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(enough, 0.0))
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def check_sampling(temperature, top_k, top_p, seed=None):
+    """Raises InputError for settings that define no distribution."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}, expected 0 to 2^63 - 1")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature is {temperature}, expected 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k is {top_k}, expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}, expected above 0 and at most 1")
+
+
+def check_prompt(model, prompt_ids, max_new_tokens):
+    """The prompt as a tensor (1, T) on the model's device; InputError if it is empty or does not fit the model."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    prompt = torch.as_tensor(list(prompt_ids), dtype=torch.int64)
+    if not len(prompt):
+        raise InputError("the prompt is empty: it needs at least one token")
+    if len(prompt) >= model.config.max_position_embeddings:
+        raise InputError(f"the prompt has {len(prompt)} tokens, the model's context holds "
+                         f"{model.config.max_position_embeddings} with at least one new one")
+    check_tokens(prompt, model.config)
+    return prompt[None].to(model.device)
+
+
+def generate(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None, eos_ids=()):
+    """An iterator of the token ids that follow `prompt_ids`, each computed when it is asked for.
+
+    It ends after max_new_tokens, where the model's context is full, or before a token of eos_ids.
+    temperature 0 is greedy. seed: an int makes sampling repeatable; None draws anew each time.
+    Raises InputError, at once, for a prompt or settings that cannot be used.
+    """
+    check_sampling(temperature, top_k, top_p, seed)
+    prompt = check_prompt(model, prompt_ids, max_new_tokens)
+    return _decode(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, frozenset(eos_ids))
+
+
+@torch.no_grad()
+def _decode(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, eos_ids):
+    sampling, generator = (temperature, top_k, top_p), random_source(model, seed)
+    length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
+    cache = model.make_cache(1, length)
+    logits, step = model(prompt, cache, last_only=True)[:, -1], Steps(model, cache)         # (1, vocab)
+    for left in reversed(range(length - prompt.shape[1])):
+        tokens, _ = choose(logits, sampling, generator)                                     # (1, 1)
+        token = tokens.item()
+        if token in eos_ids:
+            return
+        yield token
+        if left:
+            logits = step(tokens)[:, -1]
+
+
+def choose(logits, sampling, generator):
+    """The next token after each of logits (N, vocab), as (N, 1), and the distributions (N, vocab) it is drawn from, None if greedy."""
+    if sampling[0] == 0:
+        return logits.argmax(-1, keepdim=True), None
+    p = probabilities(logits, *sampling)
+    return torch.multinomial(p, 1, generator=generator), p
+
+
+def random_source(model, seed):
+    generator = torch.Generator(model.device)
+    return generator.manual_seed(parallel.from_first(lambda: generator.seed() if seed is None else seed))
+
+
+class Steps:
+    """`model(tokens, cache)` for a few tokens at a time, on a GPU replayed from CUDA graphs.
+
+    A step of decoding is hundreds of small kernels, which the host cannot launch as fast as the GPU runs them. A graph
+    launches them at once, but always the same kernels on the same memory. So the tokens, where they stand and
+    what they see are tensors that are overwritten before each replay, and attention looks at the whole cache
+    through a mask. One graph for each number of tokens, captured when it is first needed, in the sparse_mode
+    that is then in force; thresholds are read where they lie, so that changed ones count.
+    """
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.graphs = model, cache, {}
+
+    def __call__(self, tokens, depths=None, sees=None):
+        """tokens (1, T) int64 -> logits (1, T, vocab), valid until the next call; the cache is T positions longer.
+
+        For a tree of tokens: depths (T,) says how far behind the used positions each stands, sees (T, T) bool
+        which of the others each sees.
+        """
+        model, cache, T = self.model, self.cache, tokens.shape[1]
+        if model.device.type != "cuda":
+            if depths is None:
+                return model(tokens, cache)
+            window, positions = model.config.sliding_window, cache.used + depths
+            past, sees = in_window(torch.arange(cache.used), positions, window), sees & in_window(positions, positions, window)
+            return model(tokens, cache, positions, torch.cat((past, sees), 1))
+        order = torch.arange(T, device=model.device)
+        slots = cache.used + order
+        positions = slots if depths is None else cache.used + depths
+        all_slots = torch.arange(cache.length, device=model.device)
+        mask = (all_slots < cache.used) & in_window(all_slots, positions, model.config.sliding_window)      # (T, length)
+        sees = order <= order[:, None] if sees is None else sees
+        mask[:, cache.used:cache.used + T] = sees & in_window(positions, positions, model.config.sliding_window)
+        inputs = tokens, positions, mask, slots
+        if T not in self.graphs:
+            self.graphs[T] = self.capture([tensor.clone() for tensor in inputs])
+        graph, places, logits = self.graphs[T]
+        for place, tensor in zip(places, inputs):
+            place.copy_(tensor)
+        graph.replay()
+        cache.used += T
+        return logits
+
+    def capture(self, places):
+        """(graph, its inputs, its logits). The trial runs write where the first replay will, and count for nothing."""
+        def run():
+            tokens, positions, mask, slots = places
+            return self.model(tokens, self.cache, positions, mask, slots)
+
+        state = getattr(self.model, "sparse_state", None)
+        counts = None if state is None else state.counts.clone()
+        aside = torch.cuda.Stream()                        # libraries set themselves up before the capture, not in it
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            run(), run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = run()
+        if state is not None:
+            state.counts.copy_(counts)
+        return graph, places, logits
