@@ -38,6 +38,8 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE = 1 << 28          # bytes of a file that are mapped together; a mapping costs a file descriptor
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0         # sets no memory aside for changes that nobody will make
 LONGEST_HEADER = 100_000_000     # bytes, as in the reference implementation
 
 
@@ -122,23 +124,23 @@ def read_header(path):
 def read_safetensors(path):
     """All tensors of a safetensors file, as {name: tensor} views of the memory-mapped file.
 
-    Nothing is read before it is used, and what was read can be dropped by the system again, so a file larger
-    than memory can be opened. Each tensor is a mapping of its own, whose pages are given back when it is forgotten.
-    Writing to a tensor changes a private copy, never the file.
+    Nothing is read before it is used (but tensors that a file holds misaligned, which are copied), and what was read can be
+    dropped by the system again, so a file larger than memory can be opened. The file is mapped in pieces, and the memory of
+    a piece is given back when its tensors are forgotten. Writing to a tensor changes a private copy, never the file.
     """
     entries, _, data_start = read_header(path)
-    tensors = {}
-    # Private, and on Linux without memory set aside for changes that nobody will make.
-    flags = mmap.MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)
+    tensors, piece_end = {}, 0
     with open(path, "rb") as file:
-        for name, (dtype, shape, begin, end) in entries.items():
+        for name, (dtype, shape, begin, end) in entries.items():                            # in the order of their bytes
             if begin == end:
                 tensors[name] = torch.empty(shape, dtype=dtype)
                 continue
-            start = (data_start + begin) % mmap.ALLOCATIONGRANULARITY          # mappings begin at whole pages
-            mapped = mmap.mmap(file.fileno(), start + end - begin, flags, mmap.PROT_READ | mmap.PROT_WRITE,
-                               offset=data_start + begin - start)
-            flat = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start)
+            if end > piece_end:                            # a piece begins here, and holds all tensors that end within its reach
+                piece_end = max(after for *_, after in entries.values() if after <= begin + PIECE or after == end)
+                start = (data_start + begin) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                mapped = mmap.mmap(file.fileno(), data_start + piece_end - start, mmap.MAP_PRIVATE | MAP_NORESERVE,
+                                   mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+            flat = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=data_start + begin - start)
             if (data_start + begin) % dtype.itemsize:      # the format does not promise alignment
                 flat = flat.clone()
             tensors[name] = flat.view(dtype).view(shape)

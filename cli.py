@@ -2,6 +2,7 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ def command_line(main):
     except BrokenPipeError:                                # the reader of our output has closed it (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":             # what all processes meet the first one says, which ends the others
+            time.sleep(1)
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -193,6 +193,8 @@ def main():
 
 def show(arguments):
     """What the command line asks for."""
+    if parallel.ranks() > 1 and arguments.draft and arguments.model.startswith("random:"):
+        raise InputError("--draft with a random: model, a table of what guesses cost, is for one process")
     if parallel.ranks() > 1 and arguments.draft and not arguments.draft_tokens:
         raise InputError("--draft with several processes needs --draft-tokens: each would find another number the fastest")
     template = chat_template(arguments.model) if arguments.chat else None
@@ -207,9 +209,9 @@ def show(arguments):
         prompt, eos_ids = tokenizer.encode(PROMPT if arguments.prompt is None else arguments.prompt), tokenizer.eos_ids
     check_prompt(model, prompt, arguments.max_new_tokens)
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    threads += f", {parallel.ranks()} processes" if parallel.ranks() > 1 else ""
-    print(f"{arguments.model}, {dtype}, {model.device.type}{threads}, torch {torch.__version__}")
+    workers = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    workers += f", {parallel.ranks()} processes" if parallel.ranks() > 1 else ""
+    print(f"{arguments.model}, {dtype}, {model.device.type}{workers}, torch {torch.__version__}")
 
     ours = best_backend(model.model.embed_tokens.weight)
 
@@ -232,7 +234,8 @@ def show(arguments):
         reset_counts(model)
         ids, first, rest, interrupted = stream(tokens, tokenizer and StreamDecoder(tokenizer, prompt),
                                                lambda text: print(text, end="", flush=True))
-        parallel.count_together(model)
+        if not interrupted:                                # the others may have been elsewhere
+            parallel.count_together(model)
         skipped = f", {realised_sparsity(model):.1%} of the blocks' weights skipped" if not arguments.draft else ""
         print(f"\n--- {title}: {len(ids)} tokens, {rate(ids, rest):.1f} tokens/s, prompt of {len(prompt)} in {first * 1e3:.0f} ms{skipped}",
               flush=True)
@@ -304,7 +307,7 @@ def chat(tokenizer, template, system, text_of):
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        prompt = tokenizer.encode(template(messages), bos=False, special=True)
+        prompt = parallel.from_first(lambda: tokenizer.encode(template(messages), bos=False, special=True))    # it may hold the time
         ids, *_ = stream(text_of(prompt), StreamDecoder(tokenizer, prompt), lambda text: print(text, end="", flush=True))
         print(flush=True)
         messages.append({"role": "assistant", "content": tokenizer.decode(ids)})

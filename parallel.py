@@ -17,7 +17,11 @@ the KV cache is split by itself. The head is split by output, and its logits are
 Sparsity is not touched by this. Whether channel i is kept is a question to |x_i| alone, and the rank that holds channel i of
 o_proj asks it: together the ranks keep exactly the channels that one process keeps.
 
-Every rank runs the same program on the same numbers, and so chooses the same tokens; rank 0 prints them.
+Every rank runs the same program, and the logits they gather are the same to the last bit, so all choose the same tokens; what
+could differ, as a draft model that each has whole, a random seed or a line of input, is taken from rank 0. Rank 0 alone prints.
+
+When a rank ends, the others meet an error in their next collective and end too. (So with gloo, where it is tested. In a replayed
+CUDA graph a GPU waits for the rank that is gone: there torchrun ends the others.)
 
     torchrun --nproc-per-node=2 generate.py --model FOLDER --sparsity 0.5
 """
@@ -37,7 +41,7 @@ from model import Llama, preset_config, put
 
 BY_OUTPUT = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
 BY_INPUT = {"o_proj", "down_proj"}
-PATIENCE = datetime.timedelta(minutes=10)                  # how long a rank waits for the others, who may be loading still
+PATIENCE = datetime.timedelta(minutes=10)                  # how long a rank waits for another, who may be loading still
 
 
 @contextlib.contextmanager
@@ -46,19 +50,27 @@ def group(device):
 
     device: "cpu" (the processes talk through gloo), or "cuda", of which each process takes its own (NCCL).
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield device
         return
-    if torch.device(device).type == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    backend = "gloo"
+    if find_device(device).type == "cuda":
+        backend, device = "nccl", f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(find_device(device))
+    global objects
     try:
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=PATIENCE)
+        objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes cannot be joined: {str(error).splitlines()[0]}") from None
-    with contextlib.redirect_stdout(open(os.devnull, "w")) if dist.get_rank() else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if dist.get_rank():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield device
-    dist.destroy_process_group()
+    dist.destroy_process_group()                           # not after an error, where it would wait for those that are gone
+
+
+objects = None           # the processes once more, as a group for Python objects: rank 0 may wait for a person there
 
 
 def ranks():
@@ -79,15 +91,20 @@ def from_first(find):
     if ranks() == 1:
         return find()
     box = [find() if dist.get_rank() == 0 else None]
-    talk(dist.broadcast_object_list, box)
+    talk(dist.broadcast_object_list, box, 0, objects)
     return box[0]
+
+
+def rows_of(outputs):
+    """How many of the outputs of a linear each rank has; of a vocabulary that does not divide, the last ranks have zeros too."""
+    return -(-outputs // ranks())
 
 
 def part_of(name, tensor):
     """This rank's part of the tensor that a checkpoint calls `name`: (out, in) or (out,) of a linear; whole where it is no linear's."""
     rank, linear = dist.get_rank(), name.split(".")[-2]
     if linear in BY_OUTPUT:
-        rows = -(-len(tensor) // ranks())                  # a vocabulary that does not divide: the last parts end in zeros
+        rows = rows_of(len(tensor))
         part = tensor[rank * rows:(rank + 1) * rows]
         return F.pad(part, (0, 0) * (part.ndim - 1) + (0, rows - len(part))) if len(part) < rows else part
     if linear in BY_INPUT and tensor.ndim == 2:
@@ -99,9 +116,13 @@ def part_of(name, tensor):
 
 def part_of_thresholds(thresholds):
     """This rank's part of thresholds, as sparsify takes them: o and down read its own channels alone."""
-    return {name: threshold.tensor_split(ranks())[dist.get_rank()]
-            if ranks() > 1 and name.split(".")[-1] in BY_INPUT and isinstance(threshold, torch.Tensor) and threshold.ndim else threshold
-            for name, threshold in thresholds.items()}
+    if ranks() == 1:
+        return thresholds
+    parts = dict(thresholds)
+    for name, threshold in thresholds.items():
+        if name.split(".")[-1] in BY_INPUT and isinstance(threshold, torch.Tensor) and threshold.ndim:
+            parts[name] = threshold.tensor_split(ranks())[dist.get_rank()]
+    return parts
 
 
 def empty_part(config, name):
@@ -113,8 +134,8 @@ def empty_part(config, name):
         raise InputError(f"{name}: quantized folders are not split; take the unquantized one, with --quantize")
     own = {key: getattr(config, key) // ranks() for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
     model = Llama.shapes(replace(config, **own, tie_word_embeddings=False))
-    model.lm_head = nn.Linear(config.hidden_size, -(-config.vocab_size // ranks()), bias=False, device="meta")
-    model.config = replace(config, tie_word_embeddings=False)        # which model this is a part of; its head is its own
+    model.lm_head = nn.Linear(config.hidden_size, rows_of(config.vocab_size), bias=False, device="meta")
+    model.config = replace(config, tie_word_embeddings=False)        # of the whole model, but that the head is no longer the embedding
     for block in model.model.layers:
         for module in (block.self_attn, block.mlp):
             module.register_forward_hook(lambda module, inputs, y: summed(y))
@@ -123,7 +144,7 @@ def empty_part(config, name):
 
 
 def summed(y):
-    """The sum of all ranks' y."""
+    """The sum of all ranks' y, in its place."""
     talk(dist.all_reduce, y)
     return y
 
@@ -136,7 +157,11 @@ def gathered(logits):
 
 
 def from_pretrained(folder, device="cpu", dtype=None):
-    """This rank's part of the Llama in a checkpoint folder; as Llama.from_pretrained, of each tensor reading no more than that."""
+    """This rank's part of the Llama in a checkpoint folder; as Llama.from_pretrained.
+
+    Of tensors split by output it reads its own rows alone. Of those split by input it reads its columns, and on a disk their
+    neighbours with them, as lines of a file are shorter than its pages; ranks of one machine share what was read.
+    """
     config, dtype = Config.read(folder), dtype or checkpoint_dtype(folder)
     model = empty_part(config, folder)
     for _, tensors in checked_shards(folder, Llama.shapes(config)):
@@ -155,7 +180,7 @@ def random(preset, device="cpu", dtype=torch.bfloat16, seed=0):
 
 
 def follow_first(model):
-    """Makes a model that every rank has whole, a draft, give the logits of rank 0 everywhere, to the last bit."""
+    """Makes a draft model, which every rank has whole, give the logits of rank 0 everywhere: another rank's GPU may round otherwise."""
     if ranks() > 1:
         model.register_forward_hook(lambda module, inputs, logits: talk(dist.broadcast, logits, 0))
 

@@ -248,6 +248,21 @@ def test_a_type_the_format_lacks_is_refused(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_a_file_of_many_tensors_is_read_in_pieces(tmp_path, monkeypatch):
+    tensors = {f"t{i:04}": torch.full((1 + i % 5,), i % 251, dtype=(torch.uint8, torch.int16, torch.float32)[i % 3]) for i in range(1500)}
+    write_safetensors(tmp_path / "many", tensors)
+    ended = run("-c", "import resource, sys, model\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+                "print(len(model.read_safetensors(sys.argv[1])))", tmp_path / "many")
+    assert ended.stdout.strip() == "1500", ended.stderr
+    few = dict(list(tensors.items())[:40])
+    write_safetensors(tmp_path / "few", few)
+    for piece, name, expected in ((1, "few", few), (7, "few", few), (1000, "many", tensors), (1 << 28, "many", tensors)):
+        monkeypatch.setattr(checkpoint, "PIECE", piece)    # 1: one for each tensor
+        found = read_safetensors(tmp_path / name)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # model.py: the model
 
@@ -575,11 +590,12 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     config = dataclasses.replace(llama.preset_config("llama-3.2-1b"), num_hidden_layers=4, vocab_size=20000)
     write_sharded(tmp_path / "large", config, shard_bytes=2e8)
     assert len(checkpoint.shard_paths(tmp_path / "large")) > 2
-    model, _, highest, weights = load_and_measure(tmp_path / "large")
-    assert weights > 5e8 and 0.9 * weights < highest < 1.15 * weights
-    mapped = re.findall(r"model-\d+.safetensors", Path("/proc/self/maps").read_text())
-    assert not mapped                                      # of the files, nothing is held
-    assert torch.isfinite(model(tokens_like(model, 1, 4))).all()
+    ended = run("-c", "import pathlib, re, sys, test_all\nmodel, _, highest, weights = test_all.load_and_measure(sys.argv[1])\n"
+                "print(weights, highest / weights, len(re.findall('safetensors', pathlib.Path('/proc/self/maps').read_text())),\n"
+                "      model(test_all.tokens_like(model, 1, 4)).isfinite().all())", tmp_path / "large")
+    weights, share, mapped, finite = ended.stdout.split()
+    assert float(weights) > 5e8 and 0.9 < float(share) < 1.15 and finite == "tensor(True)", ended
+    assert mapped == "0"                                   # of the files, nothing is held
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1467,6 +1483,20 @@ def test_tokenizer_json_is_read_as_transformers_reads_it(tmp_path):
         llama.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("source", ["{{ 1 / 0 }}", '{{ "a" + 1 }}', "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% nonsense %}",
+                                    "{{ range(99999999) | list }}", "{{ strftime_now() }}", b"\xff"])
+def test_chat_templates_that_fail_say_so(tmp_path, source):
+    (tmp_path / "chat_template.jinja").write_bytes(source if isinstance(source, bytes) else source.encode())
+    with pytest.raises(InputError, match="chat_template.jinja: not UTF-8 text|the chat template: "):
+        tokenizing.chat_template(tmp_path)([{"role": "user", "content": "x"}])
+
+
+def test_chat_templates_may_use_what_transformers_gives_them(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+                                                  "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}")
+    assert tokenizing.chat_template(tmp_path)([{"role": "é<"}, {"role": "b"}]) == '{"role": "é<"}'
+
+
 def test_chat_on_the_command_line(tmp_path):
     for file in ("config.json", "model.safetensors", "tokenizer.model", "calibration.safetensors"):
         (tmp_path / file).symlink_to(DEMO / file)
@@ -2227,6 +2257,37 @@ def test_quantized_folders_are_not_split(tmp_path):
     quantizing.quantize_folder(DEMO, tmp_path / "out", 8)
     ended = torchrun(2, "generate.py", "--model", tmp_path / "out", "--prompt", "x", "--sparsity", 0)
     assert ended.returncode != 0 and "quantized folders are not split" in ended.stderr
+
+
+@pytest.mark.parametrize("more", [["--quantize", "int8"], ["--quantize", "int4"]])
+def test_ranks_quantize_their_parts(more):
+    command = ["generate.py", "--prompt", "import os", "--max-new-tokens", 8, "--dtype", "float32", "--sparsity", 0.4, *more]
+    ended = torchrun(2, *command)
+    assert ended.returncode == 0 and "8 tokens" in ended.stdout, ended.stderr
+    assert re.search(r"3\d\.\d% of the blocks|4\d\.\d% of the blocks", ended.stdout)
+
+
+def test_ranks_hold_a_conversation_and_wait_for_a_person(tmp_path):
+    """Longer than they wait for one another."""
+    for file in ("config.json", "model.safetensors", "tokenizer.model"):
+        (tmp_path / file).symlink_to(DEMO / file)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}# {{ m.content }}\n{% endfor %}def ")
+    script = tmp_path / "chat.py"
+    script.write_text("import datetime, parallel, cli\nparallel.PATIENCE = datetime.timedelta(seconds=3)\nimport generate\n"
+                      "cli.command_line(generate.main)\n")
+    command = [script, "--model", tmp_path, "--chat", "--max-new-tokens", "5"]
+    one = run(*command, input="one\ntwo\n")
+    two = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, command)], cwd=HERE, text=True,
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    two.stdin.write("one\n")
+    two.stdin.flush()
+    two.stdout.readline()                                  # what model this is
+    two.stdout.readline()                                  # its first answer
+    time.sleep(6)
+    written, errors = two.communicate("two\n", timeout=120)
+    assert two.returncode == one.returncode == 0, errors
+    assert written.strip().splitlines()[-1] == one.stdout.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("when", ["while it decodes", "before it joins"])

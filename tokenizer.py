@@ -11,14 +11,15 @@ Three kinds are found in checkpoint folders, and which one a folder has is seen 
     tokenizer.model    tiktoken (Llama-3): a line for each token, its bytes in base64 and its rank; needs the package tiktoken
     tokenizer.json     the hub's own format, any kind; needs the package tokenizers
 
-Some ids are no text: begin and end of sequence, headers of a chat. They are special: text that a user writes never becomes
-one, the template of a chat does. Tokens that come one by one are turned to text by `StreamDecoder`, whole characters only.
+Some ids are no text: begin and end of sequence, headers of a chat. They are special: a prompt never becomes one. In a chat the
+whole text is the template's, so there a turn that spells one out does, as everywhere on the hub. Tokens that come one by one are turned to text by `StreamDecoder`, whole characters only.
 
 A chat is one text in a form the model was trained on, with its own marks for who speaks. That form is the checkpoint's
 chat template, a Jinja program in its folder, which is run in Jinja's sandbox.
 """
 import base64
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -248,8 +249,12 @@ def chat_template(folder):
     source = raw.get("chat_template")
     if isinstance(source, list):                           # several, by name
         source = next((each.get("template") for each in source if isinstance(each, dict) and each.get("name") == "default"), None)
-    if (folder / "chat_template.jinja").exists():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            source = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not isinstance(source, str):
         raise InputError(f"{folder}: no chat template: neither chat_template.jinja nor one in tokenizer_config.json; --chat needs a model made for it")
     try:
@@ -260,7 +265,10 @@ def chat_template(folder):
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    # As transformers sets it up, with the marks of what a model was trained to say left out.
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: __import__("datetime").datetime.now().strftime(form)}
     names = {name: written_as(token) for name, token in raw.items()
              if name.endswith("_token") and isinstance(token, (str, dict))}
@@ -268,6 +276,7 @@ def chat_template(folder):
     def render(messages):
         try:
             return environment.from_string(source).render(messages=messages, add_generation_prompt=True, **names)
-        except jinja2.TemplateError as error:
-            raise InputError(f"{folder}: the chat template: {str(error).splitlines()[0]}") from None
+        except Exception as error:                         # a program of others: anything may go wrong in it
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{folder}: the chat template: {said}") from None
     return render
