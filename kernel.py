@@ -124,16 +124,16 @@ def sparse_gemv(x, weight_t, threshold, backend=None, counts=None):
     counts: None, or a (2,) int64 tensor: the entries of x that are kept, and all of them, are added to it
     Returns (B, out) in x's dtype. Raises ValueError for shapes and dtypes that do not fit.
     """
-    return sparse_gemv_group(x, [weight_t], [threshold], backend, None if counts is None else counts[None])[0]
+    return _group(x, [weight_t], [threshold], backend, counts)
 
 
 def sparse_gemv_group(x, weights_t, thresholds, backend=None, counts=None):
     """`sparse_gemv` for up to three linears that read the same x, in one launch on a GPU.
 
     weights_t: list of (in, out_l); thresholds: list, one for each, as in sparse_gemv;
-    counts: None or (len(weights_t), 2) int64, contiguous. Returns the list of (B, out_l).
+    counts: None or (len(weights_t), 2) int64, contiguous. Returns the outputs side by side, (B, sum of out_l).
     """
-    return list(_group(x, weights_t, thresholds, backend, counts).split([w.shape[1] for w in weights_t], dim=1))
+    return _group(x, weights_t, thresholds, backend, counts)
 
 
 def _group(x, weights_t, thresholds, backend, counts, gated=False):
@@ -218,8 +218,13 @@ def _check(x, weights_t, counts=None):
 def _vectors(thresholds, x):
     """Each threshold as a tensor of x's device and of the comparison's dtype: () or (in,)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    vectors = [t.to(x.device, dtype).contiguous() if isinstance(t, torch.Tensor) else torch.full((), t, device=x.device, dtype=dtype)
-               for t in thresholds]                        # torch.full: a CUDA graph cannot replay a copy from the host
+    vectors = []
+    for t in thresholds:
+        if not isinstance(t, torch.Tensor):
+            t = torch.full((), t, device=x.device, dtype=dtype)    # a CUDA graph cannot replay a copy from the host
+        elif t.dtype != dtype or t.device != x.device or not t.is_contiguous():
+            t = t.to(x.device, dtype).contiguous()
+        vectors.append(t)
     for t in vectors:
         if t.shape not in ((), (x.shape[1],)):
             raise ValueError(f"threshold is {tuple(t.shape)}, expected a number or ({x.shape[1]},)")
@@ -230,7 +235,7 @@ def _vectors(thresholds, x):
 # PyTorch: an embedding lookup is a gather of rows, and `embedding_bag` sums what it gathers with weights.
 
 def _torch_group(x, weights_t, thresholds, counts, gated):
-    y = torch.cat([_torch_gemv(x, weight_t, threshold, None if counts is None else counts[i])
+    y = torch.cat([_torch_gemv(x, weight_t, threshold, None if counts is None else counts.view(-1, 2)[i])
                    for i, (weight_t, threshold) in enumerate(zip(weights_t, thresholds))], dim=1)
     return _gated(y) if gated else y
 

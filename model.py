@@ -57,7 +57,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions, config, dtype):
-    """cos and sin, each (T, D), by which q and k at `positions` (T,) are rotated (RoPE, section 3.4.2).
+    """cos and ± sin, each (T, D), by which q and k at `positions` (T,) are rotated (RoPE, section 3.4.2).
 
     Pair i of a head, made of its channels i and i + D/2, turns by the angle position * theta^(-2i/D). Scaling is how a model
     was made to see further than it was trained for: "linear" turns all pairs slower by a factor; "llama3" those alone
@@ -75,14 +75,13 @@ def rope_tables(positions, config, dtype):
             kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
     angles = torch.outer(positions.to(wide), frequencies)                                   # (T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)                                            # (T, D)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)        # (T, D)
 
 
 def rotate(x, cos, sin):
-    """x (B, heads, T, D) turned by the angles of `rope_tables`."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """x (B, heads, T, D) turned by the angles of `rope_tables`: each channel times cos, plus the other one of its pair times ± sin."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def in_window(keys, queries, window):
@@ -153,16 +152,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
 
     def qkv(self, x):
-        """The three projections that read x (B, T, hidden): (B, T, H·D), (B, T, G·D), (B, T, G·D)."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        """The three projections that read x (B, T, hidden), side by side: (B, T, (H + G + G)·D)."""
+        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
 
     def forward(self, x, cos, sin, mask, cache, slots):
         B, T, _ = x.shape
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))    # (B, H or G, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        G = self.k_proj.out_features // self.head_dim
+        y = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)                       # (B, H + G + G, T, D)
+        turned, v = rotate(y[:, :-G], cos, sin), y[:, -G:]
+        q, k, H = turned[:, :-G], turned[:, -G:], turned.shape[1] - G
         if cache is not None:
             k, v = cache.append(self.layer, k, v, slots)                                    # (B, G, S, D)
-        H, G = q.shape[1], k.shape[1]
         if mask is None and T > 1:                         # nothing lies before these tokens: plainly causal
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)  # (B, H, T, D)
         else:

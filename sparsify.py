@@ -128,10 +128,10 @@ class SparseAttention(Attention):
         state = self.q_proj.state
         if not (is_sparse(state, x) and fits_kernel(state, x)):
             return super().qkv(x)
-        ys = kernel.sparse_gemv_group(x.flatten(0, 1), [linear.weight_t for linear in linears],
-                                      [linear.threshold for linear in linears], counts=self.counts)
-        ys = [y.view(*x.shape[:-1], -1) for y in ys]
-        return ys if linears[0].bias is None else [y + linear.bias for y, linear in zip(ys, linears)]
+        y = kernel.sparse_gemv_group(x.flatten(0, 1), [linear.weight_t for linear in linears],
+                                     [linear.threshold for linear in linears], counts=self.counts)
+        y = y.view(*x.shape[:-1], -1)
+        return y if linears[0].bias is None else y + torch.cat([linear.bias for linear in linears])
 
 
 class SparseMLP(MLP):
