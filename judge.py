@@ -10,9 +10,11 @@ For each setting, over the same windows of tokens:
 
     python sparsify.py [--model FOLDER] [--text FILE]      the table
     python sparsify.py --sources                           where the loss comes from
+    python sparsify.py --batch 1 2 4 8 16                  what is left to skip where several texts are decoded at once
 """
 import ast
 import contextlib
+import functools
 import io
 import json
 import math
@@ -207,19 +209,45 @@ def source_settings(calibration, level=0.5):
     return settings
 
 
+@torch.no_grad()
+def share_read(model, thresholds, tokens, count, length=256):
+    """The share of the blocks' weights that decoding `count` texts at once reads: a weight is read if any of them needs it.
+
+    The dense model's inputs stand for the sparse one's. tokens (N,) int64: its texts are windows of `length`, of which the
+    later half counts.
+    """
+    texts, kept = windows_of(tokens, length)[:128, :-1], {}
+    texts = texts[:len(texts) // count * count].to(model.device)                            # (W, length), W a multiple of count
+    if not len(texts):
+        raise InputError(f"the text has {len(tokens)} tokens, {count} texts of {length} need more")
+
+    def look(name, module, inputs):
+        kept[name] = inputs[0][:, length // 2:].abs() > thresholds[name].to(model.device)
+    hooks = [model.get_submodule(name).register_forward_pre_hook(functools.partial(look, name)) for name in thresholds]
+    model(texts)
+    for hook in hooks:
+        hook.remove()
+    sizes = {name: model.get_submodule(name).weight.numel() for name in kept}
+    read = {name: keep.unflatten(0, (-1, count)).any(1).double().mean().item() for name, keep in kept.items()}
+    return sum(sizes[name] * read[name] for name in kept) / sum(sizes.values())
+
+
 def draw_quality(rows, path, plt):
     """Added perplexity against realised sparsity, a line an allocation; plt: matplotlib.pyplot."""
     dense = rows[0]["perplexity"]
-    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    for allocation in dict.fromkeys(row["allocation"] for row in rows):
-        own = [row for row in rows if row["allocation"] == allocation and row["sparsity"] > 0]
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    colours = {}                                           # of allocations; another checkpoint's lines are dashed
+    for name in dict.fromkeys(row["allocation"] for row in rows):
+        own = [row for row in rows if row["allocation"] == name and row["sparsity"] > 0]
         if not own:                                        # a dense model
             continue
-        axis.plot([100 * row["sparsity"] for row in own], [100 * (row["perplexity"] / dense - 1) for row in own],
-                  marker="o", ms=3.5, lw=1.3, label=allocation)
+        *checkpoint, allocation = name.split()
+        axis.plot([100 * row["sparsity"] for row in own], [100 * (row["perplexity"] / dense - 1) for row in own], marker="o", ms=3.5,
+                  lw=1.3, ls="--" if checkpoint else "-", color=colours.setdefault(allocation, f"C{len(colours)}"), label=name)
     axis.set(xlabel="weights of the blocks not read (%)", ylabel=f"perplexity above the dense {dense:.2f} (%)",
              yscale="log", ylim=(0.05, None))
-    axis.legend()
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.legend(ncols=2 if any(len(name.split()) > 1 for name in (row["allocation"] for row in rows)) else 1, fontsize=8)
     figure.savefig(path)
     plt.close(figure)
 
@@ -235,6 +263,7 @@ def main():
     parser.add_argument("--beside", metavar="FOLDER", help="another checkpoint with the same tokenizer, calibrated, whose rows follow "
                         "under its folder's name (default: none)")
     parser.add_argument("--sources", action="store_true", help="instead: where the loss at 50 %% comes from")
+    parser.add_argument("--batch", nargs="+", type=natural, metavar="B", help="instead: how much is read at 50 %% for B texts side by side")
     parser.add_argument("--context", type=natural, help="tokens in a window (default: the model's context, at most 2048)")
     parser.add_argument("--scored", type=natural, help="how many at the end of each window count (default: all)")
     parser.add_argument("--dense-prefix", type=int, default=0, help="tokens at the start of each that stay dense (default: 0)")
@@ -269,6 +298,11 @@ def main():
             raise InputError(f"--sparsity is {level}, expected at least 0 and below 1")
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
     tokens = tokens[:arguments.tokens]
+    if arguments.batch:
+        print(f"{'texts side by side':>20} {'weights read, each at 50% sparsity':>36}")
+        for count in arguments.batch:
+            print(f"{count:20} {share_read(model, calibration.thresholds(0.5), tokens, count):36.1%}", flush=True)
+        return
 
     def rows_of(model, calibration, name=""):
         """([Setting], the dense row and theirs) of one checkpoint."""

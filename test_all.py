@@ -37,6 +37,7 @@ import parallel                                                                 
 import quantize as quantizing                                                               # noqa: E402
 import rotate as rotation                                                                   # noqa: E402
 import speculate as speculation                                                             # noqa: E402
+import timing                                                                               # noqa: E402
 import tokenizer as tokenizing                                                              # noqa: E402
 import sparsify as sparse                                                                   # noqa: E402
 from calibrate import Calibration                                                           # noqa: E402
@@ -1335,9 +1336,35 @@ def test_figures(calibrated, tmp_path):
     calibrate.draw_distributions(made, tmp_path / "a.png")
     calibrate.draw_allocations(made, tmp_path / "b.png")
     rows = [{"allocation": name, "sparsity": share, "perplexity": 10 + share} for name, share in
-            (("dense", 0), ("uniform", 0.2), ("uniform", 0.5))]
+            (("dense", 0), ("uniform", 0.2), ("uniform", 0.5), ("rotated uniform", 0.2))]
     judging.draw_quality(rows, tmp_path / "c.png", cli.pyplot())
-    assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in "abc")
+    timed = {("float32", 64, 64): (0.2, 16384, [0.2, 0.1]), ("int8", 64, 64): (0.2, 4096, [0.1, 0.05])}
+    timing.draw_speed(timed, [0, 0.5], 1e5, tmp_path / "d.png")
+    assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in "abcd")
+    for path in ("e.pdf", "nowhere/e.png"):
+        with pytest.raises(InputError, match="expected a name in a folder that exists, ending in .png"):
+            cli.check_figure(tmp_path / path)
+
+
+def test_what_texts_side_by_side_read():
+    model = tiny_model(torch.float32)
+    names, tokens = linear_names(model), tokens_like(model, 12 * 16 + 1)
+    thresholds = {name: torch.tensor(1.0) for name in names}
+    seen, hooks = {}, []
+    for name in names:
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.update({name: inputs[0][:, 8:].abs() > 1})))
+    model(tokens[:-1].view(12, 16))
+    for hook in hooks:
+        hook.remove()
+    sizes = torch.tensor([model.get_submodule(name).weight.numel() for name in names]).double()
+    for count in (1, 3, 4):
+        read = torch.stack([torch.stack([(keep[i:i + count].sum(0) > 0).double().mean() for i in range(0, 12, count)]).mean()
+                            for keep in seen.values()])
+        expected = (read * sizes).sum() / sizes.sum()
+        assert judging.share_read(model, thresholds, tokens, count, 16) == pytest.approx(expected.item(), abs=1e-9)
+    with pytest.raises(InputError, match="13 texts of 16 need more"):
+        judging.share_read(model, thresholds, tokens, 13, 16)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2408,6 +2435,8 @@ def test_a_draft_model_needs_the_same_tokenizer():
     (["generate.py", "--device", "meta"], "device meta cannot be used"),
     (["kernel.py", "--device", "warp"], "device warp cannot be used"),
     (["sparsify.py", "--context", "4000"], "a window of 4000 tokens does not fit the model's context of 512"),
+    (["sparsify.py", "--batch", "0"], "0 is not a whole number above 0"),
+    (["kernel.py", "--figure", "x.pdf"], "expected a name in a folder that exists, ending in .png"),
     (["sparsify.py", "--functions", "-5"], "--functions is -5"),
     (["sparsify.py", "--figure", "nowhere/x.png"], "expected a name in a folder that exists"),
     (["sparsify.py", "--allocation", "cats", "--sparsity", "0.75"], "cats"),
