@@ -94,9 +94,11 @@ def fisher_information(model, windows, linears, progress):
 # ---------------------------------------------------------------------------------------------------------
 # The priced allocation
 
-MOVES = 2                # against the prices, at each
+MOVES = 2                # how often the shares are moved against the prices, at each of the levels
 NEAR = 1.25              # inputs up to this factor above and below a threshold tell its price
-STRIDE, FARTHEST = 0.4, 2.0      # log-odds move by -STRIDE times the logarithm of a price over the mean one, taken as FARTHEST at most
+# One move: a linear whose price is e times the mean one has the log-odds of its share lowered by STRIDE; a logarithm counts as
+# FARTHEST at most.
+STRIDE, FARTHEST = 0.4, 2.0
 PRICED_WINDOWS = 32
 
 

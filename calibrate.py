@@ -14,13 +14,14 @@ Statistics that TEAL's authors publish for Llama-2, Llama-3 and Mistral can be r
     python calibrate.py --figures figures                   draws what the calibration holds
 """
 import csv
+import itertools
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from allocate import BATCH, SINKS, add_greedy, add_priced, fisher_information
-from calibration import BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SITE_OF, SITES, Calibration, fingerprint_of, histogram, quantile, shapes_of
+from calibration import BINS, EVEN, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SITE_OF, SITES, Calibration, fingerprint_of, histogram, quantile, shapes_of
 from checkpoint import Config, linear_names, read_shards
 from cli import DEMO, InputError, Parser, command_line, natural, progress_line, pyplot
 from model import check_tokens, load_model
@@ -188,16 +189,20 @@ def draw_distributions(calibration, path):
 def draw_allocations(calibration, path, sparsity=0.5):
     """The sparsity that each allocation gives each linear, over depth, at one model-wide sparsity."""
     plt = pyplot()
-    names = [name for name in calibration.allocations if name not in ("uniform", "wina")] or ["uniform"]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), sharey=True, layout="constrained", squeeze=False)
-    for axis, allocation in zip(axes[0], names):
+    names = [name for name in calibration.allocations if name not in EVEN] or ["uniform"]
+    figure, axes = plt.subplots(-(-len(names) // 3), 3, figsize=(9, 2.8 * -(-len(names) // 3)), sharey=True, layout="constrained", squeeze=False)
+    for place, (axis, allocation) in enumerate(itertools.zip_longest(axes.flat, names)):
+        if allocation is None:
+            axis.remove()
+            continue
         shares = calibration.sparsities(sparsity, allocation)
         for i, linear in enumerate(LINEARS):
             axis.plot(shares[:, i] * 100, marker="o", ms=3, lw=1.2, label=linear.split(".")[1].removesuffix("_proj"))
         axis.axhline(sparsity * 100, color="grey", lw=0.8, ls="--")
         axis.set(title=allocation, xlabel="block", ylim=(0, 100))
-    axes[0, 0].set_ylabel(f"sparsity of each linear at {sparsity:.0%} of all (%)")
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        if place % 3 == 0:
+            axis.set_ylabel(f"sparsity of each linear\nat {sparsity:.0%} of all (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path)
     plt.close(figure)
 

@@ -18,7 +18,8 @@ A block has four places where linears read, and so four distributions: attention
 MLP in (gate, up), MLP middle (down).
 
 How much of a model-wide sparsity each linear gets is a second question: an answer is called an allocation, and allocate.py
-explains those that there are. A calibration holds what they are read from. It belongs to a model, so it says what it was made
+explains those that there are. Some weigh each channel by how much it matters; then the distribution is that of |x| times the
+channel's weight, and its quantile over that weight is a threshold for each channel (`Calibration._read`). A calibration holds what they are read from. It belongs to a model, so it says what it was made
 from, and is refused elsewhere.
 """
 import json
@@ -38,6 +39,9 @@ SITE_OF = {  # where each of the seven linears of a block reads, in the order of
 LINEARS = tuple(SITE_OF)
 PRICED_AT = (0.3, 0.5, 0.65, 0.75)       # model-wide sparsities at which prices are measured
 BEST_FIRST = ("priced", "balanced", "fisher-channel", "fisher", "greedy", "uniform", "wina")       # the first held is used if none is named
+EVEN = ("uniform", "wina")       # those of them that give every linear the same share
+
+FORMAT = "minTEAL calibration 2"         # what the file says it is
 
 # Magnitudes are counted on a logarithmic scale that needs no look at the data first: 32 bins an octave, 2.2 % wide,
 # from 2^-20 (what is smaller falls into bin 0, zeros too) to 2^12.
@@ -170,7 +174,7 @@ class Calibration:
             shares = self._along_the_path(sparsity)
         elif allocation == "priced":
             shares = self._between_levels(sparsity)
-        elif allocation in ("uniform", "wina") or sparsity == 0:
+        elif allocation in EVEN or sparsity == 0:
             shares = torch.full(counts.shape[:2], float(sparsity), dtype=torch.float64)
         else:
             shares = self._at_one_price(counts, sparsity)
@@ -263,7 +267,7 @@ class Calibration:
             if not made.histograms.keys() & {"gate", "head"}:      # the statistics of TEAL's authors have neither
                 expected = {"input": expected["input"]}
             expected |= {criterion: (layers, len(LINEARS), BINS) for criterion in made.weights}
-            whole = made.fingerprint.shape == (256,) and made.weights.keys() <= {"wina", "fisher-channel"} \
+            whole = made.fingerprint.shape == (256,) and made.weights.keys() <= set(BEST_FIRST) \
                 and {name: tuple(counts.shape) for name, counts in made.histograms.items()} == expected \
                 and all((counts >= 0).all() and (counts.sum(-1) > 0).all() for counts in made.histograms.values()) \
                 and all([tuple(weight.shape) for weight in of.values()] == [(size,) for size in inputs]
@@ -279,9 +283,6 @@ class Calibration:
         if not whole:
             raise InputError(f"{path}: a damaged calibration: a part is missing or misshapen; make it with: python calibrate.py --model FOLDER")
         return made
-
-
-FORMAT = "minTEAL calibration 2"
 
 
 def shapes_of(config):

@@ -1,4 +1,4 @@
-"""What the commands of all files share: one way to say that input cannot be used, and to show progress."""
+"""What the commands of all files share: one way to say that input cannot be used, to show progress, to find a device, to draw."""
 import argparse
 import os
 import sys

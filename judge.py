@@ -257,7 +257,8 @@ def main():
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder, calibrated (default: the demo model)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (default: the standard library's held-out part)")
     parser.add_argument("--tokens", type=natural, default=100_000, help="how many tokens of it at most (default: 100000)")
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6, 0.65, 0.75],
+    parser.add_argument("--calibration", metavar="FILE", help="(default: calibration.safetensors in the checkpoint folder)")
+    parser.add_argument("--sparsity", nargs="+", type=float,
                         help="levels to measure (default: 0.25 0.4 0.5 0.6 0.65 0.75)")
     parser.add_argument("--allocation", nargs="+", help="of those in the calibration, or cats (default: all of them)")
     parser.add_argument("--beside", metavar="FOLDER", help="another checkpoint with the same tokenizer, calibrated, whose rows follow "
@@ -276,6 +277,13 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
     parser.add_argument("--quantize", choices=["int8", "int4"], help="round the blocks' weights first (default: as they are)")
     arguments = parser.parse_args()
+    for instead, replaced in (("sources", ("batch", "sparsity", "allocation", "beside", "figure", "functions")),
+                              ("batch", ("sparsity", "allocation", "beside", "figure", "functions", "context", "scored", "paper")),
+                              ("paper", ("context", "scored", "dense_prefix"))):
+        for name in replaced:
+            if getattr(arguments, instead) and getattr(arguments, name):
+                raise InputError(f"--{name.replace('_', '-')} means nothing with --{instead}")
+    arguments.sparsity = arguments.sparsity or [0.25, 0.4, 0.5, 0.6, 0.65, 0.75]
     if arguments.functions is not None and arguments.functions < 0:
         raise InputError(f"--functions is {arguments.functions}, expected at least 0")
     if arguments.figure:
@@ -285,7 +293,7 @@ def main():
     if arguments.model.startswith("random:"):
         raise InputError(f"{arguments.model} has random weights: it has no quality to measure")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
-    calibration = load_calibration(model, arguments.model)
+    calibration = load_calibration(model, arguments.model, arguments.calibration)
     context = arguments.context or default_context(model)
     if not 0 < context <= model.config.max_position_embeddings:
         raise InputError(f"a window of {context} tokens does not fit the model's context of {model.config.max_position_embeddings}")
@@ -327,8 +335,8 @@ def main():
     settings, rows = rows_of(model, calibration)
     rows[0]["perplexity_at_target"] = rows[0]["perplexity"]
     if arguments.beside:
-        if arguments.sources or arguments.functions:
-            raise InputError("--beside is for the table of perplexities, without --sources and --functions")
+        if arguments.functions:
+            raise InputError("--beside is for the table of perplexities, without --functions")
         other, other_tokenizer = load_model(arguments.beside, arguments.device, arguments.dtype, arguments.quantize)
         if other_tokenizer.pieces() != tokenizer.pieces():
             raise InputError(f"--beside {arguments.beside}: its tokenizer is not that of {arguments.model}")

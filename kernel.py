@@ -27,7 +27,7 @@ are divided too ("split-K"): tile (j, s) sums the s-th part of the rows for the 
 its partial sum to a buffer of its own; a second, small kernel adds the parts in a fixed order. No sum is made of atomics, so
 the same input gives the same bits on every run.
 
-Several tokens. From 2 to 8 rows of x (a draft to verify, a short prompt) a weight row is read once if any
+Several tokens. From 2 to 8 rows of x (the guesses that a sparse verifier checks) a weight row is read once if any
 token keeps its channel, and each token adds it with its own mask.
 
 The limit is bytes of kept rows / memory bandwidth. `python kernel.py` shows how near to it we are (timing.py).

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import (Config, block_linears, checked_shards, checkpoint_dtype, linear_names, read_header, read_safetensors,    # noqa: F401
-                        shard_paths, write_safetensors)
+from checkpoint import Config, block_linears, checked_shards, checkpoint_dtype, read_header, shard_paths, write_safetensors
+from checkpoint import read_safetensors                                                     # noqa: F401   scripts take it from here
 from cli import DEMO, InputError, Parser, command_line, find_device, progress_line
 
 # Weights of gigabytes in pages of 4 KB cost a page walk every other microsecond: torch asks Linux for pages of 2 MB if

@@ -1,7 +1,7 @@
 """One model on several GPUs: tensor parallelism.
 
 Llama-2-70B in bfloat16 is 138 GB, more than a GPU holds, and one token reads all of it. N processes, each with a GPU of its
-own, hold and read 1/N each. A matrix can be split in two ways, and the two follow one another without a word between:
+own, hold and read 1/N each. A matrix can be split in two ways, and what the first has made the second can use where it lies:
 
     by output   y = W x     each rank has some rows of W, reads all of x, and has those entries of y whole
     by input    y = W x     each rank has some columns of W, reads those entries of x, and has a part of the sum for all of y
@@ -41,6 +41,7 @@ from model import Llama, preset_config, put
 
 BY_OUTPUT = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
 BY_INPUT = {"o_proj", "down_proj"}
+objects = None           # the processes once more, as a group for Python objects: rank 0 may wait for a person there
 PATIENCE = datetime.timedelta(minutes=10)                  # how long a rank waits for another, who may be loading still
 
 
@@ -68,9 +69,6 @@ def group(device):
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield device
     dist.destroy_process_group()                           # not after an error, where it would wait for those that are gone
-
-
-objects = None           # the processes once more, as a group for Python objects: rank 0 may wait for a person there
 
 
 def ranks():

@@ -24,7 +24,8 @@ each group takes the one with the least squared error. Rounding is to nearest, a
 Only the linears of the blocks are quantized; activations keep their 16 or 32 bits, and sums are taken in float32.
 
 Decoding unpacks in registers, in the pass that skips (kernel.py); a weight is written out in floating point only for
-products of many rows, a prompt's, where that costs little. A quantized folder is read by every other command. Its activations differ a little, so it is calibrated anew.
+products of many rows, a prompt's, where that costs little. A quantized folder is a checkpoint like others, but it is not rotated, or
+split over processes, any more. Its activations differ a little, so it is calibrated anew.
 
     python quantize.py                                          size and error of the demo model at int8 and int4
     python quantize.py --model FOLDER --bits 4 --out FOLDER     writes the quantized checkpoint
