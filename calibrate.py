@@ -235,8 +235,8 @@ def main():
     parser.add_argument("--tokens", type=natural, default=100_000, help="how many tokens of it at most (default: 100000)")
     parser.add_argument("--greedy", action="store_true", help="with the greedy allocation, which takes minutes (default: no)")
     parser.add_argument("--no-fisher", action="store_true", help="leave the backward passes out, and what needs them (default: no)")
-    parser.add_argument("--import-teal", metavar="DIR", help="instead: the paper's thresholds, from models/NAME of the authors' repository")
-    parser.add_argument("--figures", metavar="FOLDER", type=Path, help="only draw what the calibration holds, as PNG files")
+    parser.add_argument("--import-teal", metavar="DIR", help="instead: the paper's thresholds, from models/NAME of the authors' repository (default: no)")
+    parser.add_argument("--figures", metavar="FOLDER", type=Path, help="only draw what the calibration holds, as PNG files (default: no)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="(default: calibration.safetensors in the checkpoint folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")

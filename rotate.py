@@ -136,7 +136,7 @@ def main():
 
     parser = Parser(description="Writes a checkpoint anew in the principal directions of its activations.")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--out", required=True, help="folder to write, which must not exist")
+    parser.add_argument("--out", required=True, help="folder to write, which must not exist (no default: it is needed)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run (default: the standard library's held-in part)")
     parser.add_argument("--tokens", type=natural, default=50_000, help="how many tokens of it at most (default: 50000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",

@@ -2487,6 +2487,8 @@ def test_a_checkpoint_without_calibration_says_how_to_make_one(tmp_path):
 def test_help(file):
     ended = run(file, "--help")
     assert ended.returncode == 0 and "usage:" in ended.stdout
+    options = re.split(r"\n  (?=-)", ended.stdout.split("options:")[1])[2:]                 # behind --help
+    assert all("default" in option for option in options), [option for option in options if "default" not in option]
 
 
 def test_model_prints_the_shape_of_a_checkpoint():

@@ -162,7 +162,7 @@ def main():
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
                         help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
     parser.add_argument("--rows", nargs="+", type=int, default=[1], help="tokens at a time, 1 to 8 (default: 1)")
-    parser.add_argument("--figure", metavar="FILE", help="draw the ratios, and what the bandwidth allows, as a PNG")
+    parser.add_argument("--figure", metavar="FILE", help="draw the ratios, and what the bandwidth allows, as a PNG (default: no figure)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default: cuda where there is one, else cpu)")
     arguments = parser.parse_args()
