@@ -245,6 +245,10 @@ def main():
     arguments = parser.parse_args()
     if arguments.model.startswith("random:"):
         raise InputError(f"{arguments.model} has random weights: commands calibrate it on random tokens as they start")
+    for instead in ("import_teal", "figures"):
+        for name in ("figures", "text", "greedy", "no_fisher"):
+            if name != instead and getattr(arguments, instead) and getattr(arguments, name):
+                raise InputError(f"--{name.replace('_', '-')} means nothing with --{instead.replace('_', '-')}")
     if arguments.quantize and not arguments.out:
         raise InputError("--quantize needs --out: calibration.safetensors in the folder is that of the weights as they are")
     path = arguments.out or Path(arguments.model) / "calibration.safetensors"

@@ -2438,6 +2438,7 @@ def test_a_draft_model_needs_the_same_tokenizer():
     (["sparsify.py", "--sources", "--sparsity", "0.25"], "--sparsity means nothing with --sources"),
     (["sparsify.py", "--paper", "--context", "64"], "--context means nothing with --paper"),
     (["sparsify.py", "--calibration", "nowhere"], "nowhere: no calibration"),
+    (["calibrate.py", "--figures", "x", "--greedy"], "--greedy means nothing with --figures"),
     (["sparsify.py", "--batch", "0"], "0 is not a whole number above 0"),
     (["kernel.py", "--figure", "x.pdf"], "expected a name in a folder that exists, ending in .png"),
     (["sparsify.py", "--functions", "-5"], "--functions is -5"),
