@@ -27,6 +27,7 @@ gradients, the input of each block, and a few times the logits in float32, which
 This file finds what the allocations need from a model: gradients (fisher and those below it), prices, and greedy's path.
 calibration.py reads thresholds for any sparsity from what was found.
 """
+import contextlib
 import hashlib
 
 import torch
@@ -73,20 +74,17 @@ def fisher_information(model, windows, linears, progress):
     The gradient is the one through that linear alone (grad_output @ weight): q, k and v share an input, not a gradient.
     """
     sums = {name: torch.zeros(linear.in_features, device=model.device) for name, linear in linears.items()}
-    hooks = []
+    hooks = contextlib.ExitStack()                         # a handle is a context manager, which takes its hook away
     for name, linear in linears.items():
         def add(module, grad_input, grad_output, total=sums[name]):
             total += grad_input[0][:, SINKS:].float().square().sum((0, 1))
-        hooks.append(linear.register_full_backward_hook(add))
+        hooks.enter_context(linear.register_full_backward_hook(add))
     generator = torch.Generator(model.device).manual_seed(0)
-    try:
+    with hooks:
         for done, part in enumerate(windows.split(BATCH)):
             progress(f"calibrating, gradients: window {BATCH * done} of {len(windows)}")
             backpropagate(model, part[:, :-1].to(model.device), lambda logits: F.cross_entropy(
                 logits, torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0], reduction="sum"))
-    finally:
-        for hook in hooks:
-            hook.remove()
     seen = len(windows) * (windows.shape[1] - 1 - SINKS)
     return {name: (total / seen).cpu() for name, total in sums.items()}
 
@@ -111,7 +109,7 @@ def prices(model, windows, linears, thresholds):
     near its threshold has NaN. A little too low for early layers: a gradient does not see that inputs further on, moved by
     what is dropped here, cross their own thresholds.
     """
-    seen, hooks, dropping, total = {}, [], False, 0.0
+    seen, hooks, dropping, total = {}, contextlib.ExitStack(), False, 0.0
     sums = {name: torch.zeros(2, 2, dtype=torch.float64, device=model.device) for name in linears}     # dropped, kept: sum, count
     thresholds = {name: threshold.to(model.device) for name, threshold in thresholds.items()}
 
@@ -129,9 +127,9 @@ def prices(model, windows, linears, thresholds):
             side += torch.stack((cost[place].double().sum(), place.sum().double()))
 
     for name, linear in linears.items():
-        hooks.append(linear.register_forward_pre_hook(lambda module, inputs, name=name: drop(module, inputs, name)))
-        hooks.append(linear.register_full_backward_hook(lambda module, *gradients, name=name: record(module, *gradients, name)))
-    try:
+        hooks.enter_context(linear.register_forward_pre_hook(lambda module, inputs, name=name: drop(module, inputs, name)))
+        hooks.enter_context(linear.register_full_backward_hook(lambda module, *gradients, name=name: record(module, *gradients, name)))
+    with hooks:
         for part in windows.split(BATCH):
             tokens = part[:, :-1].to(model.device)
             dense = model(tokens).flatten(0, 1).log_softmax(-1)
@@ -144,9 +142,6 @@ def prices(model, windows, linears, thresholds):
             backpropagate(model, tokens, loss)
             total += kl[0].item()
             dropping = False
-    finally:
-        for hook in hooks:
-            hook.remove()
     # On either side of the threshold the gradient is that of a model with the input and without; the truth lies between.
     found = torch.stack([(side[:, 0] / side[:, 1]).mean() for side in sums.values()]).cpu()
     outs = torch.tensor([linear.out_features for linear in linears.values()], dtype=torch.float64)
@@ -221,9 +216,11 @@ def greedy_path(block, x, cos, sin, mask, counts, size):
 
     late = slice(x.shape[1] // 4, None)                    # the later part of each sequence, far from the sinks
     exact = block(x, cos, sin, mask, None, None)[:, late].float()
-    hooks = [linear.register_forward_pre_hook(drop) for linear in linears]
+    hooks = contextlib.ExitStack()
+    for linear in linears:
+        hooks.enter_context(linear.register_forward_pre_hook(drop))
     path = [torch.zeros(len(LINEARS), dtype=torch.float64)]
-    try:
+    with hooks:
         while path[-1] @ size < END - STEP / 2:
             errors = []
             for i in range(len(LINEARS)):
@@ -241,9 +238,6 @@ def greedy_path(block, x, cos, sin, mask, counts, size):
             path.append(path[-1].clone())
             path[-1][best] += STEP / size[best]
             thresholds[best] = quantile(counts[sites[best]], path[-1][best]).item()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(path)
 
 

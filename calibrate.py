@@ -13,6 +13,7 @@ Statistics that TEAL's authors publish for Llama-2, Llama-3 and Mistral can be r
     python calibrate.py --greedy                            with the greedy allocation, which takes minutes
     python calibrate.py --figures figures                   draws what the calibration holds
 """
+import contextlib
 import csv
 import itertools
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from allocate import BATCH, SINKS, add_greedy, add_priced, fisher_information
 from calibration import BINS, EVEN, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SITE_OF, SITES, Calibration, fingerprint_of, histogram, quantile, shapes_of
 from checkpoint import Config, linear_names, read_shards
-from cli import DEMO, InputError, Parser, command_line, natural, progress_line, pyplot
+from cli import DEMO, InputError, Parser, command_line, natural, progress_line, pyplot, refuse_beside
 from model import check_tokens, load_model
 from sparsify import default_context, read_tokens, windows_of
 
@@ -66,7 +67,7 @@ def count_magnitudes(model, windows, linears, weights, progress):
     counts |= {criterion: torch.zeros(layers, len(LINEARS), BINS) for criterion in weights}
     counts = {name: tensor.long().to(device) for name, tensor in counts.items()}
     weights = {criterion: {name: weight.to(device) for name, weight in of.items()} for criterion, of in weights.items()}
-    hooks = []
+    hooks = contextlib.ExitStack()                         # a handle is a context manager, which takes its hook away
     for i, (name, linear) in enumerate(linears.items()):
         layer, place = divmod(i, len(LINEARS))
 
@@ -79,18 +80,15 @@ def count_magnitudes(model, windows, linears, weights, progress):
                 counts[criterion][layer, place] += histogram(x * of[name])
             if LINEARS[place] == "mlp.gate_proj":
                 counts["gate"][layer] += histogram(F.silu(output[:, SINKS:]))
-        hooks.append(linear.register_forward_hook(count))
+        hooks.enter_context(linear.register_forward_hook(count))
 
     def count_head(module, inputs):
         counts["head"] += histogram(inputs[0][:, SINKS:])
-    hooks.append(model.lm_head.register_forward_pre_hook(count_head))
-    try:
+    hooks.enter_context(model.lm_head.register_forward_pre_hook(count_head))
+    with hooks:
         for done, part in enumerate(windows.split(BATCH)):
             progress(f"calibrating, magnitudes: window {BATCH * done} of {len(windows)}")
             model(part[:, :-1].to(device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: tensor.cpu() for name, tensor in counts.items()}
 
 
@@ -238,17 +236,12 @@ def main():
     parser.add_argument("--import-teal", metavar="DIR", help="instead: the paper's thresholds, from models/NAME of the authors' repository (default: no)")
     parser.add_argument("--figures", metavar="FOLDER", type=Path, help="only draw what the calibration holds, as PNG files (default: no)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="(default: calibration.safetensors in the checkpoint folder)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default: cuda where there is one, else cpu)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="round the blocks' weights first; needs --out (default: as they are)")
+    parser.add_device()
+    parser.add_precision("; needs --out")
     arguments = parser.parse_args()
     if arguments.model.startswith("random:"):
         raise InputError(f"{arguments.model} has random weights: commands calibrate it on random tokens as they start")
-    for instead in ("import_teal", "figures"):
-        for name in ("figures", "text", "greedy", "no_fisher"):
-            if name != instead and getattr(arguments, instead) and getattr(arguments, name):
-                raise InputError(f"--{name.replace('_', '-')} means nothing with --{instead.replace('_', '-')}")
+    refuse_beside(arguments, {"import_teal": ("figures", "text", "greedy", "no_fisher"), "figures": ("text", "greedy", "no_fisher")})
     if arguments.quantize and not arguments.out:
         raise InputError("--quantize needs --out: calibration.safetensors in the folder is that of the weights as they are")
     path = arguments.out or Path(arguments.model) / "calibration.safetensors"

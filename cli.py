@@ -26,6 +26,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
 
+    def add_device(self):
+        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                          help="(default: cuda where there is one, else cpu)")
+
+    def add_precision(self, needs=""):
+        """How a model is loaded, as load_model takes it; needs: what more --quantize asks for."""
+        self.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
+        self.add_argument("--quantize", choices=["int8", "int4"], help=f"round the blocks' weights first{needs} (default: as they are)")
+
+
+def refuse_beside(arguments, meaningless):
+    """Raises InputError where an option is given beside one that leaves it without meaning: {that one: the others}."""
+    for option, others in meaningless.items():
+        for other in others:
+            if getattr(arguments, option) and getattr(arguments, other):
+                raise InputError(f"--{other.replace('_', '-')} means nothing with --{option.replace('_', '-')}")
+
 
 def command_line(main):
     """Runs a file's `main()`; input it cannot use ends it with one line and exit status 2, not a traceback."""

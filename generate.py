@@ -8,6 +8,7 @@ decode.py holds the loop that writes one token after another, speculate.py the o
     python generate.py --model FOLDER --chat                   a conversation
     torchrun --nproc-per-node=2 generate.py --model FOLDER     on two GPUs: see parallel.py
 """
+import functools
 import statistics
 import sys
 import time
@@ -151,10 +152,8 @@ def read_arguments():
     parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens (default: all)")
     parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this share (default: all; 0.9 in the demo)")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable (default: 0 when runs are compared, else none)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default: cuda where there is one, else cpu)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="round the blocks' weights first (default: as they are)")
+    parser.add_device()
+    parser.add_precision()
     parser.add_argument("--calibration", metavar="FILE", help="(default: calibration.safetensors in the checkpoint folder)")
     parser.add_argument("--allocation", help="how the sparsity is shared out (default: the best that the calibration holds)")
     arguments = parser.parse_args()
@@ -215,10 +214,12 @@ def show(arguments):
 
     ours = best_backend(model.model.embed_tokens.weight)
 
+    @functools.cache
+    def calibration():
+        return load_calibration(model, arguments.model, arguments.calibration)
+
     def thresholds_for(sparsity):
-        thresholds = dict.fromkeys(linear_names(model.config), 0.0)
-        if sparsity:
-            thresholds = load_calibration(model, arguments.model, arguments.calibration).thresholds(sparsity, arguments.allocation)
+        thresholds = calibration().thresholds(sparsity, arguments.allocation) if sparsity else dict.fromkeys(linear_names(model.config), 0.0)
         if ours == "c":                                    # the head stays dense, but is read faster by our kernel
             thresholds["lm_head"] = 0.0
         return parallel.part_of_thresholds(thresholds)

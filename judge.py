@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from calibrate import load_calibration
-from cli import DEMO, InputError, Parser, check_figure, natural, progress_line, pyplot
+from cli import DEMO, InputError, Parser, check_figure, natural, progress_line, pyplot, refuse_beside
 from model import check_tokens, load_model
 from sparsify import SparseLinear, default_context, read_tokens, realised_sparsity, reset_counts, sparse_mode, sparsify, windows_of
 
@@ -52,7 +52,7 @@ class Setting:
                 reset_counts(model)
                 yield model.sparse_state.counts
             return
-        counts, hooks = torch.zeros_like(model.sparse_state.counts), []
+        counts, hooks = torch.zeros_like(model.sparse_state.counts), contextlib.ExitStack()
         names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear) and module.state]
         for layer, (block, threshold) in enumerate(zip(model.model.layers, self.gate_thresholds.tolist())):
             skipping = [names.index(f"model.layers.{layer}.mlp.{name}_proj") for name in ("up", "down")]
@@ -65,13 +65,9 @@ class Setting:
                 counted = keep[:, self.dense_prefix:]
                 counts[skipping] += torch.stack((counted.sum(), torch.tensor(counted.numel(), device=keep.device)))
                 return gate * keep                         # silu(0) is 0: the channel's product is gone
-            hooks.append(block.mlp.gate_proj.register_forward_hook(drop))
-        try:
-            with sparse_mode(model, "off"):
-                yield counts
-        finally:
-            for hook in hooks:
-                hook.remove()
+            hooks.enter_context(block.mlp.gate_proj.register_forward_hook(drop))
+        with hooks, sparse_mode(model, "off"):
+            yield counts
 
 
 @torch.no_grad()
@@ -223,18 +219,18 @@ def share_read(model, thresholds, tokens, count, length=256):
 
     def look(name, module, inputs):
         kept[name] = inputs[0][:, length // 2:].abs() > thresholds[name].to(model.device)
-    hooks = [model.get_submodule(name).register_forward_pre_hook(functools.partial(look, name)) for name in thresholds]
-    model(texts)
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for name in thresholds:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(functools.partial(look, name)))
+        model(texts)
     sizes = {name: model.get_submodule(name).weight.numel() for name in kept}
     read = {name: keep.unflatten(0, (-1, count)).any(1).double().mean().item() for name, keep in kept.items()}
     return sum(sizes[name] * read[name] for name in kept) / sum(sizes.values())
 
 
-def draw_quality(rows, path, plt):
-    """Added perplexity against realised sparsity, a line an allocation; plt: matplotlib.pyplot."""
-    dense = rows[0]["perplexity"]
+def draw_quality(rows, path):
+    """Added perplexity against realised sparsity, a line an allocation."""
+    plt, dense = pyplot(), rows[0]["perplexity"]
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     colours = {}                                           # of allocations; another checkpoint's lines are dashed
     for name in dict.fromkeys(row["allocation"] for row in rows):
@@ -272,17 +268,12 @@ def main():
     parser.add_argument("--functions", type=int, metavar="N", help="of the held-out part to complete and parse (default: 120; 0 with --text)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON (default: as a table)")
     parser.add_argument("--figure", metavar="FILE", help="draw perplexity against sparsity as a PNG (default: no figure)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default: cuda where there is one, else cpu)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: the checkpoint's own)")
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="round the blocks' weights first (default: as they are)")
+    parser.add_device()
+    parser.add_precision()
     arguments = parser.parse_args()
-    for instead, replaced in (("sources", ("batch", "sparsity", "allocation", "beside", "figure", "functions")),
-                              ("batch", ("sparsity", "allocation", "beside", "figure", "functions", "context", "scored", "paper")),
-                              ("paper", ("context", "scored", "dense_prefix"))):
-        for name in replaced:
-            if getattr(arguments, instead) and getattr(arguments, name):
-                raise InputError(f"--{name.replace('_', '-')} means nothing with --{instead}")
+    table = "sparsity", "allocation", "beside", "figure", "functions"
+    refuse_beside(arguments, {"sources": ("batch", *table), "batch": (*table, "context", "scored", "paper"),
+                              "paper": ("context", "scored", "dense_prefix"), "beside": ("functions",)})
     arguments.sparsity = arguments.sparsity or [0.25, 0.4, 0.5, 0.6, 0.65, 0.75]
     if arguments.functions is not None and arguments.functions < 0:
         raise InputError(f"--functions is {arguments.functions}, expected at least 0")
@@ -307,9 +298,10 @@ def main():
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
     tokens = tokens[:arguments.tokens]
     if arguments.batch:
+        thresholds = calibration.thresholds(0.5)
         print(f"{'texts side by side':>20} {'weights read, each at 50% sparsity':>36}")
         for count in arguments.batch:
-            print(f"{count:20} {share_read(model, calibration.thresholds(0.5), tokens, count):36.1%}", flush=True)
+            print(f"{count:20} {share_read(model, thresholds, tokens, count):36.1%}", flush=True)
         return
 
     def rows_of(model, calibration, name=""):
@@ -335,8 +327,6 @@ def main():
     settings, rows = rows_of(model, calibration)
     rows[0]["perplexity_at_target"] = rows[0]["perplexity"]
     if arguments.beside:
-        if arguments.functions:
-            raise InputError("--beside is for the table of perplexities, without --functions")
         other, other_tokenizer = load_model(arguments.beside, arguments.device, arguments.dtype, arguments.quantize)
         if other_tokenizer.pieces() != tokenizer.pieces():
             raise InputError(f"--beside {arguments.beside}: its tokenizer is not that of {arguments.model}")
@@ -354,7 +344,7 @@ def main():
     about = {"model": arguments.model, "text": source, "tokens": len(tokens), "context": context,
              "scored": arguments.scored or context, "dense_prefix": arguments.dense_prefix, "calibration": calibration.source}
     if arguments.figure:
-        draw_quality(rows, arguments.figure, pyplot())
+        draw_quality(rows, arguments.figure)
     if arguments.json:
         print(json.dumps(about | {"rows": rows}, indent=1))
         return

@@ -95,6 +95,11 @@ class QuantizedWeight(torch.nn.Module):
         return (codes.to(wide) * self.scales.to(wide)[:, None]).flatten(0, 1).to(dtype)
 
 
+def words_of(outputs, bits):
+    """How many words hold the codes of so many outputs, as pack_codes lays them out."""
+    return -(-outputs // (16 * (32 // bits))) * 16
+
+
 def pack_codes(codes, bits):
     """codes (in, out), integers of 4 or 8 bits -> (in, words) int32.
 

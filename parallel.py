@@ -125,12 +125,13 @@ def part_of_thresholds(thresholds):
 
 def empty_part(config, name):
     """A Llama on the meta device with the linears that this rank holds, and what the ranks say to each other built in."""
+    own = {}
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(config, key) % ranks():
+        own[key], rest = divmod(getattr(config, key), ranks())
+        if rest:
             raise InputError(f"{name}: {key} is {getattr(config, key)}, which {ranks()} processes cannot share evenly")
     if config.quantization_config:
         raise InputError(f"{name}: quantized folders are not split; take the unquantized one, with --quantize")
-    own = {key: getattr(config, key) // ranks() for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
     model = Llama.shapes(replace(config, **own, tie_word_embeddings=False))
     model.lm_head = nn.Linear(config.hidden_size, rows_of(config.vocab_size), bias=False, device="meta")
     model.config = replace(config, tie_word_embeddings=False)        # of the whole model, but that the head is no longer the embedding

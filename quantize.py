@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-from kernel import QuantizedWeight, pack_codes
+from kernel import QuantizedWeight, pack_codes, words_of
 from checkpoint import Config, block_linears, linear_names, rewrite_checkpoint
 from cli import DEMO, InputError, Parser, command_line, natural, progress_line
 from model import Llama, load_model, load_tokenizer
@@ -92,7 +92,7 @@ def empty_weight(inputs, outputs, bits, group=None):
     """A QuantizedWeight without values, on the meta device: what a checkpoint's tensors are checked against."""
     def empty(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
-    words = -(-outputs // (16 * (32 // bits))) * 16
+    words = words_of(outputs, bits)
     if bits == 8:
         return QuantizedWeight(empty(inputs, words, dtype=torch.int32), empty(outputs, dtype=torch.float32))
     return QuantizedWeight(empty(inputs, words, dtype=torch.int32), empty(inputs // group, outputs, dtype=torch.bfloat16),

@@ -23,6 +23,7 @@ activation sparsity: LaRoSA, arXiv 2507.01299, with a rotation a layer, paid for
 
     python rotate.py --model FOLDER --out FOLDER [--text FILE]
 """
+import contextlib
 from pathlib import Path
 
 import torch
@@ -53,22 +54,20 @@ def covariances(model, windows, progress=lambda text: None):
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
         stream.addmm_(x.T, x)
 
-    hooks = []
+    hooks = contextlib.ExitStack()                         # a handle is a context manager, which takes its hook away
     for layer, block in enumerate(model.model.layers):
-        hooks += [norm.register_forward_hook(add_stream) for norm in (block.input_layernorm, block.post_attention_layernorm)]
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            hooks.enter_context(norm.register_forward_hook(add_stream))
 
         def add_heads(module, inputs, layer=layer):
             x = inputs[0][:, SINKS:].double().flatten(0, 1)                                 # (N, H * D)
             x = x.view(len(x), config.num_key_value_heads, -1, config.head_dim)             # (N, G, H/G, D)
             heads[layer] += torch.einsum("nghd,nghe->gde", x, x)
-        hooks.append(block.self_attn.o_proj.register_forward_pre_hook(add_heads))
-    try:
+        hooks.enter_context(block.self_attn.o_proj.register_forward_pre_hook(add_heads))
+    with hooks:
         for done, part in enumerate(windows.split(4)):
             progress(f"rotating, covariance: window {4 * done} of {len(windows)}")
             model(part[:, :-1].to(model.device), last_only=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return stream.cpu(), heads.cpu()
 
 
@@ -139,8 +138,7 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write, which must not exist (no default: it is needed)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run (default: the standard library's held-in part)")
     parser.add_argument("--tokens", type=natural, default=50_000, help="how many tokens of it at most (default: 50000)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default: cuda where there is one, else cpu)")
+    parser.add_device()
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="to write (default: the checkpoint's own)")
     arguments = parser.parse_args()
     if Path(arguments.out).exists():

@@ -128,11 +128,14 @@ def close(found, expected, tolerance):
     return bool(error <= tolerance)
 
 
-def run(*command, **options):
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(HERE), **more}
+
+
+def run(*command, env=None, **options):
     """A command line of ours, as its user runs it."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE)} | options.pop("env", {})
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=HERE,
-                          env=environment, **options)
+                          env=environment(**env or {}), **options)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1337,7 +1340,7 @@ def test_figures(calibrated, tmp_path):
     calibrate.draw_allocations(made, tmp_path / "b.png")
     rows = [{"allocation": name, "sparsity": share, "perplexity": 10 + share} for name, share in
             (("dense", 0), ("uniform", 0.2), ("uniform", 0.5), ("rotated uniform", 0.2))]
-    judging.draw_quality(rows, tmp_path / "c.png", cli.pyplot())
+    judging.draw_quality(rows, tmp_path / "c.png")
     timed = {("float32", 64, 64): (0.2, 16384, [0.2, 0.1]), ("int8", 64, 64): (0.2, 4096, [0.1, 0.05])}
     timing.draw_speed(timed, [0, 0.5], 1e5, tmp_path / "d.png")
     assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in "abcd")
@@ -2306,7 +2309,7 @@ def test_ranks_hold_a_conversation_and_wait_for_a_person(tmp_path):
     one = run(*command, input="one\ntwo\n")
     two = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, command)], cwd=HERE, text=True,
                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+                           env=environment(OMP_NUM_THREADS="1"))
     two.stdin.write("one\n")
     two.stdin.flush()
     two.stdout.readline()                                  # what model this is
@@ -2335,8 +2338,8 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path, when):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = [subprocess.Popen([sys.executable, script, when], cwd=HERE, stderr=subprocess.PIPE, text=True,
-                                env={**os.environ, "PYTHONPATH": str(HERE), "RANK": str(rank), "WORLD_SIZE": "2",
-                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
+                                env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                                                OMP_NUM_THREADS="1")) for rank in (0, 1)]
     errors = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [2, 9], errors
     expected = "another process has ended" if when == "while it decodes" else "the processes cannot be joined"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from checkpoint import block_linears
 from cli import InputError, Parser, check_figure, find_device, pyplot
-from kernel import MAX_ROWS, QuantizedWeight, best_backend, dense, sparse_gemv
+from kernel import MAX_ROWS, QuantizedWeight, best_backend, dense, sparse_gemv, words_of
 from model import PRESETS
 
 
@@ -59,7 +59,7 @@ def threshold_dropping(x, share):
 
 def random_codes(inputs, outputs, bits, device):
     """A QuantizedWeight of random codes, in groups of 128 at 4 bits."""
-    words = -(-outputs // (16 * (32 // bits))) * 16
+    words = words_of(outputs, bits)
     codes = torch.randint(-2**31, 2**31, (inputs, words), dtype=torch.int32, device=device)
     if bits == 8:
         return QuantizedWeight(codes, torch.rand(outputs, device=device))
@@ -163,8 +163,7 @@ def main():
                         help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
     parser.add_argument("--rows", nargs="+", type=int, default=[1], help="tokens at a time, 1 to 8 (default: 1)")
     parser.add_argument("--figure", metavar="FILE", help="draw the ratios, and what the bandwidth allows, as a PNG (default: no figure)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default: cuda where there is one, else cpu)")
+    parser.add_device()
     arguments = parser.parse_args()
     if arguments.shapes not in PRESETS:
         raise InputError(f"--shapes {arguments.shapes!r} is not known; known are {', '.join(PRESETS)}")

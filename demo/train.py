@@ -113,8 +113,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE, help="checkpoint folder to write (default: demo)")
     parser.add_argument("--state", type=Path, default=HERE / "training",
                         help="folder for the state to resume from and the log (default: demo/training)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default: cuda where there is one, else cpu)")
+    parser.add_device()
     arguments = parser.parse_args()
     device = find_device(arguments.device)
     if not BATCH * CONTEXT <= arguments.tokens < 1e12:
