@@ -14,7 +14,8 @@ import torch
 
 import parallel
 from cli import InputError
-from model import check_tokens, in_window
+from model import check_tokens
+from step import Steps
 
 
 def probabilities(logits, temperature, top_k=None, top_p=None):
@@ -100,67 +101,3 @@ def choose(logits, sampling, generator):
 def random_source(model, seed):
     generator = torch.Generator(model.device)
     return generator.manual_seed(parallel.from_first(lambda: generator.seed() if seed is None else seed))
-
-
-class Steps:
-    """`model(tokens, cache)` for a few tokens at a time, on a GPU replayed from CUDA graphs.
-
-    A step of decoding is hundreds of small kernels, which the host cannot launch as fast as the GPU runs them. A graph
-    launches them at once, but always the same kernels on the same memory. So the tokens, where they stand and
-    what they see are tensors that are overwritten before each replay, and attention looks at the whole cache
-    through a mask. One graph for each number of tokens, captured when it is first needed, in the sparse_mode
-    that is then in force; thresholds are read where they lie, so that changed ones count.
-    """
-
-    def __init__(self, model, cache):
-        self.model, self.cache, self.graphs = model, cache, {}
-
-    def __call__(self, tokens, depths=None, sees=None):
-        """tokens (1, T) int64 -> logits (1, T, vocab), valid until the next call; the cache is T positions longer.
-
-        For a tree of tokens: depths (T,) says how far behind the used positions each stands, sees (T, T) bool
-        which of the others each sees.
-        """
-        model, cache, T = self.model, self.cache, tokens.shape[1]
-        if model.device.type != "cuda":
-            if depths is None:
-                return model(tokens, cache)
-            window, positions = model.config.sliding_window, cache.used + depths
-            past, sees = in_window(torch.arange(cache.used), positions, window), sees & in_window(positions, positions, window)
-            return model(tokens, cache, positions, torch.cat((past, sees), 1))
-        order = torch.arange(T, device=model.device)
-        slots = cache.used + order
-        positions = slots if depths is None else cache.used + depths
-        all_slots = torch.arange(cache.length, device=model.device)
-        mask = (all_slots < cache.used) & in_window(all_slots, positions, model.config.sliding_window)      # (T, length)
-        sees = order <= order[:, None] if sees is None else sees
-        mask[:, cache.used:cache.used + T] = sees & in_window(positions, positions, model.config.sliding_window)
-        inputs = tokens, positions, mask, slots
-        if T not in self.graphs:
-            self.graphs[T] = self.capture([tensor.clone() for tensor in inputs])
-        graph, places, logits = self.graphs[T]
-        for place, tensor in zip(places, inputs):
-            place.copy_(tensor)
-        graph.replay()
-        cache.used += T
-        return logits
-
-    def capture(self, places):
-        """(graph, its inputs, its logits). The trial runs write where the first replay will, and count for nothing."""
-        def run():
-            tokens, positions, mask, slots = places
-            return self.model(tokens, self.cache, positions, mask, slots)
-
-        state = getattr(self.model, "sparse_state", None)
-        counts = None if state is None else state.counts.clone()
-        aside = torch.cuda.Stream()                        # libraries set themselves up before the capture, not in it
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            run(), run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = run()
-        if state is not None:
-            state.counts.copy_(counts)
-        return graph, places, logits

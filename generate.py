@@ -19,11 +19,12 @@ import parallel
 from calibrate import load_calibration
 from checkpoint import linear_names
 from cli import DEMO, InputError, Parser, command_line, natural, progress_line
-from decode import Steps, check_prompt, check_sampling, choose, generate, random_source
+from decode import check_prompt, check_sampling, choose, generate, random_source
 from kernel import best_backend
 from model import Llama, load_model
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
 from speculate import ModelDraft, RecycleDraft, generate_speculative, verdict
+from step import Steps
 from tokenizer import StreamDecoder, chat_template
 
 PROMPT = 'class Stack:\n    """A last-in, first-out stack of items."""\n\n    def __init__(self'

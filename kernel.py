@@ -41,15 +41,11 @@ input stays float64 and takes "torch".
 """
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from cc import compiled
 
 try:
     import triton
@@ -501,90 +497,52 @@ DEFINE(i4, 4, I4_LANE, 1.0f, I4_SCALED, 1)
 """
 C_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", 8: "i8", 4: "i4"}    # by dtype, or bits of a code
 SPAN = 512               # channels that one thread lists at a time; of an int4 weight, its group
-# No -ffast-math: a library linked with it makes the whole process flush denormals. -march is for gcc and clang
-# on x86, -mcpu for arm. Apple's compiler has no OpenMP of its own: there the kernel runs on one thread.
-C_FLAGS = ["-O3 -fopenmp -march=native -mprefer-vector-width=512", "-O3 -fopenmp -march=native",
-           "-O3 -fopenmp -mcpu=native", "-O3 -mcpu=native", "-O3"]
 
 
 @functools.cache
 def c_library():
-    """C_SOURCE compiled for this processor and loaded, or None where no C compiler builds it.
-
-    Built on first use, in under a second, into MINTEAL_CACHE or ~/.cache/minteal under a name that carries a hash
-    of source, flags, compiler and processor. Set MINTEAL_CACHE to "off" to do without.
-    """
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if os.environ.get("MINTEAL_CACHE") == "off" or compiler is None:
-        return None
-    try:
-        folder = Path(os.environ.get("MINTEAL_CACHE") or Path.home() / ".cache" / "minteal")
-        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
-        for flags in C_FLAGS:
-            identity = "\n".join([C_SOURCE, flags, version, _processor()])
-            library = folder / f"kernel-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-            loaded = _load(library) or _build(compiler, flags, library) and _load(library)
-            if loaded:
-                return loaded
-    except (OSError, RuntimeError):                        # no compiler to run, no folder to write to, no home
-        pass
-    return None
-
-
-def _build(compiler, flags, library):
-    """Compiles C_SOURCE to the file `library`, whole or not at all, whoever else is building; whether it did."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    temporary = library.with_suffix(f".{os.getpid()}.tmp")
-    built = subprocess.run([*compiler.split(), *flags.split(), "-shared", "-fPIC", "-x", "c", "-", "-o", str(temporary), "-lm"],
-                           input=C_SOURCE, capture_output=True, text=True)
-    if built.returncode == 0:
-        os.replace(temporary, library)
-    temporary.unlink(missing_ok=True)
-    return built.returncode == 0
-
-
-def _load(library):
-    """The library at a path, its functions declared, or None if there is none that loads."""
-    try:
-        loaded = ctypes.CDLL(str(library))
-    except OSError:
-        return None
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    for name in C_NAMES.values():
-        getattr(loaded, name).argtypes = [pointer, integer, *[pointer] * 7, long, long, long, integer, pointer]
-    return loaded
-
-
-def _processor():
-    """What -march=native looks at, near enough: a cache folder may be shared between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return platform.machine() + platform.processor() + "".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+    """C_SOURCE compiled for this processor, its functions declared, or None where no C compiler builds it."""
+    library = compiled(C_SOURCE)
+    if library is not None:
+        pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+        for name in C_NAMES.values():
+            getattr(library, name).argtypes = [pointer, integer, *[pointer] * 7, long, long, long, integer, pointer]
+    return library
 
 
 def _c_group(x, weights_t, thresholds, counts, gated):
     if not fits_c(x) or c_library() is None:
         raise ValueError(f'backend "c" needs a C compiler and float32, float16 or bfloat16 on the CPU, not '
                          f'{x.dtype} on {x.device.type}')
-    dtype, x, n, outs, first = x.dtype, x.float().contiguous(), len(weights_t), [w.shape[1] for w in weights_t], weights_t[0]
+    y = torch.empty(len(x), sum(w.shape[1] for w in weights_t), dtype=torch.float32)
+    counts = torch.empty(len(weights_t), 2, dtype=torch.int64) if counts is None else counts
+    wide = x.float().contiguous()
+    function, arguments = c_call(wide, len(x), weights_t, thresholds, counts, y)
+    if function(*arguments):
+        raise MemoryError("no memory for the list of kept channels")
+    return (_gated(y) if gated else y).to(x.dtype)
+
+
+def c_call(x, rows, weights_t, thresholds, counts, y):
+    """The C function that sets y (rows, sum of out_l) to the products of a group of x (rows, in), and its arguments.
+
+    x and y: float32, contiguous, which must outlive the call, as must all tensors; rows: how many there are, an int or a
+    ctypes.c_long that may change between calls; the rest as in sparse_gemv_group, but all of it tensors.
+    The function returns 0, or 1 where memory ran out.
+    """
+    n, outs, first = len(weights_t), [w.shape[1] for w in weights_t], weights_t[0]
     # Channels come in spans, which the threads share out for listing. A span of int4 codes has one scale: it is their group.
-    kind, span, codes, scales, zeros = dtype, SPAN, weights_t, [], []
+    span, scales, zeros = SPAN, [], []
     if isinstance(first, QuantizedWeight):
         kind, span, codes = first.bits, first.group or SPAN, [w.codes for w in weights_t]
         scales, zeros = [w.scales.data_ptr() for w in weights_t], [w.zeros.data_ptr() for w in weights_t if w.group]
-    y = torch.empty(len(x), sum(outs), dtype=torch.float32)
-    counts = torch.empty(n, 2, dtype=torch.int64) if counts is None else counts
+    else:
+        kind, codes = first.dtype, weights_t
     pointers, longs = ctypes.c_void_p * n, ctypes.c_long * n
-    failed = getattr(c_library(), C_NAMES[kind])(
+    return getattr(c_library(), C_NAMES[kind]), (
         x.data_ptr(), n, pointers(*[w.data_ptr() for w in codes]), pointers(*scales), pointers(*zeros),
         pointers(*[t.data_ptr() for t in thresholds]), longs(*[t.ndim for t in thresholds]), longs(*outs), y.data_ptr(),
-        len(x), x.shape[1], span, torch.get_num_threads(), counts.data_ptr())
-    if failed:
-        raise MemoryError("no memory for the list of kept channels")
-    return (_gated(y) if gated else y).to(dtype)
+        rows, x.shape[1], span, torch.get_num_threads(), counts.data_ptr())
 
 
 def fits_c(x):

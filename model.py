@@ -235,8 +235,8 @@ class Llama(nn.Module):
         """
         B, T = tokens.shape
         past = 0 if cache is None else cache.used
-        if cache is not None and slots is None and past + T > cache.length:
-            raise InputError(f"{T} tokens do not fit a cache of {cache.length} positions, {past} of them used")
+        if cache is not None and slots is None:
+            check_fit(tokens, cache)
         if tokens.device.type == "cpu":                    # elsewhere a look at the values would wait for the device
             check_tokens(tokens, self.config)
         x = self.model.embed_tokens(tokens)                                                 # (B, T, hidden)
@@ -336,6 +336,12 @@ def put(model, name, tensor, device, dtype):
         setattr(module, leaf, nn.Parameter(copy, requires_grad=False))
     else:
         setattr(module, leaf, tensor.to(device))
+
+
+def check_fit(tokens, cache):
+    """Raises InputError if tokens (B, T) do not fit behind what the cache holds."""
+    if cache.used + tokens.shape[1] > cache.length:
+        raise InputError(f"{tokens.shape[1]} tokens do not fit a cache of {cache.length} positions, {cache.used} of them used")
 
 
 def check_tokens(tokens, config):

@@ -23,9 +23,10 @@ import time
 import torch
 
 from cli import InputError
-from decode import Steps, check_prompt, check_sampling, choose, probabilities, random_source
+from decode import check_prompt, check_sampling, choose, probabilities, random_source
 from model import Llama
 from sparsify import sparse_mode
+from step import Steps
 
 
 class Tree:

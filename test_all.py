@@ -37,6 +37,7 @@ import parallel                                                                 
 import quantize as quantizing                                                               # noqa: E402
 import rotate as rotation                                                                   # noqa: E402
 import speculate as speculation                                                             # noqa: E402
+import step as stepping                                                                     # noqa: E402
 import timing                                                                               # noqa: E402
 import tokenizer as tokenizing                                                              # noqa: E402
 import sparsify as sparse                                                                   # noqa: E402
@@ -1043,6 +1044,184 @@ def test_functions_are_cut_and_parsed():
     found = judging.function_beginnings(tokenizer, corpus.files("held-out"), 20)
     assert len(found) == 20 and all(len(ids) == 128 for ids, _ in found)
     assert all(tokenizer.decode(ids).endswith(head) and "def " in head for ids, head in found)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# step.py
+
+needs_c = pytest.mark.skipif(kernel.c_library() is None, reason="no C compiler")
+
+
+def steps_of(model, cache, taped):
+    """Steps that are sure to be replayed, or sure to run the model."""
+    assert stepping.can_be_taped(model, cache)
+    steps = stepping.Steps(model, cache)
+    if not taped:
+        steps.tape = lambda tokens: None
+    return steps
+
+
+def taped_case(seed):
+    """A random sparsified model, and how far its tape may be from it."""
+    _, pick = picker(seed)
+    dtype = pick(torch.float32, torch.float32, torch.bfloat16, torch.float16)
+    bits = pick(None, None, 8, 4)
+    model = tiny_model(dtype, seed, head_dim=pick(12, 16, 32), num_attention_heads=8, num_key_value_heads=pick(1, 2, 8),
+                       hidden_size=64, intermediate_size=96, attention_bias=pick(False, True), mlp_bias=pick(False, True),
+                       sliding_window=pick(None, 5, 40), tie_word_embeddings=pick(False, True), max_position_embeddings=160)
+    thresholds = some_thresholds(model)
+    if bits:
+        quantizing.quantize(model, bits, 32)
+    if dtype != torch.float32:                             # a model rounds between its products, a tape does not: inputs
+        thresholds = dict.fromkeys(thresholds, -1.0)       # near a threshold would lie on different sides of it
+    sparse.sparsify(model, thresholds | pick({}, {"lm_head": 0.3 if dtype == torch.float32 else -1.0}))
+    return model, {torch.float32: 1e-5, torch.float16: 2**-7, torch.bfloat16: 2**-4}[dtype]
+
+
+@needs_c
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["decode", "all", "off"])
+def test_a_tape_computes_what_the_model_does(where):
+    for seed in range(30):
+        model, tolerance = taped_case(seed)
+        tokens, found, counts = tokens_like(model, 1, 120, seed=seed), {}, {}
+        with sparse.sparse_mode(model, where):
+            for taped in (True, False):
+                cache, at, found[taped] = model.make_cache(1, 130), seed % 2 * 75, []
+                if at:                                     # a prompt that spans tiles of positions
+                    model(tokens[:, :at], cache)
+                sparse.reset_counts(model)
+                steps = steps_of(model, cache, taped)
+                for size in (1, 3, 1, 8, 2, 1, 7, 5, 1, 1):
+                    found[taped].append(steps(tokens[:, at:at + size]).clone())
+                    at += size
+                    assert cache.used == at
+                counts[taped] = model.sparse_state.counts.clone()
+        # Now and then rounding puts an input on the other side of its threshold.
+        assert close(torch.cat(found[True], 1), torch.cat(found[False], 1), tolerance if where == "off" else max(tolerance, 0.03)), seed
+        assert torch.allclose(counts[True].double(), counts[False].double(), rtol=0.01), seed
+
+
+@needs_c
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 6, 50])
+def test_a_tape_sees_the_tree(window):
+    model = sparse.sparsify(tiny_model(torch.float32, sliding_window=window, max_position_embeddings=160),
+                            dict.fromkeys(linear_names(tiny_model()), 0.3))
+    tree = speculation.draft_tree(7, torch.device("cpu"))
+    assert max(tree.depths) > 1 and max(map(len, tree.children)) > 1
+    tokens, found = tokens_like(model, 1, 90), {}
+    with sparse.sparse_mode(model, "all"):
+        for taped in (True, False):
+            cache = model.make_cache(1, 100)
+            model(tokens[:, :70], cache)
+            steps = steps_of(model, cache, taped)
+            trees = [steps(tokens[:, 70:78], tree.depths, tree.sees).clone()]
+            cache.keep(70, [0, *tree.children[0][1:2]])    # another branch than the first
+            trees.append(steps(tokens[:, 78:86], tree.depths, tree.sees).clone())
+            found[taped] = torch.cat(trees)
+    assert close(found[True], found[False], 1e-4)
+
+
+@needs_c
+@torch.no_grad()
+def test_decoding_replays_a_tape_where_it_can(monkeypatch):
+    """Sparsified models of one text; what a tape does not know of runs the model."""
+    def passes(model):
+        """How often the model itself ran, but for the prompt."""
+        seen, forward = [], Llama.forward
+        monkeypatch.setattr(Llama, "forward", lambda self, tokens, *rest, **named: (seen.append(tokens.shape[1]),
+                                                                                   forward(self, tokens, *rest, **named))[1])
+        list(generate(model, [1, 2, 3, 4, 5], 10))
+        monkeypatch.setattr(Llama, "forward", forward)
+        return sum(length == 1 for length in seen)
+
+    made = sparse.sparsify(tiny_model(torch.float32), dict.fromkeys(linear_names(tiny_model()), 0.2))
+    assert passes(made) == 0
+    with sparse.sparse_mode(made, "off"):
+        assert passes(made) == 0
+    with sparse.sparse_mode(made, "all", dense_prefix=2):
+        assert passes(made) == 9
+    looking = made.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
+    assert passes(made) == 9
+    looking.remove()
+    assert passes(made) == 0
+    assert passes(tiny_model(torch.float32)) == 9          # not sparsified: its weights are not transposed
+    assert passes(sparse.sparsify(tiny_model(torch.float32), {"model.layers.0.mlp.down_proj": 0.2})) == 9
+    assert passes(sparse.sparsify(tiny_model(), dict.fromkeys(linear_names(tiny_model()), 0.2))) == 9       # float64
+    assert not stepping.can_be_taped(made, made.make_cache(2, 8))
+    steps = steps_of(made, made.make_cache(1, 3), True)
+    for bad, message in ((torch.ones(1, 4, dtype=torch.int64), "4 tokens do not fit a cache of 3 positions"),
+                         (torch.tensor([[61]]), "token id 61"), (torch.tensor([[-1]]), "token id -1")):
+        with pytest.raises(InputError, match=message):
+            steps(bad)
+
+
+@needs_c
+@torch.no_grad()
+def test_a_model_that_was_changed_is_not_taped(monkeypatch):
+    made = sparse.sparsify(tiny_model(torch.float32), dict.fromkeys(linear_names(tiny_model()), 0.0))
+    before = list(generate(made, [1, 2, 3], 12))
+    monkeypatch.setattr(sparse.SparseMLP, "gated", lambda self, x: F.gelu(self.gate_proj(x)) * self.up_proj(x))
+    changed = sparse.sparsify(tiny_model(torch.float32), dict.fromkeys(linear_names(tiny_model()), 0.0))
+    with pytest.warns(UserWarning, match="step.py does not compute what model.py does: logits differ by"):
+        after = list(generate(changed, [1, 2, 3], 12))
+    assert after == by_prefill(changed, [1, 2, 3], 12) != before
+
+
+@torch.no_grad()
+def by_prefill(model, prompt, count):
+    """Greedy tokens, each from a pass over all that is before it."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt):]
+
+
+@needs_c
+@torch.no_grad()
+def test_a_tape_reads_the_thresholds_and_the_mode_in_force():
+    model = sparse.sparsify(tiny_model(torch.float32), dict.fromkeys(linear_names(tiny_model()), 0.1))
+    tokens, found = tokens_like(model, 1, 12), {}
+    for taped in (True, False):
+        cache, found[taped] = model.make_cache(1, 12), []
+        steps = steps_of(model, cache, taped)
+        for at, (where, threshold) in enumerate([("decode", 0.1), ("off", 0.1), ("decode", 0.8), ("all", 0.5), ("off", 0.5), ("decode", 0.1)]):
+            with sparse.sparse_mode(model, where, dict.fromkeys(linear_names(model), threshold)):
+                found[taped].append(steps(tokens[:, at:at + 1]).clone())
+    assert close(torch.cat(found[True]), torch.cat(found[False]), 1e-5)
+    assert not close(found[True][2], found[True][0], 0.1)
+
+
+@needs_c
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_shows_through_a_tape_and_its_cache(dtype):
+    model = sparse.sparsify(tiny_model(dtype), dict.fromkeys(linear_names(tiny_model()), 0.0))
+    model.model.embed_tokens.weight[5] = float("nan")
+    steps = steps_of(model, model.make_cache(1, 8), True)
+    assert steps(torch.tensor([[1]])).isfinite().all()
+    assert steps(torch.tensor([[5]])).isnan().all()
+    assert steps(torch.tensor([[1]])).isnan().all()        # it looks back at one that is
+
+
+@needs_c
+@torch.no_grad()
+def test_a_cache_of_16_bits_holds_what_rounding_makes_of_a_float():
+    """Keys pass through a tape to its cache; as a token at position 0 is not rotated, they are the projection itself."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = sparse.sparsify(tiny_model(dtype, num_hidden_layers=1), dict.fromkeys(linear_names(tiny_model(num_hidden_layers=1)), 0.0))
+        values = torch.cat((torch.randn(20) * 10.0 ** torch.randint(-8, 5, (20,)), torch.tensor([0.0, -0.0, 65504.0, -6e-8])))
+        attention = model.model.layers[0].self_attn
+        for linear in (attention.k_proj, attention.v_proj):
+            linear.weight_t.zero_()
+        attention.k_proj.bias = torch.nn.Parameter(values, requires_grad=False)
+        attention.q_proj.bias = torch.nn.Parameter(torch.zeros(attention.q_proj.out_features), requires_grad=False)
+        attention.v_proj.bias = torch.nn.Parameter(torch.tensor([70000.0, float("inf"), float("-inf"), float("nan")] * 6), requires_grad=False)
+        cache = model.make_cache(1, 4)
+        stepping.Tape(model, cache, sparse=False)(torch.tensor([[1]]))
+        assert torch.equal(cache.keys[0, 0, :, 0].flatten(), values.to(dtype))
+        assert torch.equal(cache.values[0, 0, :, 0].flatten().nan_to_num(nan=7.0), attention.v_proj.bias.to(dtype).nan_to_num(nan=7.0))
 
 
 # ---------------------------------------------------------------------------------------------------------
