@@ -1,7 +1,7 @@
 """C from Python: source text, compiled for this processor when it is first needed, and loaded.
 
 The functions are plain C and know nothing of torch: they take addresses of memory and sizes, and ctypes calls them. So a
-build takes under a second, needs no headers, and its result is kept for the next time.
+build takes about a second and needs no headers but C's own.
 """
 import ctypes
 import functools
@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 # No -ffast-math: a library linked with it makes the whole process flush denormals. -march is for gcc and clang
@@ -45,12 +46,12 @@ def compiled(source):
 def _build(compiler, flags, source, library):
     """Compiles C to the file `library`, whole or not at all, whoever else is building; whether it did."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    temporary = library.with_suffix(f".{os.getpid()}.tmp")
-    built = subprocess.run([*compiler.split(), *flags.split(), "-shared", "-fPIC", "-x", "c", "-", "-o", str(temporary), "-lm"],
-                           input=source, capture_output=True, text=True)
-    if built.returncode == 0:
-        os.replace(temporary, library)
-    temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        built = subprocess.run([*compiler.split(), *flags.split(), "-shared", "-fPIC", "-x", "c", "-", "-o", str(made), "-lm"],
+                               input=source, capture_output=True, text=True)
+        if built.returncode == 0:
+            os.replace(made, library)
     return built.returncode == 0
 
 

@@ -517,32 +517,35 @@ def _c_group(x, weights_t, thresholds, counts, gated):
     y = torch.empty(len(x), sum(w.shape[1] for w in weights_t), dtype=torch.float32)
     counts = torch.empty(len(weights_t), 2, dtype=torch.int64) if counts is None else counts
     wide = x.float().contiguous()
-    function, arguments = c_call(wide, len(x), weights_t, thresholds, counts, y)
+    function, arguments, _ = c_call(wide, len(x), weights_t, thresholds, counts, y)
     if function(*arguments):
         raise MemoryError("no memory for the list of kept channels")
     return (_gated(y) if gated else y).to(x.dtype)
 
 
 def c_call(x, rows, weights_t, thresholds, counts, y):
-    """The C function that sets y (rows, sum of out_l) to the products of a group of x (rows, in), and its arguments.
+    """What sets y (rows, sum of out_l) to the products of a group: (C function, its arguments, what must live until it is called).
 
-    x and y: float32, contiguous, which must outlive the call, as must all tensors; rows: how many there are, an int or a
-    ctypes.c_long that may change between calls; the rest as in sparse_gemv_group, but all of it tensors.
-    The function returns 0, or 1 where memory ran out.
+    x (rows, in) and y: float32, contiguous; rows: an int, or a ctypes.c_long that may change between calls; weights_t, thresholds
+    and counts as in sparse_gemv_group, checked, and tensors. The function returns 0, or 1 where memory ran out.
     """
     n, outs, first = len(weights_t), [w.shape[1] for w in weights_t], weights_t[0]
     # Channels come in spans, which the threads share out for listing. A span of int4 codes has one scale: it is their group.
     span, scales, zeros = SPAN, [], []
     if isinstance(first, QuantizedWeight):
         kind, span, codes = first.bits, first.group or SPAN, [w.codes for w in weights_t]
-        scales, zeros = [w.scales.data_ptr() for w in weights_t], [w.zeros.data_ptr() for w in weights_t if w.group]
+        scales, zeros = [w.scales for w in weights_t], [w.zeros for w in weights_t if w.group]
     else:
-        kind, codes = first.dtype, weights_t
-    pointers, longs = ctypes.c_void_p * n, ctypes.c_long * n
-    return getattr(c_library(), C_NAMES[kind]), (
-        x.data_ptr(), n, pointers(*[w.data_ptr() for w in codes]), pointers(*scales), pointers(*zeros),
-        pointers(*[t.data_ptr() for t in thresholds]), longs(*[t.ndim for t in thresholds]), longs(*outs), y.data_ptr(),
-        rows, x.shape[1], span, torch.get_num_threads(), counts.data_ptr())
+        kind, codes = first.dtype, [w.detach() for w in weights_t]
+
+    def addresses(tensors):
+        return (ctypes.c_void_p * n)(*[tensor.data_ptr() for tensor in tensors])
+
+    longs = ctypes.c_long * n
+    arguments = (x.data_ptr(), n, addresses(codes), addresses(scales), addresses(zeros), addresses(thresholds),
+                 longs(*[t.ndim for t in thresholds]), longs(*outs), y.data_ptr(), rows, x.shape[1], span, torch.get_num_threads(),
+                 counts.data_ptr())
+    return getattr(c_library(), C_NAMES[kind]), arguments, (x, codes, scales, zeros, thresholds, counts, y)
 
 
 def fits_c(x):

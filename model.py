@@ -20,6 +20,9 @@ so loading renames nothing.
 Sources: Llama 2 (arXiv 2307.09288); RoPE (arXiv 2104.09864); grouped-query attention (arXiv 2305.13245);
 SwiGLU (arXiv 2002.05202); RMSNorm (arXiv 1910.07467).
 
+Decoding on a CPU replays the small operations between the matrices in C (step.py), once the model is sparse; what is changed
+here counts all the same.
+
     python model.py [FOLDER]        the shape of a checkpoint: parameters and bytes by part
 """
 import math

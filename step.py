@@ -1,37 +1,45 @@
 """A step of decoding, recorded once and replayed.
 
-A step runs a token, or a few, through the model, over and over the same operations on the same memory. The weights' products
-are what takes the time; but between them lie hundreds of small operations, and what starts each of them, Python and
-PyTorch, costs more than what it does. On a GPU the host cannot launch them as fast as they run. On a CPU the weights
-that stream through the caches push the code of all else out: at Llama-3.2-1B's shapes a fifth of a step was lost there.
+A step runs a token, or a few, through the model: the same operations on the same memory, again and again. The products with
+the weights take the time; but between them lie hundreds of small operations, and what starts each of them, Python and
+PyTorch, takes longer than what it does. A GPU waits there for its host. On a CPU the weights that stream through the caches
+evict the code of everything else, which is then fetched anew: at Llama-3.2-1B's shapes that was a fifth of a step.
 
-So a step is recorded, and then replayed without Python or PyTorch between its operations:
+So a step is recorded, and replayed without Python or PyTorch between its operations:
 
     on a GPU    a CUDA graph: what the model launches is taken down, and launched again as one
     on a CPU    a Tape: a list of C functions and the addresses they work on, called one after the other
 
-    embedding ─► x ─► norm ─► q k v ─► attend ─► o ─► norm ─► gate up ─► swiglu ─► down ─► norm ─► ... ─► head ─► logits
-                      └─────────────────── a block, 8 calls ────────────────────────────┘
+    embedding ─► x ─► norm ─► q k v ─► rotate, store ─► attend ─► o ─► norm ─► gate up ─► swiglu ─► down ─► ... ─► norm ─► head
+                      └──────────────────────────── a block, 9 calls ─────────────────────────────────┘
 
-The products are kernel.py's; the other four functions, written here in C, say once more what model.py says in PyTorch, but
-keep float32 between the products whatever the model's dtype. Who changes the model changes it in both; a tape that does not
-compute what the model does is found out when it is first used, and goes unused.
+The products are kernel.py's. The others are written here, in C: they say once more what model.py says in PyTorch, but keep
+float32 between the products whatever the model's dtype. Whoever changes the model changes it there; a tape that does not
+compute the same is found out when it is first used, and the model itself runs instead.
+
+    python step.py --model random:llama-3.2-1b         how long a step takes, recorded and not
 """
 import ctypes
 import functools
+import statistics
+import threading
+import time
 import warnings
 import weakref
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 import kernel
 from cc import compiled
-from model import Llama, check_fit, check_tokens, in_window, rope_tables
-from sparsify import SparseLinear, is_sparse, sparse_mode
+from cli import DEMO, Parser, command_line, natural, progress_line
+from model import check_fit, check_tokens, in_window, load_model, rope_tables
+from sparsify import SparseLinear, is_sparse, sparse_mode, sparsify
+
+ROUNDS = 23              # of timing, the first three of which set things up
 
 C_SOURCE = r"""
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -39,13 +47,13 @@ C_SOURCE = r"""
 static inline float number(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 static inline uint32_t bits_of(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
 
-// e^x in operations that make vectors: 2^n · e^f with |f| ≤ ln(2) / 2, and e^f by its series; 0 below -87.
+// e^x in operations that make vectors: 2^n · e^f with |f| ≤ ln(2) / 2, and e^f by its series. Below -87 it is 0, above 88 infinite.
 static inline float exponential(float x) {
-    float small = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x, n = rintf(1.44269504f * small);
-    float f = small - 0.693145752f * n - 1.42860677e-6f * n;
+    float inside = x > -87.0f ? x < 88.0f ? x : 88.0f : -87.0f, n = rintf(1.44269504f * inside);
+    float f = inside - 0.693145752f * n - 1.42860677e-6f * n;        // n ln(2), in two parts that lose nothing
     float power = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f * (1 / 720.0f))))));
     power *= number((uint32_t)((int32_t)n + 127) << 23);
-    return x < -87.0f ? 0 : power;
+    return x != x ? x : x < -87.0f ? 0 : x > 88.0f ? INFINITY : power;
 }
 
 // x += y, unless y is null; normed = x / sqrt(mean(x²) + eps) * weight. x, y, normed: (rows, size)
@@ -73,19 +81,60 @@ void swiglu(const float *restrict both, long rows, long size, float *restrict ga
         for (long i = 0; i < size; i++) gated[i] = both[i] / (1 + exponential(-both[i])) * both[size + i];
 }
 
-// What the cache holds: a float in 16 bits and back, rounded to nearest, ties to even.
-#define AS_IT_IS(value)  (value)
-#define BF16_READ(u)     number((uint32_t)(u) << 16)
-#define F16_READ(u)      (((u) & 0x7c00) == 0x7c00 ? number(((u) & 0x8000u) << 16 | 0x7f800000u | ((u) & 0x3ffu) << 13) :      \
-                          0x1p112f * number(((u) & 0x8000u) << 16 | ((u) & 0x7fffu) << 13))
-static inline uint16_t bf16(float value) {
+// The cache has the model's dtype. A float becomes one of 16 bits by rounding to nearest, ties to even.
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+static uint16_t bfloat16_of(float value) {
     uint32_t bits = bits_of(value);
     return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-static inline uint16_t f16(float value) {
-    uint32_t bits = bits_of(0x1p-112f * value), sign = bits >> 16 & 0x8000;
-    if (!(fabsf(value) < 65520.0f)) return sign | (value == value ? 0x7c00 : 0x7e00);
-    return sign | ((bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1)) >> 13;
+
+static uint16_t float16_of(float value) {
+    uint32_t sign = bits_of(value) >> 16 & 0x8000, bits = bits_of(0x1p-112f * fabsf(value));    // its exponent as float16 has it
+    if (!(fabsf(value) < 65520.0f)) return sign | (value == value ? 0x7c00 : 0x7e00);           // infinity, NaN
+    if (fabsf(value) < 0x1p-14f) return sign | (bits_of(fabsf(value) + 0.5f) - bits_of(0.5f));  // counts steps of 2^-24
+    return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
+}
+
+static inline float of_float16(uint32_t half) {
+    uint32_t sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
+    return (half & 0x7c00) == 0x7c00 ? number(sign | 0x7f800000 | rest) : 0x1p112f * number(sign | rest);
+}
+
+// to[at], to[at + 1], ... = from, `count` floats
+static void store(void *to, int dtype, long at, const float *restrict from, long count) {
+    if (dtype == FLOAT32) memcpy((float *)to + at, from, count * sizeof(float));
+    else for (long i = 0; i < count; i++) ((uint16_t *)to)[at + i] = dtype == BFLOAT16 ? bfloat16_of(from[i]) : float16_of(from[i]);
+}
+
+// `count` floats from[at], from[at + 1], ..., and zeros up to `room`
+static void load(const void *from, int dtype, long at, long count, float *restrict to, long room) {
+    const uint16_t *half = (const uint16_t *)from + at;
+    if (dtype == FLOAT32) memcpy(to, (const float *)from + at, count * sizeof(float));
+    else if (dtype == BFLOAT16) for (long i = 0; i < count; i++) to[i] = number((uint32_t)half[i] << 16);
+    else for (long i = 0; i < count; i++) to[i] = of_float16(half[i]);
+    for (long i = count; i < room; i++) to[i] = 0;
+}
+
+/* Rotates q and k of the new tokens by their positions (RoPE), and stores k and v in the cache, behind the *used slots.
+   H heads, G key-value heads, D channels a head; qkv (tokens, H + G + G, D); cos, sin (length, D), by position;
+   keys, values (G, length, D): the layer's cache, of `dtype` */
+void rotate_and_store(float *restrict qkv, const float *cos, const float *sin, const int64_t *positions, const int64_t *used,
+                      void *keys, void *values, int dtype, long tokens, long H, long G, long D, long length) {
+    for (long t = 0; t < tokens; t++, qkv += (H + 2 * G) * D) {
+        const float *c = cos + positions[t] * D, *s = sin + positions[t] * D;
+        for (float *head = qkv; head < qkv + (H + G) * D; head += D)
+            for (long i = 0, j = D / 2; j < D; i++, j++) {
+                float a = head[i], b = head[j];
+                head[i] = a * c[i] + b * s[i];
+                head[j] = b * c[j] + a * s[j];
+            }
+        for (long g = 0; g < G; g++) {
+            long slot = (g * length + *used + t) * D;
+            store(keys, dtype, slot, qkv + (H + g) * D, D);
+            store(values, dtype, slot, qkv + (H + G + g) * D, D);
+        }
+    }
 }
 
 // Σ a[i] b[i], in 16 sums side by side, put together pair by pair: a single sum would wait for each addition.
@@ -100,156 +149,135 @@ static inline float dot(const float *a, const float *b, long size) {
     return sums[0] + sums[2] + (sums[1] + sums[3]);
 }
 
-/* Attention of `tokens` new tokens, heads H, key-value heads G, channels D a head. Rotates their q and k, stores k and v in the
-   cache behind the *used positions, and looks back, tile by tile of positions: what was summed so far shrinks when a
-   larger score turns up (FlashAttention, arXiv 2205.14135). All queries of a key-value head share a tile.
-   qkv (tokens, H + G + G, D); cos, sin (length, D): RoPE by position; positions (tokens): where each stands, first (tokens): the
-   first position it sees, sees (tokens, tokens): which of the new ones; keys, values (G, length, D): the layer's cache;
-   y (tokens, H, D) */
-#define TILE 32
-#define DEFINE(NAME, TYPE, READ, WRITE)                                                                           \
-static void NAME##_tile(const TYPE *from, long n, long D, float *restrict tile) {                                 \
-    for (long i = 0; i < n * D; i++) tile[i] = READ(from[i]);                                                     \
-    for (long i = n * D; i < TILE * D; i++) tile[i] = 0;                                                          \
-}                                                                                                                 \
-                                                                                                                  \
-void NAME(float *restrict qkv, const float *cos, const float *sin, const int64_t *used, const int64_t *positions, \
-          const int64_t *first, const uint8_t *sees, TYPE *restrict keys, TYPE *restrict values,                  \
-          float *restrict y, long tokens, long H, long G, long D, long length, int threads) {                     \
-    long end = *used + tokens, width = (H + 2 * G) * D, shared = H / G, begin = first[0];                         \
-    float scale = 1 / sqrtf(D);                                                                                   \
-    for (long t = 0; t < tokens; t++) {                                                                           \
-        float *at = qkv + t * width;                                                                              \
-        const float *c = cos + positions[t] * D, *s = sin + positions[t] * D;                                     \
-        for (long h = 0; h < H + G; h++)                                                                          \
-            for (long i = 0; i < D / 2; i++) {                                                                    \
-                float a = at[h * D + i], b = at[h * D + i + D / 2];                                               \
-                at[h * D + i] = a * c[i] + b * s[i];                                                              \
-                at[h * D + i + D / 2] = b * c[i + D / 2] + a * s[i + D / 2];                                      \
-            }                                                                                                     \
-        for (long g = 0; g < G; g++)                                                                              \
-            for (long i = 0, to = (g * length + *used + t) * D; i < D; i++) {                                     \
-                keys[to + i] = WRITE(at[(H + g) * D + i]);                                                        \
-                values[to + i] = WRITE(at[(H + G + g) * D + i]);                                                  \
-            }                                                                                                     \
-        begin = first[t] < begin ? first[t] : begin;                                                              \
-    }                                                                                                             \
-    memset(y, 0, tokens * H * D * sizeof(float));                                                                 \
-    threads = tokens * H * end * D > 1 << 16 ? threads : 1;        /* waking another one takes as long as that */ \
-    PRAGMA(omp parallel for num_threads(threads) schedule(static))                                                \
-    for (long g = 0; g < G; g++) {                                                                                \
-        float tile[TILE * D], score[tokens * shared][TILE], most[tokens * shared], total[tokens * shared];        \
-        for (long r = 0; r < tokens * shared; r++) { most[r] = -1e30f; total[r] = 0; }                            \
-        for (long start = begin; start < end; start += TILE) {                                                    \
-            long n = end - start < TILE ? end - start : TILE;                                                     \
-            NAME##_tile(keys + (g * length + start) * D, n, D, tile);                                             \
-            for (long r = 0; r < tokens * shared; r++) {                                                          \
-                long t = r / shared, h = g * shared + r % shared;                                                 \
-                const float *q = qkv + t * width + h * D;                                                         \
-                float *to = y + (t * H + h) * D, before = most[r], sum = 0;                                       \
-                for (long p = 0; p < TILE; p++) score[r][p] = scale * dot(q, tile + p * D, D);                    \
-                for (long p = 0, at = start; p < TILE && (start < first[t] || start + n > *used); p++, at++)      \
-                    if (p >= n || at < first[t] || (at >= *used && !sees[t * tokens + at - *used])) score[r][p] = -INFINITY; \
-                for (long p = 0; p < TILE; p++) most[r] = score[r][p] > most[r] ? score[r][p] : most[r];          \
-                for (long p = 0; p < TILE; p++) score[r][p] = exponential(score[r][p] - most[r]);                 \
-                for (long p = 0; p < TILE; p++) sum += score[r][p];                                               \
-                float shrunk = exponential(before - most[r]);                                                     \
-                total[r] = shrunk * total[r] + sum;                                                               \
-                if (shrunk != 1) for (long i = 0; i < D; i++) to[i] *= shrunk;                                    \
-            }                                                                                                     \
-            NAME##_tile(values + (g * length + start) * D, n, D, tile);                                           \
-            for (long r = 0; r < tokens * shared; r++) {                                                          \
-                float *restrict to = y + (r / shared * H + g * shared + r % shared) * D;                          \
-                for (long p = 0; p < TILE; p += 4) {                                                              \
-                    const float *v = tile + p * D, *w = score[r] + p;                                             \
-                    for (long i = 0; i < D; i++) to[i] += w[0] * v[i] + w[1] * v[i + D] + w[2] * v[i + 2 * D] + w[3] * v[i + 3 * D]; \
-                }                                                                                                 \
-            }                                                                                                     \
-        }                                                                                                         \
-        for (long r = 0; r < tokens * shared; r++)                                                                \
-            for (long i = 0; i < D; i++) y[(r / shared * H + g * shared + r % shared) * D + i] /= total[r];       \
-    }                                                                                                             \
-}
-#define PRAGMA(text) _Pragma(#text)
+/* y (tokens, H, D) = softmax(q kᵀ / √D) v for the new tokens, over the *used slots of the cache and their own behind them.
+   first (tokens): the first slot that each sees; sees (tokens, tokens): which of the new ones it sees; the rest as above.
 
-DEFINE(attend_f32, float, AS_IT_IS, AS_IT_IS)
-DEFINE(attend_bf16, uint16_t, BF16_READ, bf16)
-DEFINE(attend_f16, uint16_t, F16_READ, f16)
+   The slots are taken in tiles, each shared by all queries of a key-value head. A query keeps the largest of its scores so
+   far; e^(score - largest) and their sum are of that largest one, and shrink when a larger turns up (FlashAttention,
+   arXiv 2205.14135). What is not seen scores -infinity, and `largest` starts above that, so that their difference is no NaN. */
+#define TILE 32
+void attend(const float *qkv, const void *keys, const void *values, int dtype, const int64_t *used, const int64_t *first,
+            const uint8_t *sees, float *restrict y, long tokens, long H, long G, long D, long length, int threads) {
+    long end = *used + tokens, queries = tokens * (H / G), earliest = first[0];
+    float scale = 1 / sqrtf(D);
+    for (long t = 0; t < tokens; t++) earliest = first[t] < earliest ? first[t] : earliest;
+    memset(y, 0, tokens * H * D * sizeof(float));
+    threads = tokens * H * end * D > 1 << 16 ? threads : 1;          // to wake another one takes as long as that
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long g = 0; g < G; g++) {
+        float tile[TILE * D], score[queries][TILE], largest[queries], total[queries];
+        for (long r = 0; r < queries; r++) { largest[r] = -FLT_MAX; total[r] = 0; }
+        for (long start = earliest; start < end; start += TILE) {
+            long count = end - start < TILE ? end - start : TILE;
+            load(keys, dtype, (g * length + start) * D, count * D, tile, TILE * D);
+            for (long r = 0; r < queries; r++) {
+                long t = r / (H / G), h = g * (H / G) + r % (H / G);
+                const float *q = qkv + (t * (H + 2 * G) + h) * D;
+                float *to = y + (t * H + h) * D, before = largest[r];
+                for (long p = 0; p < TILE; p++) score[r][p] = scale * dot(q, tile + p * D, D);
+                if (start < first[t] || start + TILE > *used)        // not all of this tile is seen
+                    for (long p = 0; p < TILE; p++) {
+                        long slot = start + p;
+                        if (slot < first[t] || slot >= end || (slot >= *used && !sees[t * tokens + slot - *used])) score[r][p] = -INFINITY;
+                    }
+                for (long p = 0; p < TILE; p++) largest[r] = score[r][p] > largest[r] ? score[r][p] : largest[r];
+                for (long p = 0; p < TILE; p++) score[r][p] = exponential(score[r][p] - largest[r]);
+                float shrunk = exponential(before - largest[r]);
+                total[r] *= shrunk;
+                for (long p = 0; p < TILE; p++) total[r] += score[r][p];
+                for (long i = 0; shrunk != 1 && i < D; i++) to[i] *= shrunk;
+            }
+            load(values, dtype, (g * length + start) * D, count * D, tile, TILE * D);
+            for (long r = 0; r < queries; r++) {
+                float *restrict to = y + (r / (H / G) * H + g * (H / G) + r % (H / G)) * D;
+                for (long p = 0; p < TILE; p += 4) {                 // four at a time, so that `to` is loaded and stored less
+                    const float *v = tile + p * D, *w = score[r] + p;
+                    for (long i = 0; i < D; i++) to[i] += w[0] * v[i] + w[1] * v[i + D] + w[2] * v[i + 2 * D] + w[3] * v[i + 3 * D];
+                }
+            }
+        }
+        for (long r = 0; r < queries; r++)
+            for (long i = 0; i < D; i++) y[(r / (H / G) * H + g * (H / G) + r % (H / G)) * D + i] /= total[r];
+    }
+}
 """
-ATTEND = {torch.float32: "attend_f32", torch.bfloat16: "attend_bf16", torch.float16: "attend_f16"}
+C_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @functools.cache
-def c_library():
+def small_functions():
     """C_SOURCE compiled, its functions declared, or None where no C compiler builds it."""
     library = compiled(C_SOURCE)
     if library is not None:
-        pointer, long, integer, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-        library.norm.argtypes = [pointer, pointer, pointer, number, long, long, pointer]
+        pointer, long, integer, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+        library.norm.argtypes = [pointer, pointer, pointer, real, long, long, pointer]
         library.add_bias.argtypes = [pointer, pointer, long, long]
         library.swiglu.argtypes = [pointer, long, long, pointer]
-        for name in ATTEND.values():
-            getattr(library, name).argtypes = [*[pointer] * 10, *[long] * 5, integer]
-        for name in ("norm", "add_bias", "swiglu", *ATTEND.values()):
-            getattr(library, name).restype = None
+        library.rotate_and_store.argtypes = [*[pointer] * 7, integer, *[long] * 5]
+        library.attend.argtypes = [*[pointer] * 3, integer, *[pointer] * 4, *[long] * 5, integer]
+        for function in (library.norm, library.add_bias, library.swiglu, library.rotate_and_store, library.attend):
+            function.restype = None
     return library
 
 
 class Tape:
-    """A step of up to MAX_ROWS tokens on a CPU: C functions with their arguments, in the order in which they are called.
+    """A step of 1 to MAX_ROWS tokens on a CPU: C functions with their arguments, in the order in which they are called.
 
-    What changes from step to step, which tokens, how many of them and where they stand, lies in memory that is written before
-    each replay; thresholds are read where they lie, so that changed ones count. sparse: whether small inputs are dropped.
+    What changes from step to step, which tokens, how many and where they stand, lies in memory that is written before each
+    replay, and thresholds are read where they lie. The rest is as it was when the tape was made: 16-bit norms and biases are
+    copied, the number of threads stands in the calls. sparse: whether small inputs are dropped.
+    tables: rope_tables of all positions of the cache, float32.
     """
 
-    def __init__(self, model, cache, sparse):
+    @torch.no_grad()
+    def __init__(self, model, cache, sparse, tables):
         self.model, self.cache, self.sparse, self.calls, self.held = model, cache, sparse, [], []
         self.rows, self.used = ctypes.c_long(), (ctypes.c_int64 * 1)()
         self.positions, self.first = (ctypes.c_int64 * kernel.MAX_ROWS)(), (ctypes.c_int64 * kernel.MAX_ROWS)()
         self.sees = (ctypes.c_uint8 * kernel.MAX_ROWS ** 2)()
-        self.keep_all, self.counts = torch.tensor(-1.0), torch.zeros(3, 2, dtype=torch.int64)       # for dense products
-        library, config, blocks, threads = c_library(), model.config, model.model.layers, torch.get_num_threads()
-        attend = getattr(library, ATTEND[cache.keys.dtype])
+        c, config, threads, dtype = small_functions(), model.config, torch.get_num_threads(), C_DTYPES[cache.keys.dtype]
         H, G, D, hidden = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        self.x, normed, y, qkv, heads, both, gated = (torch.zeros(kernel.MAX_ROWS, width) for width in (
+        self.x, self.normed, y, qkv, heads, both, gated = (torch.zeros(kernel.MAX_ROWS, width) for width in (
             hidden, hidden, hidden, (H + G + G) * D, H * D, 2 * config.intermediate_size, config.intermediate_size))
-        cos, sin = rope_tables(torch.arange(cache.length), config, torch.float32)           # (length, D)
-        for layer, block in enumerate(blocks):
-            attention, mlp = block.self_attn, block.mlp
-            self.norm(y if layer else None, block.input_layernorm, normed)
-            self.product(normed, [attention.q_proj, attention.k_proj, attention.v_proj], qkv)
-            self.call(attend, qkv, cos, sin, self.used, self.positions, self.first, self.sees, cache.keys[layer], cache.values[layer],
-                      heads, self.rows, H, G, D, cache.length, threads)
-            self.product(heads, [attention.o_proj], y)
-            self.norm(y, block.post_attention_layernorm, normed)
-            self.product(normed, [mlp.gate_proj, mlp.up_proj], both)
-            self.call(library.swiglu, both, self.rows, config.intermediate_size, gated)
-            self.product(gated, [mlp.down_proj], y)
-        self.norm(y, model.model.norm, normed)
-        self.normed, self.logits = normed, None
+        for layer, block in enumerate(model.model.layers):
+            attention, mlp, keys, values = block.self_attn, block.mlp, cache.keys[layer], cache.values[layer]
+            self.norm(y if layer else None, block.input_layernorm)
+            self.product(self.normed, [attention.q_proj, attention.k_proj, attention.v_proj], attention, qkv)
+            self.call(c.rotate_and_store, qkv, *tables, self.positions, self.used, keys, values, dtype, self.rows, H, G, D, cache.length)
+            self.call(c.attend, qkv, keys, values, dtype, self.used, self.first, self.sees, heads, self.rows, H, G, D, cache.length, threads)
+            self.product(heads, [attention.o_proj], attention.o_proj, y)
+            self.norm(y, block.post_attention_layernorm)
+            self.product(self.normed, [mlp.gate_proj, mlp.up_proj], mlp, both)
+            self.call(c.swiglu, both, self.rows, config.intermediate_size, gated)
+            self.product(gated, [mlp.down_proj], mlp.down_proj, y)
+        self.norm(y, model.model.norm)
+        self.logits = None                                 # where the head is not transposed, PyTorch computes them
         if isinstance(model.lm_head, SparseLinear):
             self.logits = torch.zeros(kernel.MAX_ROWS, config.vocab_size)
-            self.product(normed, [model.lm_head], self.logits)
+            self.product(self.normed, [model.lm_head], model.lm_head, self.logits)
 
     def call(self, function, *arguments):
-        self.held.append(arguments)                        # their memory must not go before the tape does
+        """Takes down a call. Its tensors are held as they are now, so that their memory stays."""
+        arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        self.held.append(arguments)
         self.calls.append((function, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]))
 
-    def norm(self, y, module, normed):
+    def norm(self, y, module):
         """x += y, and normed = norm(x)"""
-        self.call(c_library().norm, self.x, y, module.weight.float(), module.eps, self.rows, self.x.shape[1], normed)
+        self.call(small_functions().norm, self.x, y, module.weight.float(), module.eps, self.rows, self.x.shape[1], self.normed)
 
-    def product(self, x, linears, y):
-        """y = the linears of one input x, side by side."""
-        weights = [linear.weight_t for linear in linears]
+    def product(self, x, linears, counting, y):
+        """y = the linears of one input x, side by side; counting: the module with the counts of all of them."""
         dropping = self.sparse and linears[0].state is not None
-        thresholds = [linear.threshold if dropping else self.keep_all for linear in linears]
-        counts = linears[0].counts if dropping else self.counts                             # those of a group lie side by side
-        self.held.append((weights, thresholds, counts))
-        self.calls.append(kernel.c_call(x, self.rows, weights, thresholds, counts, y))
+        thresholds = [linear.threshold if dropping else torch.tensor(-1.0) for linear in linears]
+        counts = counting.counts if dropping else torch.zeros(len(linears), 2, dtype=torch.int64)
+        function, arguments, held = kernel.c_call(x, self.rows, [linear.weight_t for linear in linears], thresholds, counts, y)
+        self.held.append(held)
+        self.calls.append((function, arguments))
         if linears[0].bias is not None:
-            self.call(c_library().add_bias, y, torch.cat([linear.bias for linear in linears]).float(), self.rows, y.shape[1])
+            self.call(small_functions().add_bias, y, torch.cat([linear.bias for linear in linears]).float(), self.rows, y.shape[1])
 
+    @torch.no_grad()
     def __call__(self, tokens, depths=None, sees=None):
         """As Steps."""
         model, cache, T = self.model, self.cache, tokens.shape[1]
@@ -262,47 +290,66 @@ class Tape:
         self.sees[:T * T] = [sees[i][j] and positions[j] >= first[i] for i in range(T) for j in range(T)]
         self.x[:T] = model.model.embed_tokens(tokens)[0]
         for function, arguments in self.calls:
-            if function(*arguments):
+            if function(*arguments):                       # a product returns 1 for that, the others nothing
                 raise MemoryError("no memory for the list of kept channels")
         cache.used += T
         if self.logits is None:
-            return model.lm_head(self.normed[None, :T].to(cache.keys.dtype)).float()
+            return model.lm_head(self.normed[:T].to(cache.keys.dtype)[None]).float()
         return self.logits[None, :T]
 
 
 def can_be_taped(model, cache):
-    """Whether a step of this model can be a Tape: on a CPU with a C compiler, all linears of the blocks SparseLinear, one text."""
-    if not kernel.fits_c(cache.keys) or cache.keys.shape[1] > 1 or None in (kernel.c_library(), c_library()):
+    """Whether a Tape knows how to take a step of this model.
+
+    It does on a CPU with a C compiler, for 32- or 16-bit floats, one text, linears of the blocks that are all SparseLinear, of
+    one kind, and nobody looking on through hooks (parallel.py does, and readers do).
+    """
+    if not kernel.fits_c(cache.keys) or cache.keys.shape[1] > 1 or None in (kernel.c_library(), small_functions()):
         return False
     linears = [linear for block in model.model.layers for linear in block.modules() if isinstance(linear, (nn.Linear, SparseLinear))]
     if not all(isinstance(linear, SparseLinear) and linear.state is linears[0].state for linear in linears):
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return False                                       # somebody looks on: parallel.py, or a reader
-    return agrees(model)
+    state = linears[0].state
+    if state is not None and (state.thresholds.dtype != torch.float32 or not kernel.fits_c(state.thresholds)):
+        return False
+    kinds = {(w.bits, w.group) if isinstance(w, kernel.QuantizedWeight) else w.dtype for w in (linear.weight_t for linear in linears)}
+    return len(kinds) == 1 and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-compared = weakref.WeakKeyDictionary()                     # Llama -> whether its tape does what it does
+TOLERANCE = 0.1          # of the logits, as a share of their norm: rounding to 16 bits explains 3 %
+compared = weakref.WeakKeyDictionary()                     # Llama -> {whether its steps were sparse: whether its tape did what it does}
+comparing = threading.Lock()
 
 
 @torch.no_grad()
-def agrees(model):
-    """Whether a tape computes what model.py does; tried once for each model, on its first block and head, dense."""
-    if model not in compared:
-        short = Llama.shapes(replace(model.config, num_hidden_layers=1))
-        short.model.embed_tokens, short.model.norm, short.lm_head = model.model.embed_tokens, model.model.norm, model.lm_head
-        short.model.layers[0] = model.model.layers[0]
-        tokens = torch.arange(3)[None] % model.config.vocab_size
-        with sparse_mode(model, "off"):
-            expected = short(tokens, short.make_cache(1, 3))
-        tape = Tape(short, short.make_cache(1, 3), sparse=False)
-        found = torch.cat((tape(tokens[:, :1]).clone(), tape(tokens[:, 1:])), 1)
-        allowed = max(8 * torch.finfo(tape.cache.keys.dtype).eps, 1e-4) * expected.nan_to_num().abs().max().item()
-        compared[model] = torch.allclose(found, expected, rtol=0, atol=allowed, equal_nan=True)
-        if not compared[model]:
-            warnings.warn(f"step.py does not compute what model.py does: logits differ by {(found - expected).abs().max():.2g}, where "
-                          f"rounding explains {allowed:.2g}. Decoding goes without it, slower.", stacklevel=2)
-    return compared[model]
+def agrees(tape, tokens):
+    """Whether a tape computes what its model does: tried with the first step of a model, dense and sparse, which is taken twice.
+
+    Sparse ones with thresholds that keep all: rounding would move inputs across real ones, and that has effects of any size.
+    What is changed after that first step is not found out.
+    """
+    model, cache, used, state = tape.model, tape.cache, tape.cache.used, getattr(tape.model, "sparse_state", None)
+    with comparing:
+        found = compared.setdefault(model, {})
+        if tape.sparse not in found:
+            before = None if state is None else (state.thresholds.clone(), state.counts.clone())
+            try:
+                if state is not None:
+                    state.thresholds.fill_(-1)
+                ours = tape(tokens)
+                cache.used = used
+                theirs = model(tokens, cache)
+            finally:
+                cache.used = used
+                if state is not None:
+                    state.thresholds.copy_(before[0])
+                    state.counts.copy_(before[1])
+            error = ((ours - theirs).norm() / theirs.norm()).item()
+            found[tape.sparse] = not error > TOLERANCE     # NaN is not: there is nothing to compare where the model says NaN
+            if error > TOLERANCE:
+                warnings.warn(f"step.py does not compute what the model does, its logits are {error:.0%} off: a change to one belongs in "
+                              "both. Until then the model itself runs, which is slower.", stacklevel=2)
+        return found[tape.sparse]
 
 
 class Steps:
@@ -313,7 +360,14 @@ class Steps:
     """
 
     def __init__(self, model, cache):
-        self.model, self.cache, self.recorded, self.tapes = model, cache, {}, can_be_taped(model, cache)
+        self.model, self.cache = model, cache
+        self.forget()
+
+    def forget(self):
+        """Forgets what was recorded; the model has been made sparse anew, or is new."""
+        self.state = getattr(self.model, "sparse_state", None)
+        self.recorded, self.tables = {}, None              # by whether it is sparse on a CPU, by the number of tokens on a GPU
+        self.can_be_taped = can_be_taped(self.model, self.cache)
 
     def __call__(self, tokens, depths=None, sees=None):
         """tokens (1, T) int64 -> logits (1, T, vocab), valid until the next call; the cache is T positions longer.
@@ -335,12 +389,17 @@ class Steps:
 
     def tape(self, tokens):
         """The tape for such tokens, None where there can be none."""
-        state = getattr(self.model, "sparse_state", None)
-        if not self.tapes or tokens.shape[1] > kernel.MAX_ROWS or state is not None and state.where == "all" and state.dense_prefix:
+        if getattr(self.model, "sparse_state", None) is not self.state:
+            self.forget()
+        state = self.state
+        if not self.can_be_taped or not 1 <= tokens.shape[1] <= kernel.MAX_ROWS or state is not None and state.where == "all" and state.dense_prefix:
             return None
         sparse = is_sparse(state, tokens)
         if sparse not in self.recorded:
-            self.recorded[sparse] = Tape(self.model, self.cache, sparse)
+            check_fit(tokens, self.cache)
+            self.tables = self.tables or rope_tables(torch.arange(self.cache.length), self.model.config, torch.float32)
+            tape = Tape(self.model, self.cache, sparse, self.tables)
+            self.recorded[sparse] = tape if agrees(tape, tokens) else None
         return self.recorded[sparse]
 
     def replay_graph(self, tokens, depths, sees):
@@ -383,3 +442,59 @@ class Steps:
         if state is not None:
             state.counts.copy_(counts)
         return graph, places, logits
+
+
+def main():
+    """Times a step, recorded and not, in turn; on a CPU also what the products alone take of it."""
+    parser = Parser(description="Times a step of decoding, dense and sparse: recorded and replayed, and run by the model.")
+    parser.add_argument("--model", default=str(DEMO), help="checkpoint folder, or random:PRESET (default: the demo model)")
+    parser.add_argument("--sparsity", type=float, default=0.5, metavar="S", help="share of the blocks' weights to skip (default: 0.5)")
+    parser.add_argument("--behind", type=natural, default=16, metavar="N", help="how many tokens a step looks back at (default: 16)")
+    parser.add_device()
+    parser.add_precision()
+    arguments = parser.parse_args()
+    from calibrate import load_calibration                 # which imports much that a step does without
+    model, _ = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
+    sparsify(model, load_calibration(model, arguments.model, None).thresholds(arguments.sparsity) | {"lm_head": 0.0})
+    with torch.no_grad():
+        cache, token = model.make_cache(1, arguments.behind + 1), torch.ones(1, 1, dtype=torch.int64, device=model.device)
+        recorded, milliseconds = Steps(model, cache), {}
+
+        def measure(name, mode, run):
+            cache.used, began = arguments.behind, time.perf_counter()
+            run()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            milliseconds.setdefault((name, mode), []).append(1e3 * (time.perf_counter() - began))
+
+        def products(tape):
+            """Replays a tape; how long its products took."""
+            seconds = 0.0
+            for function, call in tape.calls:
+                began = time.perf_counter()
+                function(*call)
+                seconds += (time.perf_counter() - began) * (function.__name__ in kernel.C_NAMES.values())
+            return seconds
+
+        for done in range(ROUNDS):
+            progress_line(f"step {done} of {ROUNDS}")
+            for mode in ("off", "decode"):
+                with sparse_mode(model, mode):
+                    measure("recorded", mode, lambda: recorded(token))
+                    tape = recorded.recorded.get(mode == "decode")
+                    if isinstance(tape, Tape):
+                        milliseconds.setdefault(("  of which products", mode), []).append(1e3 * products(tape))
+                    measure("not recorded", mode, lambda: model(token, cache))
+    dtype = str(cache.keys.dtype).removeprefix("torch.")
+    print(f"{arguments.model}, {dtype}, {model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'ms a step, behind ' + str(arguments.behind) + ' tokens':28} {'dense':>8} {f'{arguments.sparsity:.0%} sparse':>12}")
+    median = {place: statistics.median(times[3:]) for place, times in milliseconds.items()}
+    for name in dict.fromkeys(name for name, _ in median):
+        print(f"{name:28} {median[name, 'off']:8.1f} {median[name, 'decode']:12.1f}")
+    if ("  of which products", "off") in median:
+        rest = [1 - median["  of which products", mode] / median["recorded", mode] for mode in ("off", "decode")]
+        print(f"{'  the rest, as a share':28} {rest[0]:8.1%} {rest[1]:12.1%}")
+
+
+if __name__ == "__main__":
+    command_line(main)

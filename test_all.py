@@ -1054,10 +1054,11 @@ needs_c = pytest.mark.skipif(kernel.c_library() is None, reason="no C compiler")
 
 def steps_of(model, cache, taped):
     """Steps that are sure to be replayed, or sure to run the model."""
-    assert stepping.can_be_taped(model, cache)
     steps = stepping.Steps(model, cache)
-    if not taped:
-        steps.tape = lambda tokens: None
+    assert steps.can_be_taped
+    steps.can_be_taped = taped
+    if taped and cache.used < cache.length:
+        assert steps.tape(torch.tensor([[1]])) is not None
     return steps
 
 
@@ -1128,8 +1129,9 @@ def test_a_tape_sees_the_tree(window):
 def test_decoding_replays_a_tape_where_it_can(monkeypatch):
     """Sparsified models of one text; what a tape does not know of runs the model."""
     def passes(model):
-        """How often the model itself ran, but for the prompt."""
+        """How often the model itself ran, but for the prompt and the first step, with which it is compared."""
         seen, forward = [], Llama.forward
+        list(generate(model, [1], 3))
         monkeypatch.setattr(Llama, "forward", lambda self, tokens, *rest, **named: (seen.append(tokens.shape[1]),
                                                                                    forward(self, tokens, *rest, **named))[1])
         list(generate(model, [1, 2, 3, 4, 5], 10))
@@ -1150,6 +1152,14 @@ def test_decoding_replays_a_tape_where_it_can(monkeypatch):
     assert passes(sparse.sparsify(tiny_model(torch.float32), {"model.layers.0.mlp.down_proj": 0.2})) == 9
     assert passes(sparse.sparsify(tiny_model(), dict.fromkeys(linear_names(tiny_model()), 0.2))) == 9       # float64
     assert not stepping.can_be_taped(made, made.make_cache(2, 8))
+    narrowed = sparse.sparsify(tiny_model(), dict.fromkeys(linear_names(tiny_model()), 0.2)).float()         # but not its thresholds
+    assert not stepping.can_be_taped(narrowed, narrowed.make_cache(1, 8))
+    mixed = tiny_model(torch.float32, hidden_size=64)
+    quantizing.replace_linear(mixed, "model.layers.0.self_attn.k_proj", quantizing.quantized(mixed.model.layers[0].self_attn.k_proj.weight, 8))
+    for name in set(linear_names(mixed)) - {"model.layers.0.self_attn.k_proj"}:
+        linear = mixed.get_submodule(name)
+        mixed.get_submodule(name.rpartition(".")[0]).__setattr__(name.rpartition(".")[2], sparse.SparseLinear(linear.weight.t().contiguous()))
+    assert not stepping.can_be_taped(mixed, mixed.make_cache(1, 8)) and len(list(generate(mixed, [1, 2], 3))) == 3
     steps = steps_of(made, made.make_cache(1, 3), True)
     for bad, message in ((torch.ones(1, 4, dtype=torch.int64), "4 tokens do not fit a cache of 3 positions"),
                          (torch.tensor([[61]]), "token id 61"), (torch.tensor([[-1]]), "token id -1")):
@@ -1157,16 +1167,59 @@ def test_decoding_replays_a_tape_where_it_can(monkeypatch):
             steps(bad)
 
 
+def soft(self, x):
+    """Another rule of what is dropped: what stays shrinks by its threshold."""
+    shrunk = x.sign() * (x.abs() - self.threshold).clamp(min=0) if sparse.is_sparse(self.state, x) else x
+    return kernel.dense(shrunk.to(x.dtype), self.weight_t)
+
+
 @needs_c
 @torch.no_grad()
-def test_a_model_that_was_changed_is_not_taped(monkeypatch):
-    made = sparse.sparsify(tiny_model(torch.float32), dict.fromkeys(linear_names(tiny_model()), 0.0))
-    before = list(generate(made, [1, 2, 3], 12))
-    monkeypatch.setattr(sparse.SparseMLP, "gated", lambda self, x: F.gelu(self.gate_proj(x)) * self.up_proj(x))
-    changed = sparse.sparsify(tiny_model(torch.float32), dict.fromkeys(linear_names(tiny_model()), 0.0))
-    with pytest.warns(UserWarning, match="step.py does not compute what model.py does: logits differ by"):
-        after = list(generate(changed, [1, 2, 3], 12))
-    assert after == by_prefill(changed, [1, 2, 3], 12) != before
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place, name, changed", [
+    (sparse.SparseMLP, "gated", lambda self, x: F.gelu(self.gate_proj(x)) * self.up_proj(x)),
+    (sparse.SparseLinear, "product", soft),
+    (llama, "rotate", lambda x, cos, sin: x),
+    (llama.RMSNorm, "forward", lambda self, x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))])
+def test_a_model_that_was_changed_runs_itself(dtype, place, name, changed, monkeypatch):
+    """Whoever changes model.py or sparsify.py and not step.py is told so, and gets what the change does."""
+    thresholds = dict.fromkeys(linear_names(tiny_model()), 0.3)
+    before = list(generate(sparse.sparsify(tiny_model(dtype), thresholds), [1, 2, 3], 12))
+    monkeypatch.setattr(place, name, changed)
+    model = sparse.sparsify(tiny_model(dtype), thresholds)
+    with pytest.warns(UserWarning, match="step.py does not compute what the model does, its logits are"):
+        after = list(generate(model, [1, 2, 3], 12))
+    monkeypatch.setattr(stepping, "can_be_taped", lambda *_: False)
+    assert list(generate(model, [1, 2, 3], 12)) == after != before
+
+
+@needs_c
+@torch.no_grad()
+def test_a_model_changed_by_hand_in_a_late_block_runs_itself():
+    model = sparse.sparsify(tiny_model(torch.float32), dict.fromkeys(linear_names(tiny_model()), 0.0))
+    model.model.layers[2].mlp.forward = torch.zeros_like
+    with pytest.warns(UserWarning, match="step.py does not compute"):
+        text = list(generate(model, [1, 2, 3], 12))
+    assert text == by_prefill(model, [1, 2, 3], 12)
+
+
+@needs_c
+@torch.no_grad()
+def test_what_a_comparison_touches_is_put_back():
+    model = sparse.sparsify(tiny_model(torch.float32), some_thresholds(tiny_model()))
+    before, cache = model.sparse_state.thresholds.clone(), model.make_cache(1, 8)
+    model(torch.tensor([[1, 2, 3]]), cache)
+    sparse.reset_counts(model)
+    assert stepping.Steps(model, cache).tape(torch.tensor([[4]])) is not None
+    assert torch.equal(model.sparse_state.thresholds, before) and not model.sparse_state.counts.any() and cache.used == 3
+    threads, texts = [], []
+    model = sparse.sparsify(tiny_model(torch.float32), some_thresholds(tiny_model()))
+    for _ in range(4):
+        threads.append(threading.Thread(target=lambda: texts.append(list(generate(model, [1, 2, 3], 12)))))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(model.sparse_state.thresholds, before) and len(texts) == 4
 
 
 @torch.no_grad()
@@ -1189,8 +1242,25 @@ def test_a_tape_reads_the_thresholds_and_the_mode_in_force():
         for at, (where, threshold) in enumerate([("decode", 0.1), ("off", 0.1), ("decode", 0.8), ("all", 0.5), ("off", 0.5), ("decode", 0.1)]):
             with sparse.sparse_mode(model, where, dict.fromkeys(linear_names(model), threshold)):
                 found[taped].append(steps(tokens[:, at:at + 1]).clone())
+        sparse.sparsify(model, dict.fromkeys(linear_names(model), 0.6))                     # a state of its own
+        found[taped].append(steps(tokens[:, 6:7]).clone())
+        assert model.sparse_state.counts[:, 1].all()
+        sparse.sparsify(model, dict.fromkeys(linear_names(model), 0.1))
     assert close(torch.cat(found[True]), torch.cat(found[False]), 1e-5)
     assert not close(found[True][2], found[True][0], 0.1)
+
+
+@needs_c
+def test_step_shows_what_a_step_takes():
+    ended = run("step.py", "--behind", 40, "--sparsity", 0.4)
+    lines = ended.stdout.splitlines()
+    assert ended.returncode == 0 and "behind 40 tokens" in lines[1] and "40% sparse" in lines[1], ended.stderr
+    times = {line[:28].strip(): [float(number) for number in line[28:].replace("%", "").split()] for line in lines[2:]}
+    for column in (0, 1):                                  # what is printed adds up
+        recorded, products, rest = (times[name][column] for name in ("recorded", "of which products", "the rest, as a share"))
+        assert 0 < products < recorded and abs(100 * (1 - products / recorded) - rest) < 15      # rounded to 0.1 ms
+    ended = run("step.py", "--sparsity", 2)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
 
 
 @needs_c
@@ -1211,7 +1281,7 @@ def test_a_cache_of_16_bits_holds_what_rounding_makes_of_a_float():
     """Keys pass through a tape to its cache; as a token at position 0 is not rotated, they are the projection itself."""
     for dtype in (torch.bfloat16, torch.float16):
         model = sparse.sparsify(tiny_model(dtype, num_hidden_layers=1), dict.fromkeys(linear_names(tiny_model(num_hidden_layers=1)), 0.0))
-        values = torch.cat((torch.randn(20) * 10.0 ** torch.randint(-8, 5, (20,)), torch.tensor([0.0, -0.0, 65504.0, -6e-8])))
+        values = torch.cat((torch.randn(20) * 10.0 ** torch.randint(-8, 5, (20,)), torch.tensor([0.0, -0.0, 65504.0, 2.98023259e-08])))
         attention = model.model.layers[0].self_attn
         for linear in (attention.k_proj, attention.v_proj):
             linear.weight_t.zero_()
@@ -1219,7 +1289,8 @@ def test_a_cache_of_16_bits_holds_what_rounding_makes_of_a_float():
         attention.q_proj.bias = torch.nn.Parameter(torch.zeros(attention.q_proj.out_features), requires_grad=False)
         attention.v_proj.bias = torch.nn.Parameter(torch.tensor([70000.0, float("inf"), float("-inf"), float("nan")] * 6), requires_grad=False)
         cache = model.make_cache(1, 4)
-        stepping.Tape(model, cache, sparse=False)(torch.tensor([[1]]))
+        tables = llama.rope_tables(torch.arange(4), model.config, torch.float32)
+        stepping.Tape(model, cache, False, tables)(torch.tensor([[1]]))
         assert torch.equal(cache.keys[0, 0, :, 0].flatten(), values.to(dtype))
         assert torch.equal(cache.values[0, 0, :, 0].flatten().nan_to_num(nan=7.0), attention.v_proj.bias.to(dtype).nan_to_num(nan=7.0))
 
@@ -2666,7 +2737,7 @@ def test_a_checkpoint_without_calibration_says_how_to_make_one(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.py", "kernel.py", "sparsify.py", "calibrate.py", "rotate.py", "generate.py",
-                                  "quantize.py", "demo/train.py"])
+                                  "quantize.py", "step.py", "demo/train.py"])
 def test_help(file):
     ended = run(file, "--help")
     assert ended.returncode == 0 and "usage:" in ended.stdout
