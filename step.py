@@ -355,8 +355,8 @@ def agrees(tape, tokens):
 class Steps:
     """`model(tokens, cache)` for a few tokens at a time, recorded and replayed where that can be.
 
-    Recordings: on a CPU one dense and one sparse Tape, on a GPU a CUDA graph for each number of tokens. Each is made when it is
-    first needed, in the sparse_mode that is then in force; thresholds are read where they lie, so that changed ones count.
+    Recordings, dense and sparse: on a CPU a Tape each, on a GPU a CUDA graph each for each number of tokens. They are made when they
+    are first needed; thresholds are read where they lie, so that changed ones count.
     """
 
     def __init__(self, model, cache):
@@ -364,9 +364,9 @@ class Steps:
         self.forget()
 
     def forget(self):
-        """Forgets what was recorded; the model has been made sparse anew, or is new."""
+        """Begins anew, as when the model has been made sparse anew."""
         self.state = getattr(self.model, "sparse_state", None)
-        self.recorded, self.tables = {}, None              # by whether it is sparse on a CPU, by the number of tokens on a GPU
+        self.recorded, self.tables = {}, None              # by whether it is sparse; on a GPU by the number of tokens, and that
         self.can_be_taped = can_be_taped(self.model, self.cache)
 
     def __call__(self, tokens, depths=None, sees=None):
@@ -376,6 +376,8 @@ class Steps:
         which of the others each sees.
         """
         model, cache = self.model, self.cache
+        if getattr(model, "sparse_state", None) is not self.state:
+            self.forget()
         if model.device.type == "cuda":
             return self.replay_graph(tokens, depths, sees)
         tape = self.tape(tokens)
@@ -389,10 +391,10 @@ class Steps:
 
     def tape(self, tokens):
         """The tape for such tokens, None where there can be none."""
-        if getattr(self.model, "sparse_state", None) is not self.state:
-            self.forget()
         state = self.state
-        if not self.can_be_taped or not 1 <= tokens.shape[1] <= kernel.MAX_ROWS or state is not None and state.where == "all" and state.dense_prefix:
+        if not self.can_be_taped or not 1 <= tokens.shape[1] <= kernel.MAX_ROWS:
+            return None
+        if state is not None and state.where == "all" and state.dense_prefix:
             return None
         sparse = is_sparse(state, tokens)
         if sparse not in self.recorded:
@@ -414,9 +416,10 @@ class Steps:
         sees = order <= order[:, None] if sees is None else sees
         mask[:, cache.used:cache.used + T] = sees & in_window(positions, positions, model.config.sliding_window)
         inputs = tokens, positions, mask, slots
-        if T not in self.recorded:
-            self.recorded[T] = self.capture([tensor.clone() for tensor in inputs])
-        graph, places, logits = self.recorded[T]
+        key = T, is_sparse(self.state, tokens)
+        if key not in self.recorded:
+            self.recorded[key] = self.capture([tensor.clone() for tensor in inputs])
+        graph, places, logits = self.recorded[key]
         for place, tensor in zip(places, inputs):
             place.copy_(tensor)
         graph.replay()
