@@ -23,7 +23,7 @@ import time
 import torch
 
 from cli import InputError
-from decode import check_prompt, check_sampling, choose, probabilities, random_source
+from decode import check_prompt, check_sampling, choose, draw, probabilities, random_source
 from model import Llama
 from sparsify import sparse_mode
 from step import Steps
@@ -239,7 +239,7 @@ def verdict(logits, tree, tokens, q, sampling, generator):
             if q is not None and children:
                 token = from_guess(p, q[children[0] - 1], tokens[children[0]], generator)
             else:
-                token = torch.multinomial(p, 1, generator=generator).item()
+                token = draw(p[None], generator).item()
         written.append(token)
         node = next((child for child in children if tokens[child] == token), None)
     return written, path
@@ -254,7 +254,7 @@ def from_guess(p, q, guess, generator):
     if stays(p[guess], q[guess], torch.rand((), generator=generator, device=p.device)):
         return guess
     rest = (p - q).clamp(min=0)
-    return torch.multinomial(rest if rest.sum() > 0 else p, 1, generator=generator).item()
+    return draw((rest if rest.sum() > 0 else p)[None], generator).item()
 
 
 def stays(p, q, uniform):
