@@ -459,44 +459,44 @@ def main():
     from calibrate import load_calibration                 # which imports much that a step does without
     model, _ = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
     sparsify(model, load_calibration(model, arguments.model, None).thresholds(arguments.sparsity) | {"lm_head": 0.0})
+    cache, token = model.make_cache(1, arguments.behind + 1), torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    cache.used, steps, names, times, in_products = arguments.behind, Steps(model, cache), ("recorded", "not recorded"), {}, {}
+
+    def timed(product):
+        """A product that adds what it takes to the last of in_products."""
+        def call(*arguments):
+            began = time.perf_counter()
+            failed = product(*arguments)
+            in_products[mode][-1] += time.perf_counter() - began
+            return failed
+        return call
+
     with torch.no_grad():
-        cache, token = model.make_cache(1, arguments.behind + 1), torch.ones(1, 1, dtype=torch.int64, device=model.device)
-        recorded, milliseconds = Steps(model, cache), {}
-
-        def measure(name, mode, run):
-            cache.used, began = arguments.behind, time.perf_counter()
-            run()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            milliseconds.setdefault((name, mode), []).append(1e3 * (time.perf_counter() - began))
-
-        def products(tape):
-            """Replays a tape; how long its products took."""
-            seconds = 0.0
-            for function, call in tape.calls:
-                began = time.perf_counter()
-                function(*call)
-                seconds += (time.perf_counter() - began) * (function.__name__ in kernel.C_NAMES.values())
-            return seconds
-
         for done in range(ROUNDS):
             progress_line(f"step {done} of {ROUNDS}")
             for mode in ("off", "decode"):
                 with sparse_mode(model, mode):
-                    measure("recorded", mode, lambda: recorded(token))
-                    tape = recorded.recorded.get(mode == "decode")
-                    if isinstance(tape, Tape):
-                        milliseconds.setdefault(("  of which products", mode), []).append(1e3 * products(tape))
-                    measure("not recorded", mode, lambda: model(token, cache))
+                    tape = steps.tape(token)
+                    if tape and not done:
+                        tape.calls = [(timed(function) if function.__name__ in kernel.C_NAMES.values() else function, arguments)
+                                      for function, arguments in tape.calls]
+                    in_products.setdefault(mode, []).append(0.0)
+                    for name, step in zip(names, (steps, lambda token: model(token, cache))):
+                        cache.used, began = arguments.behind, time.perf_counter()
+                        step(token)
+                        if model.device.type == "cuda":
+                            torch.cuda.synchronize()
+                        times.setdefault((name, mode), []).append(time.perf_counter() - began)
+                        cache.used = arguments.behind
     dtype = str(cache.keys.dtype).removeprefix("torch.")
     print(f"{arguments.model}, {dtype}, {model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'ms a step, behind ' + str(arguments.behind) + ' tokens':28} {'dense':>8} {f'{arguments.sparsity:.0%} sparse':>12}")
-    median = {place: statistics.median(times[3:]) for place, times in milliseconds.items()}
-    for name in dict.fromkeys(name for name, _ in median):
-        print(f"{name:28} {median[name, 'off']:8.1f} {median[name, 'decode']:12.1f}")
-    if ("  of which products", "off") in median:
-        rest = [1 - median["  of which products", mode] / median["recorded", mode] for mode in ("off", "decode")]
-        print(f"{'  the rest, as a share':28} {rest[0]:8.1%} {rest[1]:12.1%}")
+    for name in names:
+        print(f"{name:28} {1e3 * statistics.median(times[name, 'off'][3:]):8.1f} {1e3 * statistics.median(times[name, 'decode'][3:]):12.1f}")
+    if tape:
+        dense, sparse = (statistics.median(1 - products / step for products, step in zip(in_products[mode][3:], times["recorded", mode][3:]))
+                         for mode in ("off", "decode"))
+        print(f"{'recorded, but for products':28} {dense:8.1%} {sparse:12.1%}")
 
 
 if __name__ == "__main__":

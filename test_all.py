@@ -1255,10 +1255,9 @@ def test_step_shows_what_a_step_takes():
     ended = run("step.py", "--behind", 40, "--sparsity", 0.4)
     lines = ended.stdout.splitlines()
     assert ended.returncode == 0 and "behind 40 tokens" in lines[1] and "40% sparse" in lines[1], ended.stderr
-    times = {line[:28].strip(): [float(number) for number in line[28:].replace("%", "").split()] for line in lines[2:]}
-    for column in (0, 1):                                  # what is printed adds up
-        recorded, products, rest = (times[name][column] for name in ("recorded", "of which products", "the rest, as a share"))
-        assert 0 < products < recorded and abs(100 * (1 - products / recorded) - rest) < 15      # rounded to 0.1 ms
+    assert [line[:28].strip() for line in lines[2:]] == ["recorded", "not recorded", "recorded, but for products"]
+    values = [[float(number) for number in line[28:].replace("%", "").split()] for line in lines[2:]]
+    assert all(value > 0 for row in values for value in row) and max(values[2]) < 100
     ended = run("step.py", "--sparsity", 2)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
 
