@@ -55,6 +55,9 @@ def command_line(main):
         if os.environ.get("RANK", "0") != "0":             # what all processes meet the first one says, which ends the others
             time.sleep(1)
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sys.stdout.flush()
+            os._exit(2)                                    # threads that wait for a process which is gone would abort an orderly end
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
