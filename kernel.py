@@ -407,6 +407,9 @@ static void NAME##_range(const struct kept *list, long spans, const char *weight
                 const char *rows[BATCH];                                                                          \
                 for (int r = 0; r < BATCH; r++)                                                                   \
                     rows[r] = weight + list->channel[s * list->room + k + r] * pitch + first * BITS / 8;          \
+                /* where the next rows begin is not foreseen by the processor, as what follows in a row is */     \
+                for (int r = 0; k + BATCH < list->n[s] && r < 2 * BATCH; r++)                                     \
+                    __builtin_prefetch(weight + list->channel[s * list->room + k + BATCH + r / 2] * pitch + first * BITS / 8 + r % 2 * 64); \
                 /* four tokens at a time keep the sums in registers; the rows are in the cache by then */         \
                 for (long t = 0; t < tokens; t += 4) {                                                            \
                     const float *input = list->input + (s * list->room + k) * tokens + t * BATCH;                 \
