@@ -80,7 +80,8 @@ def _decode(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, eos_
     length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
     cache = model.make_cache(1, length)
     logits, step = model(prompt, cache, last_only=True)[:, -1], Steps(model, cache)         # (1, vocab)
-    step.tape(prompt[:, -1:])                              # recorded now, so that its time is the prompt's
+    if length > prompt.shape[1] + 1:
+        step.prepare(prompt[:, -1:])                       # now, so that its time is the prompt's
     for left in reversed(range(length - prompt.shape[1])):
         tokens, _ = choose(logits, sampling, generator)                                     # (1, 1)
         token = tokens.item()

@@ -24,7 +24,7 @@ So y is a weighted sum of the rows whose input is large. Two things are left to 
 Who adds up what. On a CPU each thread owns a range of outputs and walks down all kept rows; its outputs stay in
 the first cache. A GPU has ten thousand threads and a 4096 x 4096 layer only 32 tiles of 128 outputs, so the rows
 are divided too ("split-K"): tile (j, s) sums the s-th part of the rows for the j-th range of outputs and writes
-its partial sum to a buffer of its own; a second, small kernel adds the parts in a fixed order. No sum is made of atomics, so
+its partial sum to a buffer of its own; a second, small kernel adds the parts in a fixed order. No output is made of atomics, so
 the same input gives the same bits on every run.
 
 Several tokens. From 2 to 8 rows of x (the guesses that a sparse verifier checks) a weight row is read once if any
@@ -691,13 +691,14 @@ def _triton_group(x, weights_t, thresholds, counts, gated):
     def three(given):                                      # absent linears have no outputs, so no tile reaches them
         return [*given, *[given[0]] * (3 - len(outs))]
 
-    partial_sums_kernel[(tiles, splits)](
-        x, *three(weights), *three(scales), *three(zeros), *three(thresholds), partial, partial if counts is None else counts,
-        rows, channels, *outs, *[0] * (3 - len(outs)), *[t.ndim for t in three(thresholds)], per_split,
-        ROWS=padded, BLOCK_IN=block_in, BLOCK_OUT=block_out, COUNT=counts is not None, BITS=bits, GROUP=group, num_warps=4)
     block = 64
-    put_together_kernel[(triton.cdiv(y.shape[1], block), rows)](
-        partial, y, rows, sum(outs), splits, GATED=gated, SPLITS=triton.next_power_of_2(splits), BLOCK=block, num_warps=4)
+    with torch.cuda.device_of(x):                          # Triton launches on the current device
+        partial_sums_kernel[(tiles, splits)](
+            x, *three(weights), *three(scales), *three(zeros), *three(thresholds), partial, partial if counts is None else counts,
+            rows, channels, *outs, *[0] * (3 - len(outs)), *[t.ndim for t in three(thresholds)], per_split,
+            ROWS=padded, BLOCK_IN=block_in, BLOCK_OUT=block_out, COUNT=counts is not None, BITS=bits, GROUP=group, num_warps=4)
+        put_together_kernel[(triton.cdiv(y.shape[1], block), rows)](
+            partial, y, rows, sum(outs), splits, GATED=gated, SPLITS=triton.next_power_of_2(splits), BLOCK=block, num_warps=4)
     return y
 
 

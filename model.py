@@ -172,7 +172,7 @@ class Attention(nn.Module):
             # The H / G heads that share keys stand as more queries of one head, so that no key is copied.
             mask = None if mask is None else mask.repeat(H // G, 1)                         # (H/G * T, S)
             y = F.scaled_dot_product_attention(q.reshape(B, G, -1, self.head_dim), k, v, attn_mask=mask)
-        return self.o_proj(y.view(B, H, T, -1).transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.reshape(B, H, T, -1).transpose(1, 2).reshape(B, T, -1))       # a GPU may give y other strides
 
 
 class MLP(nn.Module):

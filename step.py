@@ -368,6 +368,7 @@ class Steps:
         self.state = getattr(self.model, "sparse_state", None)
         self.recorded, self.tables = {}, None              # by whether it is sparse; on a GPU by the number of tokens, and that
         self.can_be_taped = can_be_taped(self.model, self.cache)
+        self.pool = torch.cuda.graph_pool_handle() if self.cache.keys.is_cuda else None      # memory that the graphs share
 
     def __call__(self, tokens, depths=None, sees=None):
         """tokens (1, T) int64 -> logits (1, T, vocab), valid until the next call; the cache is T positions longer.
@@ -378,7 +379,7 @@ class Steps:
         model, cache = self.model, self.cache
         if getattr(model, "sparse_state", None) is not self.state:
             self.forget()
-        if model.device.type == "cuda":
+        if self.can_be_graphed(tokens):
             return self.replay_graph(tokens, depths, sees)
         tape = self.tape(tokens)
         if tape is not None:
@@ -386,15 +387,21 @@ class Steps:
         if depths is None:
             return model(tokens, cache)
         window, positions = model.config.sliding_window, cache.used + depths
-        past, sees = in_window(torch.arange(cache.used), positions, window), sees & in_window(positions, positions, window)
+        past, sees = in_window(torch.arange(cache.used, device=model.device), positions, window), sees & in_window(positions, positions, window)
         return model(tokens, cache, positions, torch.cat((past, sees), 1))
+
+    def prepare(self, tokens):
+        """Records now what such tokens, one behind the other, will need."""
+        if self.can_be_graphed(tokens):
+            with torch.cuda.device_of(tokens):
+                self.graph(self.inputs_of(tokens, None, None), is_sparse(self.state, tokens))
+        else:
+            self.tape(tokens)
 
     def tape(self, tokens):
         """The tape for such tokens, None where there can be none."""
         state = self.state
-        if not self.can_be_taped or not 1 <= tokens.shape[1] <= kernel.MAX_ROWS:
-            return None
-        if state is not None and state.where == "all" and state.dense_prefix:
+        if not self.can_be_taped or not 1 <= tokens.shape[1] <= kernel.MAX_ROWS or self.has_prefix():
             return None
         sparse = is_sparse(state, tokens)
         if sparse not in self.recorded:
@@ -404,27 +411,44 @@ class Steps:
             self.recorded[sparse] = tape if agrees(tape, tokens) else None
         return self.recorded[sparse]
 
+    def has_prefix(self):
+        """Whether a step would begin with positions that stay dense, which depends on what is in it."""
+        return self.state is not None and self.state.where == "all" and self.state.dense_prefix > 0
+
+    def can_be_graphed(self, tokens):
+        """Whether a CUDA graph can take such a step: on a GPU, by kernels that do not wait for the host."""
+        return tokens.is_cuda and not self.has_prefix() and (not is_sparse(self.state, tokens) or kernel.best_backend(self.cache.keys) == "triton")
+
     def replay_graph(self, tokens, depths, sees):
         """A step on a GPU. A graph launches always the same kernels on the same memory. So the tokens, where they stand and what
         they see are tensors that are overwritten before each replay, and attention looks at the whole cache through a mask."""
-        model, cache, T = self.model, self.cache, tokens.shape[1]
-        order = torch.arange(T, device=model.device)
+        check_fit(tokens, self.cache)
+        with torch.cuda.device_of(tokens):
+            inputs = self.inputs_of(tokens, depths, sees)
+            graph, places, logits = self.graph(inputs, is_sparse(self.state, tokens))
+            for place, tensor in zip(places, inputs):
+                place.copy_(tensor)
+            graph.replay()
+        self.cache.used += tokens.shape[1]
+        return logits
+
+    def inputs_of(self, tokens, depths, sees):
+        """(tokens, where they stand (T,), what of the whole cache they see (T, length), the slots they go to (T,))"""
+        cache, T, window, device = self.cache, tokens.shape[1], self.model.config.sliding_window, tokens.device
+        order, all_slots = torch.arange(T, device=device), torch.arange(cache.length, device=device)
         slots = cache.used + order
         positions = slots if depths is None else cache.used + depths
-        all_slots = torch.arange(cache.length, device=model.device)
-        mask = (all_slots < cache.used) & in_window(all_slots, positions, model.config.sliding_window)      # (T, length)
+        mask = (all_slots < cache.used) & in_window(all_slots, positions, window)
         sees = order <= order[:, None] if sees is None else sees
-        mask[:, cache.used:cache.used + T] = sees & in_window(positions, positions, model.config.sliding_window)
-        inputs = tokens, positions, mask, slots
-        key = T, is_sparse(self.state, tokens)
+        mask[:, cache.used:cache.used + T] = sees & in_window(positions, positions, window)
+        return tokens, positions, mask, slots
+
+    def graph(self, inputs, sparse):
+        """(graph, its inputs, its logits) for so many tokens."""
+        key = inputs[0].shape[1], sparse
         if key not in self.recorded:
             self.recorded[key] = self.capture([tensor.clone() for tensor in inputs])
-        graph, places, logits = self.recorded[key]
-        for place, tensor in zip(places, inputs):
-            place.copy_(tensor)
-        graph.replay()
-        cache.used += T
-        return logits
+        return self.recorded[key]
 
     def capture(self, places):
         """(graph, its inputs, its logits). The trial runs write where the first replay will, and count for nothing."""
@@ -440,7 +464,7 @@ class Steps:
             run(), run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):    # other threads may talk to other GPUs
             logits = run()
         if state is not None:
             state.counts.copy_(counts)

@@ -1250,6 +1250,21 @@ def test_a_tape_reads_the_thresholds_and_the_mode_in_force():
     assert not close(found[True][2], found[True][0], 0.1)
 
 
+@torch.no_grad()
+def test_attention_takes_any_strides(monkeypatch):
+    """On a GPU, with a mask, PyTorch's attention gives an output whose heads are not one behind the other."""
+    model, attention = tiny_model(torch.float32), F.scaled_dot_product_attention
+    tokens, tree = tokens_like(model, 1, 12), speculation.draft_tree(7, torch.device("cpu"))
+    found = []
+    for change in (lambda y: y, lambda y: y.transpose(1, 2).contiguous().transpose(1, 2)):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given, **named: change(attention(*given, **named)))
+        cache = model.make_cache(1, 20)
+        model(tokens[:, :4], cache)
+        steps = stepping.Steps(model, cache)
+        found.append(torch.cat((steps(tokens[:, 4:5]), steps(tokens[:, 4:12], tree.depths, tree.sees)), 1))
+    assert close(found[1], found[0], 1e-6)
+
+
 @needs_c
 def test_step_shows_what_a_step_takes():
     ended = run("step.py", "--behind", 40, "--sparsity", 0.4)
