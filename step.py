@@ -19,6 +19,7 @@ compute the same is found out when it is first used, and the model itself runs i
 
     python step.py --model random:llama-3.2-1b         how long a step takes, recorded and not
 """
+import contextlib
 import ctypes
 import functools
 import statistics
@@ -165,16 +166,22 @@ void attend(const float *qkv, const void *keys, const void *values, int dtype, c
     threads = tokens * H * end * D > 1 << 16 ? threads : 1;          // to wake another one takes as long as that
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long g = 0; g < G; g++) {
-        float tile[TILE * D], score[queries][TILE], largest[queries], total[queries];
-        for (long r = 0; r < queries; r++) { largest[r] = -FLT_MAX; total[r] = 0; }
+        float tile[TILE * D], score[queries][TILE], largest[queries], total[queries], *to[queries];
+        const float *q[queries];
+        for (long r = 0; r < queries; r++) {                         // the queries of one token, then those of the next
+            long t = r / (H / G), h = g * (H / G) + r % (H / G);
+            q[r] = qkv + (t * (H + 2 * G) + h) * D;
+            to[r] = y + (t * H + h) * D;
+            largest[r] = -FLT_MAX;
+            total[r] = 0;
+        }
         for (long start = earliest; start < end; start += TILE) {
             long count = end - start < TILE ? end - start : TILE;
             load(keys, dtype, (g * length + start) * D, count * D, tile, TILE * D);
             for (long r = 0; r < queries; r++) {
-                long t = r / (H / G), h = g * (H / G) + r % (H / G);
-                const float *q = qkv + (t * (H + 2 * G) + h) * D;
-                float *to = y + (t * H + h) * D, before = largest[r];
-                for (long p = 0; p < TILE; p++) score[r][p] = scale * dot(q, tile + p * D, D);
+                long t = r / (H / G);
+                float before = largest[r];
+                for (long p = 0; p < TILE; p++) score[r][p] = scale * dot(q[r], tile + p * D, D);
                 if (start < first[t] || start + TILE > *used)        // not all of this tile is seen
                     for (long p = 0; p < TILE; p++) {
                         long slot = start + p;
@@ -185,19 +192,19 @@ void attend(const float *qkv, const void *keys, const void *values, int dtype, c
                 float shrunk = exponential(before - largest[r]);
                 total[r] *= shrunk;
                 for (long p = 0; p < TILE; p++) total[r] += score[r][p];
-                for (long i = 0; shrunk != 1 && i < D; i++) to[i] *= shrunk;
+                for (long i = 0; shrunk != 1 && i < D; i++) to[r][i] *= shrunk;
             }
             load(values, dtype, (g * length + start) * D, count * D, tile, TILE * D);
             for (long r = 0; r < queries; r++) {
-                float *restrict to = y + (r / (H / G) * H + g * (H / G) + r % (H / G)) * D;
-                for (long p = 0; p < TILE; p += 4) {                 // four at a time, so that `to` is loaded and stored less
+                float *restrict sum = to[r];
+                for (long p = 0; p < TILE; p += 4) {                 // four at a time, so that it is loaded and stored less
                     const float *v = tile + p * D, *w = score[r] + p;
-                    for (long i = 0; i < D; i++) to[i] += w[0] * v[i] + w[1] * v[i + D] + w[2] * v[i + 2 * D] + w[3] * v[i + 3 * D];
+                    for (long i = 0; i < D; i++) sum[i] += w[0] * v[i] + w[1] * v[i + D] + w[2] * v[i + 2 * D] + w[3] * v[i + 3 * D];
                 }
             }
         }
         for (long r = 0; r < queries; r++)
-            for (long i = 0; i < D; i++) y[(r / (H / G) * H + g * (H / G) + r % (H / G)) * D + i] /= total[r];
+            for (long i = 0; i < D; i++) to[r][i] /= total[r];
     }
 }
 """
@@ -316,6 +323,17 @@ def can_be_taped(model, cache):
     return len(kinds) == 1 and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@contextlib.contextmanager
+def uncounted(state):
+    """Inside, what a model with this SparseState keeps and sees counts for nothing; None: a model that does not count."""
+    counts = None if state is None else state.counts.clone()
+    try:
+        yield
+    finally:
+        if state is not None:
+            state.counts.copy_(counts)
+
+
 TOLERANCE = 0.1          # of the logits, as a share of their norm: rounding to 16 bits explains 3 %
 compared = weakref.WeakKeyDictionary()                     # Llama -> {whether its steps were sparse: whether its tape did what it does}
 comparing = threading.Lock()
@@ -332,18 +350,12 @@ def agrees(tape, tokens):
     with comparing:
         found = compared.setdefault(model, {})
         if tape.sparse not in found:
-            before = None if state is None else (state.thresholds.clone(), state.counts.clone())
-            try:
-                if state is not None:
-                    state.thresholds.fill_(-1)
+            keep_all = ("off", None) if state is None else (state.where, torch.full_like(state.thresholds, -1))
+            with uncounted(state), sparse_mode(model, *keep_all):
                 ours = tape(tokens)
                 cache.used = used
                 theirs = model(tokens, cache)
-            finally:
                 cache.used = used
-                if state is not None:
-                    state.thresholds.copy_(before[0])
-                    state.counts.copy_(before[1])
             error = ((ours - theirs).norm() / theirs.norm()).item()
             found[tape.sparse] = not error > TOLERANCE     # NaN is not: there is nothing to compare where the model says NaN
             if error > TOLERANCE:
@@ -405,7 +417,6 @@ class Steps:
             return None
         sparse = is_sparse(state, tokens)
         if sparse not in self.recorded:
-            check_fit(tokens, self.cache)
             self.tables = self.tables or rope_tables(torch.arange(self.cache.length), self.model.config, torch.float32)
             tape = Tape(self.model, self.cache, sparse, self.tables)
             self.recorded[sparse] = tape if agrees(tape, tokens) else None
@@ -456,18 +467,15 @@ class Steps:
             tokens, positions, mask, slots = places
             return self.model(tokens, self.cache, positions, mask, slots)
 
-        state = getattr(self.model, "sparse_state", None)
-        counts = None if state is None else state.counts.clone()
-        aside = torch.cuda.Stream()                        # libraries set themselves up before the capture, not in it
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            run(), run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):    # other threads may talk to other GPUs
-            logits = run()
-        if state is not None:
-            state.counts.copy_(counts)
+        with uncounted(self.state):
+            aside = torch.cuda.Stream()                    # libraries set themselves up before the capture, not in it
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                run(), run()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):        # other threads may talk to other GPUs
+                logits = run()
         return graph, places, logits
 
 

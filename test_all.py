@@ -1056,7 +1056,8 @@ def steps_of(model, cache, taped):
     """Steps that are sure to be replayed, or sure to run the model."""
     steps = stepping.Steps(model, cache)
     assert steps.can_be_taped
-    steps.can_be_taped = taped
+    if not taped:
+        steps.tape = lambda tokens: None
     if taped and cache.used < cache.length:
         assert steps.tape(torch.tensor([[1]])) is not None
     return steps
