@@ -22,9 +22,7 @@ compute the same is found out when it is first used, and the model itself runs i
 import contextlib
 import ctypes
 import functools
-import statistics
 import threading
-import time
 import warnings
 import weakref
 
@@ -33,11 +31,8 @@ from torch import nn
 
 import kernel
 from cc import compiled
-from cli import DEMO, Parser, command_line, natural, progress_line
-from model import check_fit, check_tokens, in_window, load_model, rope_tables
-from sparsify import SparseLinear, is_sparse, sparse_mode, sparsify
-
-ROUNDS = 23              # of timing, the first three of which set things up
+from model import check_fit, check_tokens, in_window, rope_tables
+from sparsify import SparseLinear, is_sparse, sparse_mode
 
 C_SOURCE = r"""
 #include <float.h>
@@ -479,57 +474,7 @@ class Steps:
         return graph, places, logits
 
 
-def main():
-    """Times a step, recorded and not, in turn; on a CPU also what the products alone take of it."""
-    parser = Parser(description="Times a step of decoding, dense and sparse: recorded and replayed, and run by the model.")
-    parser.add_argument("--model", default=str(DEMO), help="checkpoint folder, or random:PRESET (default: the demo model)")
-    parser.add_argument("--sparsity", type=float, default=0.5, metavar="S", help="share of the blocks' weights to skip (default: 0.5)")
-    parser.add_argument("--behind", type=natural, default=16, metavar="N", help="how many tokens a step looks back at (default: 16)")
-    parser.add_device()
-    parser.add_precision()
-    arguments = parser.parse_args()
-    from calibrate import load_calibration                 # which imports much that a step does without
-    model, _ = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
-    sparsify(model, load_calibration(model, arguments.model, None).thresholds(arguments.sparsity) | {"lm_head": 0.0})
-    cache, token = model.make_cache(1, arguments.behind + 1), torch.ones(1, 1, dtype=torch.int64, device=model.device)
-    cache.used, steps, names, times, in_products = arguments.behind, Steps(model, cache), ("recorded", "not recorded"), {}, {}
-
-    def timed(product):
-        """A product that adds what it takes to the last of in_products."""
-        def call(*arguments):
-            began = time.perf_counter()
-            failed = product(*arguments)
-            in_products[mode][-1] += time.perf_counter() - began
-            return failed
-        return call
-
-    with torch.no_grad():
-        for done in range(ROUNDS):
-            progress_line(f"step {done} of {ROUNDS}")
-            for mode in ("off", "decode"):
-                with sparse_mode(model, mode):
-                    tape = steps.tape(token)
-                    if tape and not done:
-                        tape.calls = [(timed(function) if function.__name__ in kernel.C_NAMES.values() else function, arguments)
-                                      for function, arguments in tape.calls]
-                    in_products.setdefault(mode, []).append(0.0)
-                    for name, step in zip(names, (steps, lambda token: model(token, cache))):
-                        cache.used, began = arguments.behind, time.perf_counter()
-                        step(token)
-                        if model.device.type == "cuda":
-                            torch.cuda.synchronize()
-                        times.setdefault((name, mode), []).append(time.perf_counter() - began)
-                        cache.used = arguments.behind
-    dtype = str(cache.keys.dtype).removeprefix("torch.")
-    print(f"{arguments.model}, {dtype}, {model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'ms a step, behind ' + str(arguments.behind) + ' tokens':28} {'dense':>8} {f'{arguments.sparsity:.0%} sparse':>12}")
-    for name in names:
-        print(f"{name:28} {1e3 * statistics.median(times[name, 'off'][3:]):8.1f} {1e3 * statistics.median(times[name, 'decode'][3:]):12.1f}")
-    if tape:
-        dense, sparse = (statistics.median(1 - products / step for products, step in zip(in_products[mode][3:], times["recorded", mode][3:]))
-                         for mode in ("off", "decode"))
-        print(f"{'recorded, but for products':28} {dense:8.1%} {sparse:12.1%}")
-
-
 if __name__ == "__main__":
-    command_line(main)
+    from cli import command_line
+    from timing import show_steps
+    command_line(show_steps)

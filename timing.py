@@ -1,4 +1,4 @@
-"""How near to the limit: our products beside the library's, at the shapes of a Llama.
+"""How near to the limit: our products beside the library's, at the shapes of a Llama; and a whole step, recorded and not.
 
 A product is bound by memory: its limit is the bytes of the weights it must read over the bandwidth. So beside each time stand
 the bytes of kept weights a second, and the ratio to the fastest of the library's dense ways. Enough copies of a weight are used
@@ -6,6 +6,7 @@ in turn that no cache holds them; times are medians.
 
     python kernel.py                                          dense against sparse at Llama-2-7B's shapes
     python kernel.py --dtype int8 int4 --rows 1 4 8 --figure speed.png
+    python step.py --model random:llama-3.2-1b                what a step takes besides its products
 """
 import statistics
 import time
@@ -13,10 +14,13 @@ import time
 import torch
 import torch.nn.functional as F
 
+from calibrate import load_calibration
 from checkpoint import block_linears
-from cli import InputError, Parser, check_figure, find_device, pyplot
-from kernel import MAX_ROWS, QuantizedWeight, best_backend, dense, sparse_gemv, words_of
-from model import PRESETS
+from cli import DEMO, InputError, Parser, check_figure, find_device, natural, progress_line, pyplot
+from kernel import C_NAMES, MAX_ROWS, QuantizedWeight, best_backend, dense, sparse_gemv, words_of
+from model import PRESETS, load_model
+from sparsify import sparse_mode, sparsify
+from step import Steps
 
 
 def median_time(call, device, seconds=0.5):
@@ -186,3 +190,72 @@ def main():
              for kind in arguments.dtype for shape in shapes}
     if arguments.figure:
         draw_speed(timed, arguments.sparsity, bandwidth, arguments.figure)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A step
+
+ROUNDS = 23              # the first three of which set things up
+
+
+@torch.no_grad()
+def time_steps(model, behind, progress):
+    """({(name, mode): seconds of each round}, {mode: the part of a recorded step that is not products, each round}).
+
+    Names are "recorded" and "not recorded", modes "off" (dense) and "decode" (sparse); all take turns. behind: how many tokens a
+    step looks back at. The parts are known on a CPU alone.
+    """
+    cache, token = model.make_cache(1, behind + 1), torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    cache.used, steps, times, parts, in_products = behind, Steps(model, cache), {}, {}, 0.0
+
+    def timed(product):
+        """A product that adds what it takes to in_products."""
+        def call(*arguments):
+            nonlocal in_products
+            began = time.perf_counter()
+            failed = product(*arguments)
+            in_products += time.perf_counter() - began
+            return failed
+        return call
+
+    for done in range(ROUNDS):
+        progress(f"step {done} of {ROUNDS}")
+        for mode in ("off", "decode"):
+            with sparse_mode(model, mode):
+                tape, in_products = steps.tape(token), 0.0
+                if tape and not done:
+                    tape.calls = [(timed(function) if function.__name__ in C_NAMES.values() else function, arguments)
+                                  for function, arguments in tape.calls]
+                for name, step in (("recorded", steps), ("not recorded", lambda token: model(token, cache))):
+                    cache.used, began = behind, time.perf_counter()
+                    step(token)
+                    if model.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    times.setdefault((name, mode), []).append(time.perf_counter() - began)
+                    cache.used = behind
+                if tape:
+                    parts.setdefault(mode, []).append(1 - in_products / times["recorded", mode][-1])
+    return times, parts
+
+
+def show_steps():
+    """The command line of step.py."""
+    parser = Parser(description="Times a step of decoding, dense and sparse: recorded and replayed, and run by the model.")
+    parser.add_argument("--model", default=str(DEMO), help="checkpoint folder, or random:PRESET (default: the demo model)")
+    parser.add_argument("--sparsity", type=float, default=0.5, metavar="S", help="share of the blocks' weights to skip (default: 0.5)")
+    parser.add_argument("--behind", type=natural, default=16, metavar="N", help="how many tokens a step looks back at (default: 16)")
+    parser.add_device()
+    parser.add_precision()
+    arguments = parser.parse_args()
+    model, _ = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
+    sparsify(model, load_calibration(model, arguments.model).thresholds(arguments.sparsity) | {"lm_head": 0.0})
+    times, parts = time_steps(model, arguments.behind, progress_line)
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    print(f"{arguments.model}, {dtype}, {model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{f'ms a step, behind {arguments.behind} tokens':28} {'dense':>8} {f'{arguments.sparsity:.0%} sparse':>12}")
+    for name in ("recorded", "not recorded"):
+        dense_ms, sparse_ms = (1e3 * statistics.median(times[name, mode][3:]) for mode in ("off", "decode"))
+        print(f"{name:28} {dense_ms:8.1f} {sparse_ms:12.1f}")
+    if parts:
+        dense_part, sparse_part = (statistics.median(parts[mode][3:]) for mode in ("off", "decode"))
+        print(f"{'recorded, but for products':28} {dense_part:8.1%} {sparse_part:12.1%}")
