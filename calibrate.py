@@ -1,281 +1,579 @@
-"""Making a calibration: some text through the dense model, watched where its linears read.
+"""Where thresholds come from: how large activations are, and how much of them each linear drops.
 
-    text ─► windows of tokens ─┬─► forward and back, with labels drawn from the model itself ─► F, how much inputs matter (allocate.py)
-                               └─► forward ─► at each linear, the distribution of |x| (and of |x| times how much it matters)
-    then, from the distributions, the shares of the priced and the greedy allocation (allocate.py)
+To drop half of the inputs of a linear one has to know the magnitude that half of them stay below.
+TEAL finds it offline (arXiv 2408.14690, section 4): run some text through the dense model, keep the
+distribution of |x| where each linear reads it, and use its quantiles as thresholds. At sparsity s,
 
-10,000 tokens are enough for thresholds within a few percent. The first tokens of a window are left out: they are attention
-sinks, to which heads that have nothing to say attend, with activations many times as large as all others (arXiv 2309.17453).
+    t(s) = the value that a share s of all |x| stays below
 
-Statistics that TEAL's authors publish for Llama-2, Llama-3 and Mistral can be read in place of all this.
+    share of |x|
+      ▇
+      ▇ ▆
+      ▇ ▇ ▅
+      ▇ ▇ ▇ ▄ ▃ ▂ ▂ ▁ ▁ ▁ ▁
+      └─────┴──────────────────► |x|
+         t(50 %)
+
+A block has four places where linears read, and so four distributions: attention in (q, k, v),
+attention out (o), MLP in (gate, up), MLP middle (down). 10,000 tokens give thresholds within a few
+percent. The first tokens of a window are left out: they are attention sinks, to which heads that
+have nothing to say attend, with activations many times as large as all others (arXiv 2309.17453).
+
+How much of a model-wide sparsity each linear gets is a second question. An answer is called an
+allocation, and stands here as a table: for some levels of model-wide sparsity, the share of its
+inputs that each linear drops. This file makes two:
+
+    uniform    every linear the same share                                        (TEAL, section 4)
+    greedy     block by block: raise the one of the seven linears that adds least to the error of
+               the block's output, by equal numbers of weights             (TEAL, algorithm 1)
+
+A calibration belongs to a model, so it says what it was made from, and is refused elsewhere. The
+statistics that TEAL's authors publish for Llama-2, Llama-3 and Mistral can be read in its place.
 
     python calibrate.py [--model FOLDER] [--text FILE]      writes FOLDER/calibration.safetensors
-    python calibrate.py --greedy                            with the greedy allocation, which takes minutes
-    python calibrate.py --figures figures                   draws what the calibration holds
+    python calibrate.py --greedy                            with the greedy allocation, in minutes
 """
 import contextlib
 import csv
-import itertools
+import hashlib
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from allocate import BATCH, SINKS, add_greedy, add_priced, fisher_information
-from calibration import BINS, EVEN, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SITE_OF, SITES, Calibration, fingerprint_of, histogram, quantile, shapes_of
-from checkpoint import Config, linear_names, read_shards
-from cli import DEMO, InputError, Parser, command_line, natural, progress_line, pyplot, refuse_beside
-from model import check_tokens, load_model
-from sparsify import default_context, read_tokens, windows_of
+from kernel import kept
+from model import (Config, InputError, Parser, block_linears, check_output, check_tokens,
+                   command_line, default_context, linear_names, load_model, natural, progress,
+                   read_header, read_safetensors, read_tokens, require, shard_paths, windows_of,
+                   write_safetensors)
+
+SITES = ("attention in", "attention out", "MLP in", "MLP middle")
+SITE_OF = {                  # where each of the seven linears of a block reads
+    "self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 1,
+    "mlp.gate_proj": 2, "mlp.up_proj": 2, "mlp.down_proj": 3,
+}
+LINEARS = tuple(SITE_OF)
+
+FORMAT = "minTEAL calibration 3"         # what the file says it is
+SINKS = 4                                # tokens left out at the start of each window
+BATCH = 4                                # windows that run together
+
+# Magnitudes are counted on a logarithmic scale that needs no look at the data first: 32 bins an
+# octave, 2.2 % wide, from 2^-20 (what is smaller falls into bin 0, zeros too) to 2^12.
+LOWEST, HIGHEST, PER_OCTAVE = -20, 12, 32
+BINS = (HIGHEST - LOWEST) * PER_OCTAVE
 
 
-def calibrate(model, tokens, context=None, source="unknown text", fisher=True, progress=lambda text: None):
-    """Runs `tokens` (N,) int64 through the dense model, in windows of `context`, and returns their Calibration.
+def histogram(x):
+    """Return the counts (BINS,) int64 of the magnitudes in x (any shape)."""
+    bins = (x.abs().float().log2() - LOWEST) * PER_OCTAVE            # -inf for zeros
+    require(bins.max() < float("inf"), "the activations hold NaN or infinity: the model cannot be "
+                                       "calibrated in this dtype")
+    return torch.bincount(bins.clamp(0, BINS - 1).long().flatten(), minlength=BINS)
 
-    context: None is the model's own, at most 2048. fisher: False leaves the backward pass out, and with it the
-    allocations that need it. Memory does not grow with the number of tokens.
+
+def quantile(counts, share):
+    """Return the magnitudes (...) that shares (...) in [0, 1) of counts (..., BINS) stay below."""
+    share = torch.as_tensor(share, dtype=torch.float64).expand(counts.shape[:-1])
+    below = counts.double().cumsum(-1)                               # (..., BINS)
+    wanted = (share * below[..., -1]).unsqueeze(-1)
+    at = torch.searchsorted(below, wanted).clamp(max=BINS - 1)       # the bin in which it lies
+    inside = counts.double().gather(-1, at)
+    fraction = (wanted - (below.gather(-1, at) - inside)) / inside.clamp(min=1)
+    position = (at + fraction).squeeze(-1)                           # in bins
+    return torch.exp2(position / PER_OCTAVE + LOWEST) * (share > 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# The calibration of a model
+
+class Table(NamedTuple):
+    """An allocation: the share of its inputs that each linear drops, at some sparsities."""
+    levels: torch.Tensor             # (L,) rising, above 0 and below 1; may be empty
+    shares: torch.Tensor             # (L, layers, 7)
+    weights: str = ""                # the channel weights that |x| is multiplied with; "": none
+
+    def at(self, sparsity):
+        """Return the shares (layers, 7), float64, at a model-wide sparsity in [0, 1).
+
+        They are linear between levels. After the last one what is kept shrinks evenly, until at 1
+        nothing is: a table without levels is the uniform allocation.
+        """
+        zeros = torch.zeros_like(self.shares[:1] if len(self.shares) else self.shares.sum(0)[None])
+        levels = torch.cat((torch.zeros(1), self.levels, torch.ones(1))).double()
+        shares = torch.cat((zeros, self.shares, zeros + 1)).double()
+        after = int(torch.searchsorted(levels, sparsity, right=True))
+        fraction = (sparsity - levels[after - 1]) / (levels[after] - levels[after - 1])
+        return shares[after - 1] + fraction * (shares[after] - shares[after - 1])
+
+
+@dataclass
+class Calibration:
+    """What is known of a model's activations, from which thresholds for any sparsity are read.
+
+    shapes: what the model looks like; source: what text this was made from
+    fingerprint: (256,) float32 of the model's embedding, which tells models of one shape apart
+    distributions: {"input": (layers, 4, BINS) of |x| by site, "head": (BINS,) of the head's |x|,
+        and for each of the weights (layers, 7, BINS) of |x| times them}, int64. Chapters add more.
+    tables: {allocation: Table}. The one added last is the default.
+    weights: {name: {linear: (in,)}}: how much each channel counts. A threshold on |x| times its
+        weight is a threshold for each channel.
     """
+    shapes: dict
+    source: str
+    fingerprint: torch.Tensor
+    distributions: dict
+    tables: dict = field(default_factory=dict)
+    weights: dict = field(default_factory=dict)
+
+    @property
+    def allocations(self):
+        """The names of the allocations, the default first."""
+        return list(reversed(self.tables))
+
+    def sparsities(self, sparsity, allocation=None):
+        """Return the share (layers, 7) of each linear's inputs that an allocation drops."""
+        require(0 <= sparsity < 1, f"sparsity is {sparsity}, expected at least 0 and below 1")
+        return self._table(allocation).at(sparsity)
+
+    def thresholds(self, sparsity, allocation=None):
+        """Return {linear: tensor () or (in,), float32}: thresholds for a model-wide sparsity.
+
+        sparsity: in [0, 1), a share of the weights in all blocks. allocation: one of `allocations`,
+        or None for the first. With inputs dropped before it, a layer sees others than those that
+        were counted here: the share realised differs by a point or so.
+        """
+        shares = self.sparsities(sparsity, allocation)               # (layers, 7)
+        return self.thresholds_at(shares, self._table(allocation).weights)
+
+    def thresholds_at(self, shares, weights=""):
+        """Return the thresholds that drop given shares (layers, 7), of |x| times the `weights`."""
+        if weights:
+            counts = self.distributions[weights]                     # (layers, 7, BINS)
+        else:
+            counts = self.distributions["input"][:, list(SITE_OF.values())]
+        names = linear_names(SimpleNamespace(**self.shapes))
+        values = dict(zip(names, quantile(counts, shares).flatten()))
+        if weights:
+            values = {name: value / self.weights[weights][name] for name, value in values.items()}
+        return {name: value.float() for name, value in values.items()}
+
+    def head_threshold(self, sparsity):
+        """Return the threshold () at which the head drops `sparsity` of its inputs.
+
+        The paper leaves the head dense.
+        """
+        require("head" in self.distributions, f"this calibration holds no distribution of the "
+                                              f"head's inputs: it is {self.source}")
+        return quantile(self.distributions["head"], sparsity).float()
+
+    def sizes(self):
+        """Return the outputs (7,) of a block's linears, and their shares (7,) of its weights."""
+        shapes = block_linears(SimpleNamespace(**self.shapes)).values()
+        shapes = torch.tensor(list(shapes), dtype=torch.float64)
+        weights = shapes.prod(1)
+        return shapes[:, 0], weights / weights.sum()
+
+    def _table(self, allocation):
+        allocation = allocation or self.allocations[0]
+        require(allocation in self.tables,
+                f"allocation {allocation!r} is not in this calibration, which holds "
+                f"{', '.join(self.allocations)}; greedy is made by python calibrate.py --greedy, "
+                f"others by python -m beyond.allocate")
+        return self.tables[allocation]
+
+    def check(self, model):
+        """Raise InputError if this was made for another model."""
+        for key, value in shapes_of(model.config).items():
+            require(self.shapes.get(key) == value,
+                    f"this calibration was made for another model: {key} is "
+                    f"{self.shapes.get(key)} in it, {value} in the model")
+        own = fingerprint_of(model.model.embed_tokens.weight.detach())
+        require(torch.allclose(self.fingerprint, own, rtol=2**-6, atol=1e-6),
+                "this calibration was made for another model of the same shape: the embeddings "
+                "differ")
+
+    def save(self, path):
+        """Write the calibration as a safetensors file."""
+        tensors = {"fingerprint": self.fingerprint}
+        for name, counts in self.distributions.items():
+            dtype = torch.int32 if counts.max() < 2**31 else torch.int64
+            tensors[f"distributions {name}"] = counts.to(dtype)
+        for name, table in self.tables.items():
+            tensors[f"levels {name}"] = table.levels.double()
+            tensors[f"shares {name}"] = table.shares.float()
+        for weights, values in self.weights.items():
+            for linear, value in values.items():
+                tensors[f"weights {weights} {linear}"] = value
+        tables = {name: table.weights for name, table in self.tables.items()}
+        write_safetensors(path, tensors, {"format": FORMAT, "source": self.source,
+                                          "shapes": json.dumps(self.shapes),
+                                          "tables": json.dumps(tables)})
+
+    @staticmethod
+    def load(path):
+        """Return what `save` wrote; raises InputError for anything else."""
+        metadata = read_header(path)[1]
+        require(metadata.get("format") == FORMAT,
+                f"{path}: not a calibration of this version: format is "
+                f"{metadata.get('format')!r}, expected {FORMAT!r}; make it with: "
+                f"python calibrate.py --model FOLDER")
+        tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
+        try:
+            calibration = Calibration(json.loads(metadata["shapes"]), metadata["source"],
+                                      tensors.pop("fingerprint"), {})
+            for name, weights in json.loads(metadata["tables"]).items():
+                calibration.tables[name] = Table(tensors.pop(f"levels {name}"),
+                                                 tensors.pop(f"shares {name}"), weights)
+            for name, tensor in tensors.items():
+                kind, _, rest = name.partition(" ")
+                if kind == "distributions":
+                    calibration.distributions[rest] = tensor.long()
+                else:
+                    weights, linear = rest.split(" ")
+                    calibration.weights.setdefault(weights, {})[linear] = tensor
+            calibration.check_whole()
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path}: a damaged calibration ({error}); make it with: "
+                             f"python calibrate.py --model FOLDER") from None
+        return calibration
+
+    def check_whole(self):
+        """Raise InputError, naming it, if a part is missing, misshapen or makes no sense."""
+        layers = self.shapes["num_hidden_layers"]
+        require(self.fingerprint.shape == (256,), "fingerprint")
+        require(self.distributions["input"].shape == (layers, len(SITES), BINS), "input")
+        for name, counts in self.distributions.items():
+            require(counts.shape[-1] == BINS and (counts >= 0).all() and (counts.sum(-1) > 0).all(),
+                    name)
+        require(self.tables, "no allocation")
+        for name, (levels, shares, weights) in self.tables.items():
+            require(levels.ndim == 1 and shares.shape == (len(levels), layers, len(LINEARS)), name)
+            require(bool((levels > 0).all() and (levels < 1).all() and (levels.diff() > 0).all()
+                         and (shares >= 0).all() and (shares < 1).all()), name)
+            require(not weights or weights in self.weights, name)
+        inputs = {f"model.layers.{layer}.{linear}": size for layer in range(layers)
+                  for linear, (_, size) in block_linears(SimpleNamespace(**self.shapes)).items()}
+        for name, values in self.weights.items():
+            require(self.distributions[name].shape == (layers, len(LINEARS), BINS), name)
+            require({linear: len(value) for linear, value in values.items()} == inputs, name)
+            every = torch.cat(list(values.values()))
+            require(bool((every > 0).all() and every.isfinite().all()), name)
+
+
+def shapes_of(config):
+    """Return the numbers of a Config that a calibration depends on."""
+    return {key: getattr(config, key) for key in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "num_attention_heads",
+        "num_key_value_heads", "vocab_size")}
+
+
+def fingerprint_of(weight):
+    """Return 256 values spread over an embedding (vocab, hidden), nearly the same in each dtype."""
+    at = torch.linspace(0, weight.numel() - 1, 256, dtype=torch.float64).long().to(weight.device)
+    return weight[at // weight.shape[1], at % weight.shape[1]].float().cpu()
+
+
+# --------------------------------------------------------------------------------------------------
+# Making one
+
+@torch.no_grad()
+def count(model, windows, watched, label):
+    """Run windows (W, T + 1) through the dense model, and add up what is watched.
+
+    watched: a list of (module, function(input, output) -> values (B, T, ...), counts (BINS,)); the
+    histogram of the values is added to the counts, int64.
+    """
+    hooks = contextlib.ExitStack()       # a handle is a context manager, which takes its hook away
+    for module, values, counts in watched:
+        def add(module, inputs, output, values=values, counts=counts):
+            counts += histogram(values(inputs[0], output)[:, SINKS:]).to(counts.device)
+        hooks.enter_context(module.register_forward_hook(add))
+    with hooks:
+        for part in progress(windows.split(BATCH), label):
+            model(part[:, :-1].to(model.device))
+
+
+def calibrate(model, tokens, context=None, source="unknown text"):
+    """Return the Calibration of a dense model on `tokens` (N,) int64, with the uniform allocation.
+
+    context: tokens a window; None: the model's own, at most 2048. Memory does not grow with the
+    number of tokens.
+    """
+    check_dense(model)
     check_tokens(tokens, model.config)
-    if hasattr(model, "sparse_state"):
-        raise InputError("calibrate needs the dense model: this one was made sparse")
     context = context or default_context(model)
-    if context <= SINKS:
-        raise InputError(f"a window of {context} tokens leaves none behind the first {SINKS}")
+    require(context > SINKS, f"a window of {context} tokens leaves none after the first {SINKS}")
     windows = windows_of(tokens, context)
-    linears = {name: model.get_submodule(name) for name in linear_names(model.config)}
-    norms = {name: linear.weight.detach().float().norm(dim=0).cpu() for name, linear in linears.items()}
-    made = Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}", fingerprint_of(model.model.embed_tokens.weight.detach()), {},
-                       {"wina": {name: relative(norm) for name, norm in norms.items()}})
-    if fisher:
-        information = fisher_information(model, windows, linears, progress)
-        made.fisher = torch.stack([of.mean() for of in information.values()]).view(-1, len(LINEARS))
-        made.weights["fisher-channel"] = {name: relative(of.sqrt()) for name, of in information.items()}
-    made.histograms = count_magnitudes(model, windows, linears, made.weights, progress)
-    return made
+    layers = model.config.num_hidden_layers
+    inputs = torch.zeros(layers, len(SITES), BINS, dtype=torch.int64)
+    head = torch.zeros(BINS, dtype=torch.int64)
+    watched = [(model.lm_head, lambda x, y: x, head)]
+    for layer, block in enumerate(model.model.layers):
+        for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+            counts = inputs[layer, SITE_OF[linear]]        # the first that reads there
+            watched.append((block.get_submodule(linear), lambda x, y: x, counts))
+    count(model, windows, watched, "calibrating")
+    uniform = Table(torch.zeros(0), torch.zeros(0, layers, len(LINEARS)))
+    return Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}",
+                       fingerprint_of(model.model.embed_tokens.weight.detach()),
+                       {"input": inputs, "head": head}, {"uniform": uniform})
 
 
-def relative(values):
-    """values (in,) over their root mean square, none of them so small that a threshold over it is no number."""
-    return (values / values.square().mean().sqrt().clamp(min=1e-30)).clamp(min=2**-10)
+def check_dense(model):
+    """Raise InputError for a model that was made sparse."""
+    require(not hasattr(model, "sparse_state"),
+            "a calibration needs the dense model: this one was made sparse")
+
+
+STEP = 0.01              # of a block's weights, dropped in one step of the greedy path
+END = 0.9                # of a block's weights, where its path ends
 
 
 @torch.no_grad()
-def count_magnitudes(model, windows, linears, weights, progress):
-    """The histograms of a Calibration, from one forward pass over windows (W, context + 1)."""
-    layers, device = model.config.num_hidden_layers, model.device
-    counts = {"input": torch.zeros(layers, len(SITES), BINS), "gate": torch.zeros(layers, BINS), "head": torch.zeros(BINS)}
-    counts |= {criterion: torch.zeros(layers, len(LINEARS), BINS) for criterion in weights}
-    counts = {name: tensor.long().to(device) for name, tensor in counts.items()}
-    weights = {criterion: {name: weight.to(device) for name, weight in of.items()} for criterion, of in weights.items()}
-    hooks = contextlib.ExitStack()                         # a handle is a context manager, which takes its hook away
-    for i, (name, linear) in enumerate(linears.items()):
-        layer, place = divmod(i, len(LINEARS))
+def greedy_path(block, x, context, counts, size):
+    """Return the path (steps, 7) of the shares that a block's linears drop, from none to END.
 
-        def count(module, inputs, output, name=name, layer=layer, place=place):
-            x = inputs[0][:, SINKS:]
-            site = SITE_OF[LINEARS[place]]
-            if site not in list(SITE_OF.values())[:place]:                   # the first that reads there counts for all
-                counts["input"][layer, site] += histogram(x)
-            for criterion, of in weights.items():
-                counts[criterion][layer, place] += histogram(x * of[name])
-            if LINEARS[place] == "mlp.gate_proj":
-                counts["gate"][layer] += histogram(F.silu(output[:, SINKS:]))
-        hooks.enter_context(linear.register_forward_hook(count))
+    x: (B, T, hidden), inputs of the block in the dense model; context: theirs; counts: (4, BINS),
+    its distributions; size: (7,), shares of the block's weights. In each step every linear is tried
+    with STEP more of the block's weights dropped, in it alone; the one that adds least to the error
+    of the block's output keeps it. All seven have their own threshold.
+    """
+    linears = [block.get_submodule(name) for name in LINEARS]
+    counts = counts[list(SITE_OF.values())]                          # (7, BINS)
+    thresholds = torch.zeros(len(LINEARS), device=x.device)
 
-    def count_head(module, inputs):
-        counts["head"] += histogram(inputs[0][:, SINKS:])
-    hooks.enter_context(model.lm_head.register_forward_pre_hook(count_head))
-    with hooks:
-        for done, part in enumerate(windows.split(BATCH)):
-            progress(f"calibrating, magnitudes: window {BATCH * done} of {len(windows)}")
-            model(part[:, :-1].to(device))
-    return {name: tensor.cpu() for name, tensor in counts.items()}
+    def drop(module, inputs):
+        threshold = thresholds[linears.index(module)]
+        return inputs[0] * kept(inputs[0], threshold)
+
+    late = slice(x.shape[1] // 4, None)                              # far from the sinks
+    exact = block(x, context)[:, late].float()
+    path = [torch.zeros(len(LINEARS), dtype=torch.float64)]
+    with contextlib.ExitStack() as hooks:
+        for linear in linears:
+            hooks.enter_context(linear.register_forward_pre_hook(drop))
+        while path[-1] @ size < END - STEP / 2:
+            raised = path[-1] + STEP / size
+            errors = torch.full((len(LINEARS),), float("inf"))
+            tried = quantile(counts, raised.clamp(max=1 - 1e-9)).float()
+            for i in (raised < 1).nonzero().flatten():
+                before = thresholds[i].clone()
+                thresholds[i] = tried[i]
+                errors[i] = (block(x, context)[:, late].float() - exact).norm()
+                thresholds[i] = before
+            best = errors.argmin()
+            if errors[best] == float("inf"):
+                break
+            path.append(path[-1].clone())
+            path[-1][best] = raised[best]
+            thresholds[best] = tried[best]
+    return torch.stack(path)
 
 
-# ---------------------------------------------------------------------------------------------------------
+def table_of(paths, size):
+    """Return the Table of a path (steps, 7) for each block, at each percent that all of them reach.
+
+    size: (7,), shares of a block's weights.
+    """
+    reached = [path.double() @ size for path in paths]               # (steps,) each, rising
+    last = min(float(levels[-1]) for levels in reached)
+    levels = torch.arange(1, 100, dtype=torch.float64) / 100
+    levels = levels[levels < last + 1e-9]
+    shares = []
+    for path, of in zip(paths, reached):
+        after = torch.searchsorted(of, levels - 1e-9).clamp(1, len(of) - 1)
+        fraction = (levels - of[after - 1]) / (of[after] - of[after - 1]).clamp(min=1e-12)
+        fraction = fraction.clamp(0, 1)
+        shares.append(path[after - 1] + fraction[:, None] * (path[after] - path[after - 1]))
+    return Table(levels, torch.stack(shares, 1))                     # (L, layers, 7)
+
+
+@torch.no_grad()
+def add_greedy(calibration, model, tokens, partial_path=None):
+    """Add the greedy allocation to a calibration of the model, from four windows of `tokens` (N,).
+
+    The block inputs are computed once, in the dense model, and handed from block to block. After
+    each block what is done is written to `partial_path`, from where a run that was killed goes on;
+    the caller removes it when all is saved.
+    """
+    check_dense(model)
+    windows = windows_of(tokens, default_context(model))[:BATCH, :-1].to(model.device)
+    _, size = calibration.sizes()
+    # A path belongs to one model in one dtype, and to these tokens.
+    origin = torch.cat((calibration.fingerprint.double(), windows.flatten().double().cpu()))
+    origin = f"{hashlib.sha256(origin.numpy().tobytes()).hexdigest()} {model.dtype}"
+    done = {}
+    resumed = partial_path and partial_path.exists()
+    if resumed and read_header(partial_path)[1].get("origin") == origin:
+        done = {int(layer): path.clone() for layer, path in read_safetensors(partial_path).items()}
+    x = model.embed(windows)
+    context = model.context(windows)
+    for layer in progress(range(len(model.model.layers)), "greedy allocation, blocks"):
+        block = model.model.layers[layer]
+        if layer not in done:
+            counts = calibration.distributions["input"][layer]
+            done[layer] = greedy_path(block, x, context, counts, size)
+            if partial_path:
+                tensors = {str(number): path for number, path in done.items()}
+                write_safetensors(partial_path, tensors, {"origin": origin})
+        x = block(x, context)
+    calibration.tables["greedy"] = table_of([done[layer] for layer in sorted(done)], size)
+
+
+# --------------------------------------------------------------------------------------------------
 # The statistics that TEAL's authors publish (github.com/FasterDecoding/TEAL, models/NAME)
 
 def import_teal(folder, config, fingerprint):
-    """A Calibration with the uniform and greedy allocations of the paper, from the authors' files for this model.
+    """Return a Calibration with the paper's allocations, from the authors' files for a model.
 
-    folder: models/NAME of their repository: histograms/layer-i/{self_attn,mlp}/histograms.pt and lookup/layer-i/results.csv.
-    Their histograms count x with its sign, and their threshold for a sparsity s is the value below which a share 0.5 + s/2
-    lies (as if x were symmetric); so a share 2 * cdf(v) - 1 of |x| is taken to lie below v. Raises InputError for
-    files that are missing or hold something else.
+    folder: models/NAME of their repository, with histograms/layer-i/{self_attn,mlp}/histograms.pt
+    and lookup/layer-i/results.csv. Raises InputError for files that are missing or hold something
+    else.
     """
-    def histogram_of(path, key):
-        try:
-            found = torch.load(path, weights_only=True)
-            centers, counts = found[f"{key}_centers"].double(), found[key].double()
-            whole = found.keys() == expected and centers.shape == counts.shape and len(centers) > 1 \
-                and bool((centers.diff() > 0).all() and (counts >= 0).all() and counts.sum() > 0)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        except Exception:                                  # what torch.load raises for other files is of many kinds
-            whole = False
-        if not whole:
-            raise InputError(f"{path}: not a histogram of TEAL's authors: expected {', '.join(sorted(expected))}")
-        below = counts.cumsum(0) / counts.sum()            # at each center
-        after = torch.searchsorted(centers, edges).clamp(1, len(centers) - 1)
-        fraction = (edges - centers[after - 1]) / (centers[after] - centers[after - 1])
-        share = below[after - 1] + fraction * (below[after] - below[after - 1])
-        share = torch.where(edges > centers[-1], 1.0, 2 * share - 1).clamp(0, 1).cummax(0).values
-        share[0], share[-1] = 0, 1
-        return (share.diff() * 2**40).long()
-
     folder = Path(folder)
-    edges = torch.linspace(LOWEST, HIGHEST, BINS + 1, dtype=torch.float64).exp2()
     inputs, paths = [], []
     for layer in range(config.num_hidden_layers):
-        for part, more in (("self_attn", ()), ("mlp", ("h1.5",))):
-            expected = {f"{key}{suffix}" for key in ("h1", "h2", *more) for suffix in ("", "_centers")}
-            inputs += [histogram_of(folder / "histograms" / f"layer-{layer}" / part / "histograms.pt", key) for key in ("h1", "h2")]
-        path = folder / "lookup" / f"layer-{layer}" / "results.csv"
-        try:
-            with open(path, newline="") as file:
-                rows = [[float(row[name.split(".")[1].removesuffix("_proj")]) for name in LINEARS] for row in csv.DictReader(file)]
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        except (KeyError, TypeError, ValueError):
-            rows = []
-        found = torch.tensor([[0.0] * len(LINEARS), *rows])
-        if not rows or not ((found.diff(dim=0) > -1e-6).all() and found.max() < 1):
-            raise InputError(f"{path}: not a greedy path of TEAL's authors: expected rising shares below 1 under q, k, v, o, gate, up, down")
-        paths.append(found.cummax(0).values)
-    if (folder / "histograms" / f"layer-{config.num_hidden_layers}").exists():
-        raise InputError(f"{folder}: statistics of more layers than the model's {config.num_hidden_layers}")
-    steps = max(map(len, paths))
-    made = Calibration(shapes_of(config), f"the statistics TEAL's authors publish for {folder.name}", fingerprint,
-                       {"input": torch.stack(inputs).view(-1, len(SITES), BINS)})
-    made.greedy = torch.stack([torch.cat((path, path[-1:].expand(steps - len(path), -1))) for path in paths])
-    return made
+        for part in ("self_attn", "mlp"):
+            path = folder / "histograms" / f"layer-{layer}" / part / "histograms.pt"
+            inputs += [authors_histogram(path, key) for key in ("h1", "h2")]
+        paths.append(authors_path(folder / "lookup" / f"layer-{layer}" / "results.csv"))
+    require(not (folder / "histograms" / f"layer-{config.num_hidden_layers}").exists(),
+            f"{folder}: statistics of more layers than the model's {config.num_hidden_layers}")
+    calibration = Calibration(
+        shapes_of(config), f"the statistics TEAL's authors publish for {folder.name}", fingerprint,
+        {"input": torch.stack(inputs).view(-1, len(SITES), BINS)},
+        {"uniform": Table(torch.zeros(0), torch.zeros(0, len(paths), len(LINEARS)))})
+    calibration.tables["greedy"] = table_of(paths, calibration.sizes()[1])
+    return calibration
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Figures, and the command line
+def authors_histogram(path, key):
+    """Return the counts (BINS,) of |x| from one of the authors' histograms, `key` of a file.
 
-def draw_distributions(calibration, path):
-    """The density of x at the four sites of an early, a middle and a late block, thresholds marked."""
-    plt = pyplot()
-    layers = calibration.histograms["input"].shape[0]
-    edges = torch.exp2(torch.arange(0, BINS + 1, 8) / PER_OCTAVE + LOWEST)
-    figure, axes = plt.subplots(3, 4, figsize=(10, 6), layout="constrained")
-    for row, layer in enumerate((0, layers // 2, layers - 1)):
-        for site, axis in enumerate(axes[row]):
-            counts = calibration.histograms["input"][layer, site]
-            density = counts.view(-1, 8).sum(1) / counts.sum() / edges.diff() / 2            # of x: half on either side
-            centre = (edges[1:] + edges[:-1]) / 2
-            reach = quantile(counts, 0.98).item()
-            shown = (centre <= reach) & (centre > reach / 400)
-            axis.fill_between(torch.cat((-centre[shown].flip(0), centre[shown])),
-                              torch.cat((density[shown].flip(0), density[shown])), color="tab:blue", alpha=0.5, lw=0)
-            for sparsity, style in ((0.25, ":"), (0.5, "--"), (0.65, "-")):
-                for sign in (-1, 1):
-                    axis.axvline(sign * quantile(counts, sparsity).item(), color="tab:red", lw=0.9, ls=style,
-                                 label=f"{sparsity:.0%} lie inside" if sign > 0 else None)
-            axis.set(yticks=[], xlim=(-reach, reach), ylim=(0, None))
-            axis.set_title(f"{SITES[site]}, block {layer}", fontsize=9)
-            if site == 0:
-                axis.set_ylabel("density")
-            if row == 2:
-                axis.set_xlabel("activation x")
-    axes[0, 3].legend(fontsize=7, loc="upper right")
-    figure.savefig(path)
-    plt.close(figure)
+    They count x with its sign, and their threshold for a sparsity s is the value below which a
+    share 0.5 + s/2 lies, as if x were symmetric; so a share 2 * cdf(v) - 1 of |x| is taken to lie
+    below v.
+    """
+    try:
+        tensors = torch.load(path, weights_only=True)
+        centers, counts = tensors[f"{key}_centers"].double(), tensors[key].double()
+        whole = (centers.shape == counts.shape and len(centers) > 1
+                 and bool((centers.diff() > 0).all() and (counts >= 0).all() and counts.sum() > 0))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception:                    # what torch.load raises for other files is of many kinds
+        whole = False
+    require(whole, f"{path}: not a histogram of TEAL's authors: expected {key} and {key}_centers")
+    edges = torch.linspace(LOWEST, HIGHEST, BINS + 1, dtype=torch.float64).exp2()
+    below = counts.cumsum(0) / counts.sum()                          # at each center
+    after = torch.searchsorted(centers, edges).clamp(1, len(centers) - 1)
+    fraction = (edges - centers[after - 1]) / (centers[after] - centers[after - 1])
+    cdf = below[after - 1] + fraction * (below[after] - below[after - 1])
+    share = torch.where(edges > centers[-1], 1.0, 2 * cdf - 1).clamp(0, 1).cummax(0).values
+    share[0] = 0
+    share[-1] = 1
+    return (share.diff() * 2**40).long()
 
 
-def draw_allocations(calibration, path, sparsity=0.5):
-    """The sparsity that each allocation gives each linear, over depth, at one model-wide sparsity."""
-    plt = pyplot()
-    names = [name for name in calibration.allocations if name not in EVEN] or ["uniform"]
-    figure, axes = plt.subplots(-(-len(names) // 3), 3, figsize=(9, 2.8 * -(-len(names) // 3)), sharey=True, layout="constrained", squeeze=False)
-    for place, (axis, allocation) in enumerate(itertools.zip_longest(axes.flat, names)):
-        if allocation is None:
-            axis.remove()
-            continue
-        shares = calibration.sparsities(sparsity, allocation)
-        for i, linear in enumerate(LINEARS):
-            axis.plot(shares[:, i] * 100, marker="o", ms=3, lw=1.2, label=linear.split(".")[1].removesuffix("_proj"))
-        axis.axhline(sparsity * 100, color="grey", lw=0.8, ls="--")
-        axis.set(title=allocation, xlabel="block", ylim=(0, 100))
-        if place % 3 == 0:
-            axis.set_ylabel(f"sparsity of each linear\nat {sparsity:.0%} of all (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path)
-    plt.close(figure)
+def authors_path(path):
+    """Return the greedy path (steps, 7) in one of the authors' lookup tables.
+
+    At its far end, from 72 % on in some, shares reach 1 and more; it is cut there.
+    """
+    names = [linear.split(".")[1].removesuffix("_proj") for linear in LINEARS]
+    try:
+        with open(path, newline="") as file:
+            rows = [[float(row[name]) for name in names] for row in csv.DictReader(file)]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError):
+        rows = []
+    shares = torch.tensor([[0.0] * len(LINEARS), *rows], dtype=torch.float64)
+    beyond = (~(shares < 1)).any(1).nonzero()
+    shares = shares[:int(beyond[0])] if len(beyond) else shares
+    require(len(shares) > 1 and bool((shares.diff(dim=0) > -1e-6).all() and (shares >= 0).all()),
+            f"{path}: not a greedy path of TEAL's authors: expected rising shares below 1 under "
+            f"{', '.join(names)}")
+    return shares.cummax(0).values
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def load_calibration(model, name, path=None):
-    """The calibration beside the checkpoint `name`, or at `path`, checked to be the model's.
+    """Return the calibration beside the checkpoint `name`, or at `path`, checked to be the model's.
 
-    For "random:PRESET" it is made now, from random tokens: its thresholds are as meaningless as the weights.
+    For "random:PRESET" it is made now, of random tokens: it means as little as the weights.
     """
     if path is None and str(name).startswith("random:"):
-        tokens = torch.randint(model.config.vocab_size, (129,), generator=torch.Generator().manual_seed(0))
-        return calibrate(model, tokens, 128, "random tokens", fisher=False, progress=progress_line)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(model.config.vocab_size, (129,), generator=generator)
+        return calibrate(model, tokens, 128, "random tokens")
     path = Path(path or Path(name) / "calibration.safetensors")
-    if not path.exists():
-        raise InputError(f"{path}: no calibration. Make one with: python calibrate.py --model {name}")
+    hint = f"make one with: python calibrate.py --model {name}"
+    require(path.exists(), f"{path}: no calibration; {hint}")
     calibration = Calibration.load(path)
     try:
         calibration.check(model)
     except InputError as error:
-        raise InputError(f"{path}: {error}; make one with: python calibrate.py --model {name}") from None
+        raise InputError(f"{path}: {error}; {hint}") from None
     return calibration
 
 
 def main():
     parser = Parser(description="Calibrates a checkpoint: what its thresholds are read from.")
-    parser.add_argument("--model", default=str(DEMO), help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to run (default: the standard library's held-in part)")
-    parser.add_argument("--tokens", type=natural, default=100_000, help="how many tokens of it at most (default: 100000)")
-    parser.add_argument("--greedy", action="store_true", help="with the greedy allocation, which takes minutes (default: no)")
-    parser.add_argument("--no-fisher", action="store_true", help="leave the backward passes out, and what needs them (default: no)")
-    parser.add_argument("--import-teal", metavar="DIR", help="instead: the paper's thresholds, from models/NAME of the authors' repository (default: no)")
-    parser.add_argument("--figures", metavar="FOLDER", type=Path, help="only draw what the calibration holds, as PNG files (default: no)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="(default: calibration.safetensors in the checkpoint folder)")
-    parser.add_device()
-    parser.add_precision("; needs --out")
+    parser.add_model()
+    parser.add_argument("--text", metavar="FILE",
+                        help="UTF-8 text to run (default: the standard library's held-in part)")
+    parser.add_argument("--tokens", type=natural, default=100_000,
+                        help="how many tokens of it at most (default: 100000)")
+    parser.add_argument("--greedy", action="store_true",
+                        help="with the greedy allocation, which takes minutes (default: no)")
+    parser.add_argument("--import-teal", metavar="DIR",
+                        help="instead: the paper's thresholds, from models/NAME of the authors' "
+                             "repository (default: no)")
+    parser.add_argument("--out", metavar="FILE", type=Path,
+                        help="(default: calibration.safetensors in the checkpoint folder)")
     arguments = parser.parse_args()
-    if arguments.model.startswith("random:"):
-        raise InputError(f"{arguments.model} has random weights: commands calibrate it on random tokens as they start")
-    refuse_beside(arguments, {"import_teal": ("figures", "text", "greedy", "no_fisher"), "figures": ("text", "greedy", "no_fisher")})
-    if arguments.quantize and not arguments.out:
-        raise InputError("--quantize needs --out: calibration.safetensors in the folder is that of the weights as they are")
-    path = arguments.out or Path(arguments.model) / "calibration.safetensors"
+    name = arguments.model
+    require(not name.startswith("random:"), f"{name} has random weights: commands calibrate it on "
+                                            f"random tokens as they start")
+    path = arguments.out or Path(name) / "calibration.safetensors"
+    check_output(path, "--out")
     if arguments.import_teal:
-        embedding = next((tensors["model.embed_tokens.weight"] for _, tensors in read_shards(arguments.model)
-                          if "model.embed_tokens.weight" in tensors), None)
-        if embedding is None:
-            raise InputError(f"{arguments.model}: tensor model.embed_tokens.weight is missing from the checkpoint")
-        calibration = import_teal(arguments.import_teal, Config.read(arguments.model), fingerprint_of(embedding))
+        require(not arguments.text and not arguments.greedy,
+                "--text and --greedy mean nothing with --import-teal")
+        config = Config.read(name)
+        calibration = import_teal(arguments.import_teal, config, fingerprint_of(embedding_of(name)))
         calibration.save(path)
         print(f"{path}: {calibration.source}; allocations: {', '.join(calibration.allocations)}")
         return
-    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quantize)
-    if arguments.figures:
-        calibration = load_calibration(model, arguments.model, path)
-        arguments.figures.mkdir(parents=True, exist_ok=True)
-        draw_distributions(calibration, arguments.figures / "distributions.png")
-        draw_allocations(calibration, arguments.figures / "allocations.png")
-        print(f"{arguments.figures}: distributions.png, allocations.png")
-        return
+    model, tokenizer = load_model(name, arguments.device, arguments.dtype)
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
     tokens = tokens[:arguments.tokens]
-    calibration = calibrate(model, tokens, source=source, fisher=not arguments.no_fisher, progress=progress_line)
-    if not arguments.no_fisher:
-        add_priced(calibration, model, tokens, progress_line)
+    calibration = calibrate(model, tokens, source=source)
+    partial_path = path.with_suffix(".greedy")
     if arguments.greedy:
-        add_greedy(calibration, model, tokens, path.with_suffix(".greedy"), progress_line)
+        add_greedy(calibration, model, tokens, partial_path)
     calibration.save(path)
-    path.with_suffix(".greedy").unlink(missing_ok=True)    # not before the whole is safe
+    partial_path.unlink(missing_ok=True)                   # not before the whole is safe
     print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
     print("median of |x| where linears read, by block:")
     print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))
-    for layer, values in enumerate(quantile(calibration.histograms["input"], 0.5)):
+    for layer, values in enumerate(quantile(calibration.distributions["input"], 0.5)):
         print(f"{layer:6}" + "".join(f"{value:15.4f}" for value in values))
+
+
+def embedding_of(folder):
+    """Return the embedding (vocab, hidden) of a checkpoint folder, without loading the rest."""
+    for path in shard_paths(folder):
+        tensors = read_safetensors(path)
+        if "model.embed_tokens.weight" in tensors:
+            return tensors["model.embed_tokens.weight"]
+    raise InputError(f"{folder}: tensor model.embed_tokens.weight is missing from the checkpoint")
 
 
 if __name__ == "__main__":

@@ -4,101 +4,103 @@ TEAL (arXiv 2408.14690, section 4) replaces every linear of a block, y = W x, by
 
     y = W s(x)        s(x)_i = x_i if |x_i| > t, else 0
 
-with one threshold t for each input, found offline so that a wanted share of the entries falls below it. The
-activations of a Llama are centred on zero with a sharp peak there, so that many entries are small, and dropping
-channel i changes y by |x_i| times the norm of column i of W: little, where |x_i| is little.
+with one threshold t for each linear, found offline so that a wanted share of the entries of x falls
+below it. The activations of a Llama are centred on zero with a sharp peak there, so that many
+entries are small; and dropping channel i changes y by |x_i| times the norm of column i of W, which
+is little where |x_i| is little.
 
     entries of x:   0.9  -0.1   0.02  -1.3   0.3  -0.05   0.7   0.1
-    |x| > 0.25:      ■     ·     ·      ■     ■      ·     ■     ·       4 of 8 columns of W are read
+    |x| > 0.25:      ■     ·     ·      ■     ■      ·     ■     ·       4 of 8 columns are read
 
-`sparsify(model, thresholds)` puts a `SparseLinear` in the place of each named linear of a Llama. While one token is
-decoded, its small inputs are dropped and their columns never read (kernel.py). Whatever has more tokens than one,
-the prompt for instance, is dense: it is bound by arithmetic, which skipping memory does not help.
-`sparse_mode` overrides that, since quality is measured on whole sequences.
+`sparsify(model, thresholds)` puts a `SparseLinear` in the place of each named linear of a Llama.
+While one token is decoded, its small inputs are dropped and their columns never read (kernel.py).
+Calls with more than one token, such as the prompt, run dense: they are bound by arithmetic, which
+skipping memory does not help. `sparse_mode` overrides that, since quality is measured on whole
+sequences.
 
-    python sparsify.py [--model FOLDER] [--text FILE]      quality against sparsity, as a table (judge.py)
+    python sparsify.py [--model FOLDER] [--text FILE]      quality against sparsity, as a table
 """
 import contextlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import kernel
-from cli import InputError, command_line
-from model import MLP, Attention, check_tokens
+from model import (Parser, check_tokens, command_line, default_context, load_model, natural,
+                   progress, read_tokens, require, share, windows_of)
 
-
-# ---------------------------------------------------------------------------------------------------------
-# The sparse linears of a model share one state: when they are sparse, their thresholds, and what they counted.
 
 @dataclass
 class SparseState:
-    where: str               # "decode", "all" or "off": see sparse_mode
-    dense_prefix: int        # positions at the start of a sequence that stay dense in mode "all"
-    thresholds: torch.Tensor     # (inputs of all sparse linears,) one behind another, so that one copy swaps all
-    counts: torch.Tensor         # (sparse linears, 2) int64: entries kept, entries seen
+    """What the sparse linears of a model share."""
+    mode: str                    # "decode", "all" or "off": see sparse_mode
+    dense_prefix: int            # positions that stay dense at the start of what a call is given
+    tokens: int                  # of the call that is running
+    thresholds: torch.Tensor     # (inputs of all sparse linears,), so that one copy changes all
+    counts: torch.Tensor         # (sparse linears, 2) int64: inputs kept, inputs seen
+    counting: bool = True
+
+    def is_sparse(self):
+        """Return whether the call that is running is sparse: its tokens decide, for all linears."""
+        return self.mode == "all" or self.mode == "decode" and self.tokens == 1
 
 
 class SparseLinear(nn.Module):
     """A linear that reads only the weights of its large inputs.
 
-    weight_t: (in, out), the transposed weight, the only copy there is; a tensor or a QuantizedWeight.
-    `share` gives it its part of the model's state; before, it is dense.
+    weight_t: (in, out), the transposed weight, the only copy there is. threshold (in,), kept () and
+    seen () are views of the model's state; without a state the linear is dense.
     """
 
     def __init__(self, weight_t, bias=None):
         super().__init__()
-        self.weight_t = nn.Parameter(weight_t, requires_grad=False) if isinstance(weight_t, torch.Tensor) else weight_t
+        self.weight_t = nn.Parameter(weight_t, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.in_features, self.out_features = weight_t.shape
         self.state = None
+        self.threshold = None
 
     @property
     def weight(self):
-        """(out, in), as a dense linear has it; of a quantized one, what it is multiplied with, in float32."""
-        return (self.weight_t if isinstance(self.weight_t, torch.Tensor) else self.weight_t.dequantized(torch.float32)).t()
-
-    def share(self, state, threshold, counts):
-        """state: the model's; threshold (in,) and counts (2,): views of this linear's part of it."""
-        self.state, self.threshold, self.counts = state, threshold, counts
+        """(out, in), as a dense linear has it."""
+        return self.weight_t.t()
 
     def forward(self, x):
         """x (B, T, in) -> (B, T, out)"""
-        y = self.product(x)
+        y = self.sparse(x) if self.state is not None and self.state.is_sparse() else self.dense(x)
         return y if self.bias is None else y + self.bias
 
-    def product(self, x):
-        if not is_sparse(self.state, x):
-            return kernel.dense(x, self.weight_t)
-        if fits_kernel(self.state, x):
-            y = kernel.sparse_gemv(x.flatten(0, 1), self.weight_t, self.threshold, counts=self.counts)
-            return y.view(*x.shape[:-1], -1)
+    def sparse(self, x):
+        """Return the product of what is kept of x."""
+        state = self.state
+        prefix = state.dense_prefix if state.mode == "all" else 0
+        rows = x.shape[0] * x.shape[1]
+        few = rows <= kernel.MAX_ROWS and not prefix
+        if state.counting or not few:
+            keep = kernel.kept(x, self.threshold)                                     # (B, T, in)
+            counted = keep[:, prefix:]
+            self.kept += counted.sum()
+            self.seen += counted.numel()
+        if few:
+            return self.product(x.view(rows, -1)).view(*x.shape[:-1], -1)
         # Many tokens: the same function as a dense product with zeros in it.
-        keep = ~(x.to(self.threshold.dtype).abs() <= self.threshold)                        # (B, T, in); NaN is kept
-        prefix = self.state.dense_prefix if self.state.where == "all" else 0
         keep[:, :prefix] = True
-        counted = keep[:, prefix:]
-        self.counts[0] += counted.sum()
-        self.counts[1] += counted.numel()
-        return kernel.dense(x * keep, self.weight_t)
+        return self.dense(x * keep)
 
+    def product(self, x):
+        """Return the sparse product of x (B, in), B at most MAX_ROWS: (B, out)."""
+        return kernel.sparse_gemv(x, self.weight_t, self.threshold)
 
-def is_sparse(state, x):
-    """Whether small entries of x (B, T, in) are dropped: a step of decoding has T = 1."""
-    return state is not None and (state.where == "all" or state.where == "decode" and x.shape[1] == 1)
-
-
-def fits_kernel(state, x):
-    """Whether x (B, T, in) is few enough rows for the sparse kernel, none of them exempt."""
-    return x.shape[0] * x.shape[1] <= kernel.MAX_ROWS and not (state.dense_prefix and state.where == "all")
+    def dense(self, x):
+        """Return the product of all of x."""
+        return kernel.dense(x, self.weight_t)
 
 
 class TransposedEmbedding(nn.Module):
-    """The embedding of a model whose head, tied to it, is a SparseLinear: the head's weight_t (hidden, vocab) serves both."""
+    """The embedding of a model whose tied head is a SparseLinear: its weight_t (hidden, vocab)."""
 
     def __init__(self, weight_t):
         super().__init__()
@@ -109,237 +111,230 @@ class TransposedEmbedding(nn.Module):
         return self.weight_t.t()
 
     def forward(self, tokens):
-        return self.weight[tokens].contiguous()                                             # (B, T, hidden)
+        columns = self.weight_t.index_select(1, tokens.flatten())               # (hidden, B * T)
+        return columns.t().reshape(*tokens.shape, -1)
 
 
-class SparseAttention(Attention):
-    """Attention whose q, k and v, all of them sparse, share a launch of the kernel.
+def sparsify(model, thresholds, make=SparseLinear):
+    """Make the named linears of a Llama sparse, in place, and return the model.
 
-    Takes over the submodules of `dense`, an Attention, under their names. counts: (3, 2), those of q, k and v.
+    thresholds: {name of a linear, as "model.layers.0.mlp.down_proj": number, tensor () or (in,), or
+    None}. None: dense, but stored transposed, for our kernel is the fastest dense way on a CPU. A
+    linear not named stays as it is: dense, or with the threshold it had. make: what makes a sparse
+    linear of (weight_t, bias). Weights are transposed one by one, so that no second copy of the
+    model is needed. Raises InputError, and changes nothing, for a name or shape that does not fit.
     """
-
-    def __init__(self, dense, counts):
-        nn.Module.__init__(self)
-        self.__dict__.update(dense.__dict__)               # a module's attributes and submodules, all of them
-        self.counts = counts
-
-    def qkv(self, x):
-        linears = [self.q_proj, self.k_proj, self.v_proj]
-        state = self.q_proj.state
-        if not (is_sparse(state, x) and fits_kernel(state, x)):
-            return super().qkv(x)
-        y = kernel.sparse_gemv_group(x.flatten(0, 1), [linear.weight_t for linear in linears],
-                                     [linear.threshold for linear in linears], counts=self.counts)
-        y = y.view(*x.shape[:-1], -1)
-        return y if linears[0].bias is None else y + torch.cat([linear.bias for linear in linears])
-
-
-class SparseMLP(MLP):
-    """An MLP whose gate and up, both sparse, share a launch of the kernel, with silu(gate) * up applied in it.
-
-    Takes over the submodules of `dense`, an MLP, under their names. counts: (2, 2), those of gate and up.
-    """
-
-    def __init__(self, dense, counts):
-        nn.Module.__init__(self)
-        self.__dict__.update(dense.__dict__)
-        self.counts = counts
-
-    def gated(self, x):
-        gate, up = self.gate_proj, self.up_proj
-        if not (is_sparse(gate.state, x) and fits_kernel(gate.state, x)) or gate.bias is not None:
-            return super().gated(x)                        # a bias comes before the silu, which the kernel applies itself
-        y = kernel.sparse_gated(x.flatten(0, 1), gate.weight_t, up.weight_t, gate.threshold, up.threshold,
-                                counts=self.counts)
-        return y.view(*x.shape[:-1], -1)
-
-
-def sparsify(model, thresholds):
-    """Makes the named linears of a Llama sparse, in place, and returns the model.
-
-    thresholds: {name of a linear, as in "model.layers.0.mlp.down_proj": number, 0-d tensor, or tensor (in,)}.
-    A linear not named stays as it is: dense, or with the threshold it had. Weights are transposed one by
-    one, so that no second copy of the model is needed. Raises InputError for a name or a shape that does not fit.
-    """
-    modules = dict(model.named_modules())
-    for name, threshold in thresholds.items():             # all checks first: what is refused changes nothing
-        if not isinstance(modules.get(name), (nn.Linear, SparseLinear)):
-            raise InputError(f"thresholds name {name}, which is not a linear of this model")
-        check_threshold(name, threshold, modules[name].in_features)
-    kept = {name: module.threshold.clone() for name, module in modules.items() if isinstance(module, SparseLinear) and module.state}
+    check_thresholds(model, thresholds, (nn.Linear, SparseLinear))
     for name in thresholds:
-        if isinstance(modules[name], nn.Linear):
-            dense = modules.pop(name)                      # so that its weight is freed with it, before the next one's turn
+        dense = model.get_submodule(name)
+        if not isinstance(dense, SparseLinear):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, SparseLinear(dense.weight.detach().t().contiguous(), dense.bias))
+            weight_t = dense.weight.detach().t().contiguous()
+            setattr(model.get_submodule(parent), leaf, make(weight_t, dense.bias))
             if name == "lm_head" and model.config.tie_word_embeddings:
                 model.model.embed_tokens = TransposedEmbedding(model.lm_head.weight_t)
-            del dense
-    linears = {name: module for name, module in model.named_modules()
-               if isinstance(module, SparseLinear) and (name in kept or name in thresholds)}
-    device = model.device
-    dtype = torch.promote_types(model.model.embed_tokens.weight.dtype, torch.float32)
-    state = SparseState("decode", 0, torch.zeros(sum(l.in_features for l in linears.values()), device=device, dtype=dtype),
-                        torch.zeros(len(linears), 2, device=device, dtype=torch.int64))
-    views = state.thresholds.split([linear.in_features for linear in linears.values()])
-    for linear, view, counts in zip(linears.values(), views, state.counts):
-        linear.share(state, view, counts)
+            del dense, weight_t          # before the next one's turn
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    sparse = []
+    for name, linear in model.named_modules():
+        if not isinstance(linear, SparseLinear):
+            continue
+        if name in thresholds:
+            linear.threshold = thresholds[name]
+        if linear.threshold is None:
+            linear.state = None
+            continue
+        value = torch.as_tensor(linear.threshold, dtype=dtype, device=model.device)
+        linear.threshold = value.expand(linear.in_features)
+        sparse.append(linear)
+    if not sparse:
+        return model
+    state = SparseState("decode", 0, 0, torch.cat([linear.threshold for linear in sparse]),
+                        torch.zeros(len(sparse), 2, dtype=torch.int64, device=model.device))
+    parts = state.thresholds.split([linear.in_features for linear in sparse])
+    for linear, threshold, counts in zip(sparse, parts, state.counts):
+        linear.state = state
+        linear.threshold = threshold
+        linear.kept, linear.seen = counts
+    if not hasattr(model, "sparse_state"):
+        model.register_forward_pre_hook(note_tokens)
     model.sparse_state = state
-    set_thresholds(model, kept | thresholds)
-
-    # Where all that share an input are sparse, they share a launch. They stand side by side in the state.
-    places = {linear: place for place, linear in enumerate(linears.values())}
-    for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        if {attention.q_proj, attention.k_proj, attention.v_proj} <= places.keys():
-            first = places[attention.q_proj]
-            block.self_attn = SparseAttention(attention, state.counts[first:first + 3])
-        if {mlp.gate_proj, mlp.up_proj} <= places.keys():
-            first = places[mlp.gate_proj]
-            block.mlp = SparseMLP(mlp, state.counts[first:first + 2])
     return model
 
 
-def check_threshold(name, threshold, in_features):
-    """Raises InputError if `threshold` cannot be that of the linear `name`."""
-    value = torch.as_tensor(threshold)
-    if value.shape not in ((), (in_features,)):
-        raise InputError(f"threshold of {name}: shape {tuple(value.shape)}, expected () or ({in_features},)")
-    if not torch.isfinite(value).all():
-        raise InputError(f"threshold of {name} is not finite")
+def note_tokens(model, inputs):
+    """Tell the sparse linears how many tokens the call has, before it begins."""
+    model.sparse_state.tokens = inputs[0].shape[1]
 
 
-def set_thresholds(model, thresholds):
-    """Sets the thresholds of sparse linears by name; those not named stay. The tensors stay where they are."""
+def check_thresholds(model, thresholds, kinds):
+    """Raise InputError unless each name is a linear of `kinds` in the model, and its value fits."""
     modules = dict(model.named_modules())
     for name, threshold in thresholds.items():
         linear = modules.get(name)
-        if not isinstance(linear, SparseLinear) or linear.state is None:
-            raise InputError(f"thresholds name {name}, which is not a sparse linear of this model")
-        check_threshold(name, threshold, linear.in_features)
+        require(isinstance(linear, kinds), f"thresholds name {name}, which is not a "
+                f"{'sparse ' * (kinds is SparseLinear)}linear of this model")
+        if threshold is not None:
+            value = torch.as_tensor(threshold)
+            require(value.shape in ((), (linear.in_features,)),
+                    f"threshold of {name}: shape {tuple(value.shape)}, expected () or "
+                    f"({linear.in_features},)")
+            require(bool(torch.isfinite(value).all()), f"threshold of {name} is not finite")
+
+
+def set_thresholds(model, thresholds):
+    """Set the thresholds of sparse linears by name; the tensors stay where they are."""
+    check_thresholds(model, thresholds, SparseLinear)
     for name, threshold in thresholds.items():
-        own = modules[name].threshold
-        own.copy_(torch.as_tensor(threshold, dtype=own.dtype).expand(len(own)))
+        linear = model.get_submodule(name)
+        require(linear.state is not None and threshold is not None,
+                f"{name} is dense, or would become so: that is for sparsify")
+        linear.threshold.copy_(torch.as_tensor(threshold))
 
 
 @contextlib.contextmanager
 def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
-    """Changes, inside a `with`, when and how strongly a sparsified model is sparse; weights are not touched.
+    """Change, inside a `with`, when and how strongly a sparsified model is sparse.
 
     where: "decode": calls with one token are sparse, calls with more are dense
-           "all": every call is sparse, except the first `dense_prefix` positions of what it is given
+           "all": every call is sparse, except the first `dense_prefix` positions that it is given
            "off": every call is dense
-    dense_prefix: counts in mode "all" alone
-    thresholds: {name of a sparse linear: number, 0-d tensor or tensor (in,)}, in force inside; others stay.
-        Or all of them at once, a copy of model.sparse_state.thresholds, which is quick enough for every step.
+    thresholds: {name of a sparse linear: number, tensor () or (in,)}, in force inside; others stay.
+    Or all of them, a copy of model.sparse_state.thresholds, which is quick enough for every step.
     A model that was not sparsified is dense whatever the mode.
     """
-    if where not in ("decode", "all", "off"):
-        raise InputError(f'where is "decode", "all" or "off", not {where!r}')
-    if dense_prefix < 0:
-        raise InputError(f"dense_prefix is {dense_prefix}, expected at least 0")
+    require(where in ("decode", "all", "off"), f'where is "decode", "all" or "off", not {where!r}')
+    require(dense_prefix >= 0, f"dense_prefix is {dense_prefix}, expected at least 0")
     state = getattr(model, "sparse_state", None)
     if state is None:
         yield
         return
-    before = state.where, state.dense_prefix, state.thresholds.clone()
+    before = state.mode, state.dense_prefix
+    thresholds_before = None if thresholds is None else state.thresholds.clone()
     try:
-        state.where, state.dense_prefix = where, dense_prefix
+        state.mode = where
+        state.dense_prefix = dense_prefix
         if isinstance(thresholds, torch.Tensor):
             state.thresholds.copy_(thresholds)
-        else:
-            set_thresholds(model, thresholds or {})
+        elif thresholds:
+            set_thresholds(model, thresholds)
         yield
     finally:
-        state.where, state.dense_prefix = before[:2]
-        state.thresholds.copy_(before[2])
+        state.mode, state.dense_prefix = before
+        if thresholds is not None:
+            state.thresholds.copy_(thresholds_before)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measures
 
 def realised_sparsity(model):
-    """The share of weights in the blocks' linears that sparse steps did not read, since `reset_counts`.
+    """Return the share of the blocks' weights that sparse calls did not read since `reset_counts`.
 
-    Each linear counts with its size; a dense one counts as read whole. 0.0 for a model that took no sparse step.
+    Each linear counts with its size; a dense one is read whole. 0.0 if no call was sparse.
     """
     skipped = total = 0
-    for block in model.model.layers:
-        for module in block.modules():
-            if isinstance(module, (nn.Linear, SparseLinear)):
-                size = module.in_features * module.out_features
-                total += size
-                if isinstance(module, SparseLinear) and module.state:
-                    kept, seen = module.counts.tolist()
-                    skipped += size * (1 - kept / seen) if seen else 0
+    for linear in model.model.layers.modules():
+        if isinstance(linear, (nn.Linear, SparseLinear)):
+            size = linear.in_features * linear.out_features
+            total += size
+            if isinstance(linear, SparseLinear) and linear.state is not None:
+                seen = linear.seen.item()
+                skipped += size * (1 - linear.kept.item() / seen) if seen else 0
     return skipped / total
 
 
 def reset_counts(model):
-    """Forgets what was counted for `realised_sparsity`."""
+    """Forget what was counted for `realised_sparsity`."""
     if hasattr(model, "sparse_state"):
         model.sparse_state.counts.zero_()
 
 
-def windows_of(tokens, context, stride=None):
-    """tokens (N,) as windows (W, context + 1), each of which predicts `context` tokens; they begin `stride` apart.
-
-    stride None: `context`, so that every token but the first is predicted once. The rest behind the last whole
-    window is left out. Raises InputError for a text shorter than one window.
-    """
-    if context < 1 or stride is not None and stride < 1:
-        raise InputError(f"windows of {context} tokens, {stride or context} apart: expected at least 1")
-    if tokens.numel() <= context:
-        raise InputError(f"the text has {tokens.numel()} tokens, a window of {context} needs {context + 1}: give more text")
-    return tokens.unfold(0, context + 1, stride or context)
-
-
-def default_context(model):
-    return min(model.config.max_position_embeddings, 2048)
-
-
 @torch.no_grad()
 def perplexity(model, tokens, context=None, dense_prefix=0):
-    """exp of the mean cross-entropy a token, over windows of `context` tokens that start with nothing before them.
+    """Return exp of the mean cross-entropy a token, over windows with nothing before them.
 
-    tokens: (N,) int64. context: None is the model's own, at most 2048. A sparsified model is sparse here, in every
-    position from `dense_prefix` on of each window, except inside sparse_mode(model, "off").
+    tokens: (N,) int64. context: tokens a window; None: the model's own, at most 2048. A sparsified
+    model is sparse here, in every position from `dense_prefix` on of each window, except inside
+    sparse_mode(model, "off"). Afterwards `realised_sparsity` is that of this text.
     """
     check_tokens(tokens, model.config)
-    windows = windows_of(tokens, context or default_context(model))
+    windows = windows_of(tokens, context or default_context(model)).to(model.device)
     state = getattr(model, "sparse_state", None)
+    mode = "off" if state is not None and state.mode == "off" else "all"
     reset_counts(model)
     total = 0.0
-    with sparse_mode(model, "off" if state and state.where == "off" else "all", dense_prefix=dense_prefix):
+    with sparse_mode(model, mode, dense_prefix=dense_prefix):
         for part in windows.split(4):
-            logits = model(part[:, :-1].to(model.device))
-            total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten().to(model.device), reduction="sum").item()
+            logits = model(part[:, :-1]).flatten(0, 1)
+            total += F.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / windows[:, 1:].numel())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Text to measure on
+@torch.no_grad()
+def quality(model, windows, settings):
+    """Return, for each of several thresholds, how far the sparse model is from the dense one.
 
-def read_tokens(tokenizer, path, part):
-    """(tokens (N,) int64, what they are): the text file at `path`, or a part of the standard library if None.
-
-    part: "train" or "held-out"; the files of a part come in an order drawn once.
+    windows: (W, T + 1) int64; settings: a list of thresholds as `sparsify` takes them, all of the
+    same linears. Returns (settings + 1, 4) float64, the dense model first: perplexity; KL from the
+    dense model's distributions, in nats a token; agreement, how often the likeliest token is the
+    same; realised sparsity.
     """
-    if path is not None:
-        try:
-            text = Path(path).read_bytes().decode("utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-        return torch.tensor(tokenizer.encode(text), dtype=torch.int64), str(path)
-    from demo import corpus
-    texts = [text for _, text in corpus.files(part)]
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(1))
-    ids = [i for index in order for i in [*tokenizer.encode(texts[index]), tokenizer.eos_ids[0]]]
-    return torch.tensor(ids, dtype=torch.int64), f"{part} part of {corpus.NAME}"
+    sums = torch.zeros(len(settings) + 1, 4, dtype=torch.float64)
+    parts = windows.to(model.device).split(4)
+    for part in progress(parts, f"{len(settings)} settings"):
+        tokens, targets = part[:, :-1], part[:, 1:].flatten()
+        with sparse_mode(model, "off"):
+            dense = model(tokens).flatten(0, 1).log_softmax(-1)                 # (w * T, vocab)
+        for i, thresholds in enumerate([None, *settings]):
+            log_p = dense
+            reset_counts(model)
+            if thresholds is not None:
+                sparsify(model, thresholds)
+                with sparse_mode(model, "all"):
+                    log_p = model(tokens).flatten(0, 1).log_softmax(-1)
+            sums[i] += torch.tensor([
+                F.nll_loss(log_p, targets, reduction="sum").item(),
+                F.kl_div(log_p, dense, reduction="sum", log_target=True).item(),
+                (log_p.argmax(-1) == dense.argmax(-1)).sum().item(),
+                realised_sparsity(model) * len(targets),
+            ])
+    means = sums / windows[:, 1:].numel()
+    means[:, 0] = means[:, 0].exp()
+    return means
+
+
+def main(load_calibration):
+    parser = Parser(description="Prints quality against sparsity, for every allocation that the "
+                                "calibration holds.")
+    parser.add_model()
+    parser.add_argument("--text", metavar="FILE",
+                        help="UTF-8 text (default: the standard library's held-out part)")
+    parser.add_argument("--tokens", type=natural, default=20_000,
+                        help="of it at most (default: 20000)")
+    parser.add_argument("--context", type=natural,
+                        help="tokens a window (default: the model's own, at most 2048)")
+    parser.add_argument("--calibration", metavar="FILE",
+                        help="(default: calibration.safetensors in the checkpoint folder)")
+    parser.add_argument("--sparsity", nargs="+", type=share, default=[0.25, 0.4, 0.5, 0.65],
+                        help="(default: 0.25 0.4 0.5 0.65)")
+    arguments = parser.parse_args()
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
+    require(tokenizer, f"{arguments.model} has random weights: it has no quality to measure")
+    calibration = load_calibration(model, arguments.model, arguments.calibration)
+    tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
+    windows = windows_of(tokens[:arguments.tokens], arguments.context or default_context(model))
+    settings = [(name, s) for name in reversed(calibration.allocations) for s in arguments.sparsity]
+    measures = quality(model, windows, [calibration.thresholds(s, name) for name, s in settings])
+    print(f"{arguments.model} on {windows[:, 1:].numel():,} tokens: {source}")
+    print(f"{'allocation':>15} {'sparsity':>9} {'realised':>9} {'perplexity':>11} {'KL':>8} "
+          f"{'agreement':>10}")
+    for (allocation, sparsity), (perplexity, kl, same, realised) in zip(
+            [("dense", 0), *settings], measures.tolist()):
+        print(f"{allocation:>15} {sparsity:9.0%} {realised:9.1%} {perplexity:11.3f} {kl:8.4f} "
+              f"{same:10.1%}")
 
 
 if __name__ == "__main__":
-    from judge import main                                 # which imports this file as a module: its table is of that one's classes
-    command_line(main)
+    import calibrate                     # where thresholds come from; it imports nothing from here
+    command_line(lambda: main(calibrate.load_calibration))

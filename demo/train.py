@@ -22,10 +22,10 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from demo import corpus                                                                     # noqa: E402
-from checkpoint import Config, read_header, read_safetensors, replacing, write_safetensors    # noqa: E402
-from cli import InputError, Parser, command_line, find_device, progress_line    # noqa: E402
-from model import Llama, load_tokenizer    # noqa: E402
+from demo import corpus                                                     # noqa: E402
+from model import (Config, Llama, Parser, command_line, find_device, load_tokenizer,    # noqa: E402
+                   progress, read_header, read_safetensors, replacing, require,
+                   write_safetensors)
 
 CONFIG = Config(hidden_size=256, intermediate_size=768, num_hidden_layers=7, num_attention_heads=8,
                 num_key_value_heads=4, head_dim=32, vocab_size=4096, max_position_embeddings=512,
@@ -116,8 +116,9 @@ def main():
     parser.add_device()
     arguments = parser.parse_args()
     device = find_device(arguments.device)
-    if not BATCH * CONTEXT <= arguments.tokens < 1e12:
-        raise InputError(f"--tokens is {arguments.tokens:g}, expected at least the {BATCH * CONTEXT} of a step and below 1e12")
+    require(BATCH * CONTEXT <= arguments.tokens < 1e12,
+            f"--tokens is {arguments.tokens:g}, expected at least the {BATCH * CONTEXT} of a step "
+            f"and below 1e12")
     steps = int(arguments.tokens) // (BATCH * CONTEXT)
 
     if sys.platform == "linux":
@@ -151,8 +152,8 @@ def main():
     state_path = arguments.state / "state.safetensors"
     if state_path.exists():
         first = int(read_header(state_path)[1].get("step", -1))
-        if first < 0:
-            raise InputError(f"{state_path}: not the state of a training run: its header names no step")
+        require(first >= 0,
+                f"{state_path}: not the state of a training run: its header names no step")
         state = read_safetensors(state_path)
         with torch.no_grad():
             for parameter, name in names.items():
@@ -184,10 +185,11 @@ def main():
     report(f"{sum(p.numel() for p in model.parameters()):,} parameters; {corpus.NAME}: {len(tokens):,} tokens a pass; "
            f"steps {first} to {steps} of {BATCH * CONTEXT} tokens; {device.type}, torch {torch.__version__}, "
            f"{torch.get_num_threads()} threads, {'bfloat16' if autocast else 'float32'} products")
-    durations, average, saved, done, judged = [], None, time.monotonic(), first, ""
+    average = None
+    saved = time.monotonic()
+    done = first
     try:
-        for step in range(first, steps):
-            started = time.monotonic()
+        for step in progress(range(first, steps), "steps"):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
             loss = loss_of(model, batch(tokens, step).to(device), autocast)
@@ -195,19 +197,16 @@ def main():
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            value, done = loss.item(), step + 1
+            value = loss.item()
+            done = step + 1
             average = value if average is None else 0.98 * average + 0.02 * value
-            durations = durations[-49:] + [time.monotonic() - started]
-            usual = sorted(durations)[len(durations) // 2]                  # a median: a pause does not count
-            line = (f"{done * BATCH * CONTEXT / 1e6:7.2f} M tokens  loss {average:.3f}  {BATCH * CONTEXT / usual:6.0f} tokens/s  "
-                    f"{(steps - done) * usual / 60:5.1f} min left")
-            progress_line(line + judged)
             if done % 200 == 0 or done == steps:
                 with torch.no_grad():
-                    parts = [loss_of(model, part.to(device), autocast).item() for part in held_out.split(BATCH)]
+                    parts = [loss_of(model, part.to(device), autocast).item()
+                             for part in held_out.split(BATCH)]
                 mean = sum(parts) / len(parts)
-                judged = f"  held-out {mean:.3f} (perplexity {math.exp(mean):.2f})"
-                report(line + judged)
+                report(f"{done * BATCH * CONTEXT / 1e6:7.2f} M tokens  loss {average:.3f}  "
+                       f"held-out {mean:.3f} (perplexity {math.exp(mean):.2f})")
             if time.monotonic() - saved > 600:
                 save(done)
                 saved = time.monotonic()

@@ -1,0 +1,1 @@
+"""What goes beyond TEAL's paper: chapters, each of which plugs into the core by one seam."""

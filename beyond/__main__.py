@@ -1,0 +1,124 @@
+"""The fast one: generate.py's command line, with every chapter at work.
+
+    python -m beyond                                          the demo: dense, then sparse
+    python -m beyond --model FOLDER --prompt TEXT --sparsity 0.5 --quantize int8
+    python -m beyond --draft recycle --compare                guesses without a model
+    python -m beyond --model FOLDER --chat                    a conversation
+    python -m beyond --model random:llama-3.2-1b --draft sparse   a table of what guesses cost
+    torchrun --nproc-per-node=2 -m beyond --model FOLDER      on two GPUs: see parallel.py
+
+What is added: steps are recorded (record.py), and fused on a GPU (fused.py); --quantize, and
+folders with quantized weights (quantize.py); --draft recycle, and as many guesses a pass as are
+fastest here unless --draft-tokens says how many (drafts.py); --chat (chat.py); several processes
+(parallel.py).
+"""
+import generate
+from beyond import chat, drafts, fused, parallel, quantize, record, timing
+from kernel import best_backend
+from model import InputError, Llama, command_line, load_model, require
+from sparsify import realised_sparsity, sparse_mode, sparsify
+
+
+class Writer(generate.Writer):
+    OWN_DRAFTS = ("sparse", "recycle")
+
+    def thresholds(self, sparsity):
+        """Return the thresholds of a sparsity, for the part of the model that is here."""
+        return parallel.part_of_thresholds(super().thresholds(sparsity))
+
+    def load_draft(self, name):
+        draft = super().load_draft(name)
+        parallel.follow_first(draft)
+        return draft
+
+    def write(self, prompt):
+        if best_backend(self.model.model.norm.weight) == "triton":
+            fused.fuse(self.model)
+        super().write(prompt)
+
+
+def realised(model):
+    """Return the realised sparsity of all ranks together."""
+    parallel.count_together(model)
+    return realised_sparsity(model)
+
+
+def make_parser():
+    """Return generate.py's Parser with the options of the chapters."""
+    parser = generate.make_parser()
+    parser.add_argument("--quantize", choices=["int8", "int4"],
+                        help="round the blocks' weights first (default: as they are)")
+    parser.add_argument("--chat", action="store_true",
+                        help="talk: each line of input is a turn, in the checkpoint's own chat "
+                             "format (default: no)")
+    parser.add_argument("--system", metavar="TEXT",
+                        help="with --chat: what the model is told first (default: nothing)")
+    for action in parser._actions:
+        if action.dest == "draft":
+            action.help = ("speculate, and lose nothing: sparse (guesses by the model itself, "
+                           "sparser), recycle (Token Recycling, no model), demo, or the folder of "
+                           "a smaller model (default: no speculation); with a random: model, a "
+                           "table of what guesses cost")
+        if action.dest == "draft_tokens":
+            action.help = ("guesses a pass (default: what is fastest, found while it decodes; then "
+                           "a seed does not repeat a sampled text)")
+    return parser
+
+
+def settle(arguments):
+    """Check the arguments, and put values where none were given."""
+    for name in ("prompt", "compare") if arguments.chat else ("system",):
+        require(not getattr(arguments, name),
+                f"--{name} is for " + ("a text, not for --chat" if arguments.chat
+                                       else "--chat, which is not given"))
+    if arguments.chat and arguments.sparsity is None:
+        arguments.sparsity = 0.0
+    random = arguments.model.startswith("random:")
+    require(not random or not arguments.draft or not (arguments.compare or arguments.draft_tokens),
+            "--compare and --draft-tokens are for --draft with a checkpoint folder")
+    ranks = parallel.ranks()
+    require(ranks == 1 or not (arguments.draft and random),
+            "--draft with a random: model, a table of what guesses cost, is for one process")
+    require(ranks == 1 or not arguments.draft or arguments.draft_tokens,
+            "--draft with several processes needs --draft-tokens: each would find another number "
+            "the fastest")
+    return generate.settle(arguments)
+
+
+def write(arguments):
+    """Do what the command line asks for, as one of `parallel.ranks()` processes."""
+    ranks = parallel.ranks()
+    maker = parallel if ranks > 1 else Llama
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, maker)
+    if arguments.quantize:
+        quantize.quantize_now(model, arguments.model, arguments.quantize)
+    if tokenizer is None and arguments.draft in Writer.OWN_DRAFTS:
+        # What a random model would write says nothing.
+        writer = Writer(arguments, model, None)
+        sparsify(model, writer.thresholds(arguments.draft_sparsity))
+        timing.draft_costs(model, arguments.draft, arguments.draft_sparsity)
+        return
+    if ranks > 1:
+        source = generate.random_source(model, arguments.seed)
+        arguments.seed = parallel.from_first(source.initial_seed)
+    writer = Writer(arguments, model, tokenizer, record.make_step, drafts.speculate, realised)
+    if not arguments.chat:
+        prompt = generate.prompt_of(arguments, model, tokenizer)
+        writer.write(prompt)
+        return
+    if tokenizer is None:
+        raise InputError(f"--chat: {arguments.model} has random weights and no tokenizer")
+    writer.prepare()
+    with sparse_mode(model, writer.mode):
+        chat.chat(tokenizer, arguments.model, arguments.system,
+                  lambda prompt: writer.text(prompt, speculative=bool(arguments.draft)))
+
+
+def main():
+    arguments = settle(make_parser().parse_args())
+    with parallel.group(arguments.device) as arguments.device:
+        write(arguments)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,528 @@
+"""How a model-wide sparsity is shared out: by what the loss pays for each weight that goes unread.
+
+Some linears lose little when three quarters of their inputs are dropped, others much at a quarter.
+Who gets how much is called an allocation. calibrate.py makes the two of the paper, uniform (every
+linear the same) and greedy (block by block, by the error of the block's output). This chapter adds
+
+    wina            |x_i| · ‖column i‖ in place of |x_i|, every linear the same share
+                    (arXiv 2505.19427)
+    fisher          drop what raises the loss least a byte. Dropping x_i changes the loss by about
+                    F_i x_i² / 2, F_i the mean square of the loss's gradient at x_i, and saves one
+                    column, `out` weights: keep x_i where F x_i² > λ · out, with one price λ for the
+                    whole model and one mean F a linear
+    fisher-channel  the same with F_i, so a threshold a channel: |x_i| > √(λ · out / F_i)
+    balanced        the same with each linear's share halfway between what one λ for the model and
+                    what one λ for each block gives it. One λ for the model empties whole linears of
+                    the blocks where F is small, to 98 % and more, and there the estimate, made for
+                    small changes, no longer holds; one λ a block moves nothing between blocks.
+                    Halfway, the distributions of the next token stay twice as near to the dense
+    priced          the same with each linear's price measured where it is paid, in the sparse
+                    model: how much the distance (KL) from the dense model's distributions grows for
+                    each weight less that is read. Shares are lowered where the price is high and
+                    raised where it is low, until all prices are equal
+
+The gradients come from one backward pass, with labels drawn from the model itself, so that F is the
+Fisher information and any text will do. It runs one block at a time. Memory beside the weights, for
+four windows: one block's activations with gradients, the input of each block, and a few times the
+logits in float32, which a vocabulary of 32,000 makes 1 GB each.
+
+The seam: a `Calibration` holds distributions, weights for the channels, and tables of shares that
+one interpolation reads. This file adds to all three. Whatever reads thresholds from a calibration,
+generate.py for one, then has these allocations too, the last one as its default.
+
+    python -m beyond.allocate [--model FOLDER] [--text FILE]   writes FOLDER/calibration.safetensors
+    python -m beyond.allocate --greedy                         with the greedy one, in minutes more
+    python -m beyond.allocate --figures figures                draws what the calibration holds
+"""
+import contextlib
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITE_OF, SITES,
+                       Table, add_greedy, calibrate, check_dense, count, embedding_of,
+                       fingerprint_of, import_teal, load_calibration, quantile)
+from kernel import kept
+from model import (Config, InputError, Parser, check_output, command_line, default_context,
+                   linear_names, load_model, natural, progress, read_tokens, require, windows_of)
+
+# Where a table is filled in. The shares of a level have it as their mean, and so have those on the
+# line between two levels: every sparsity in between is met exactly.
+LEVELS = torch.arange(1, 20, dtype=torch.float64) / 20
+MOST = 0.9999            # that a linear drops of its inputs
+
+
+def share_below(counts, value):
+    """Return the shares (...) of `counts` (..., BINS) below values (...): quantile's inverse."""
+    position = ((value.double().log2() - LOWEST) * PER_OCTAVE).clamp(0, BINS - 1e-6).unsqueeze(-1)
+    at = position.long()                                   # the bin in which it lies
+    below = counts.double().cumsum(-1)                     # (..., BINS)
+    inside = counts.double().gather(-1, at)
+    before = below.gather(-1, at) - inside
+    return ((before + (position - at) * inside) / below[..., -1:]).squeeze(-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Fisher information: what a small change of an input does to the loss
+
+def backpropagate(model, tokens, loss):
+    """Run tokens (B, T), and take the gradient of loss(logits (B * T, vocab)) back to every block.
+
+    Forward without a graph, keeping the input of each block, then back through one block at a time,
+    whose graph alone is in memory. The caller's hooks see the gradients. Returns the loss, a float.
+    """
+    context = model.context(tokens)
+    with torch.no_grad():
+        x = model.embed(tokens)                                                 # (B, T, hidden)
+        inputs = []
+        for block in model.model.layers:
+            inputs.append(x)
+            x = block(x, context)
+    with torch.enable_grad():
+        x.requires_grad_()
+        logits = model.lm_head(model.model.norm(x)).float()
+        value = loss(logits.flatten(0, 1))
+        gradient, = torch.autograd.grad(value, x)
+        for block, x in zip(reversed(model.model.layers), reversed(inputs)):
+            x.requires_grad_()
+            gradient, = torch.autograd.grad(block(x, context), x, gradient)
+    return value.item()
+
+
+def fisher_information(model, windows, names):
+    """Return {name: F (in,) float32} of the named linears, from windows (W, T + 1).
+
+    F is the mean square of the gradient of the log-likelihood at each input of a linear, through
+    that linear alone (grad_output @ weight): q, k and v share an input, but not a gradient.
+    """
+    sums = {}
+    hooks = contextlib.ExitStack()       # a handle is a context manager, which takes its hook away
+    for name in names:
+        linear = model.get_submodule(name)
+        sums[name] = torch.zeros(linear.in_features, device=model.device)
+
+        def add(module, grad_input, grad_output, total=sums[name]):
+            total += grad_input[0][:, SINKS:].float().square().sum((0, 1))
+        hooks.enter_context(linear.register_full_backward_hook(add))
+    generator = torch.Generator(model.device).manual_seed(0)
+
+    def loss(logits):
+        p = logits.detach().softmax(-1)
+        labels = torch.multinomial(p, 1, generator=generator)[:, 0]
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    with hooks:
+        for part in progress(windows.split(BATCH), "calibrating, gradients"):
+            backpropagate(model, part[:, :-1].to(model.device), loss)
+    positions = len(windows) * (windows.shape[1] - 1 - SINKS)
+    return {name: (total / positions).cpu() for name, total in sums.items()}
+
+
+def one_price(counts, fisher, outputs, size, level):
+    """Return the shares (layers, 7) that linears drop at one price λ, `level` of all weights.
+
+    counts (layers, 7, BINS): the distributions; fisher (layers, 7): the mean F of each linear;
+    outputs, size (7,): as `Calibration.sizes`. λ is what the loss may rise for a weight that is not
+    read. It is found by bisection: the larger it is, the more is dropped.
+    """
+    unit = (outputs / fisher.double().clamp(min=1e-300)).sqrt()      # thresholds at λ = 1
+    low = LOWEST - unit.max().log2()                                 # of log2 √λ, where all is kept
+    high = HIGHEST - unit.min().log2()                               # where all is dropped
+    for _ in range(60):
+        middle = (low + high) / 2
+        shares = share_below(counts, unit * middle.exp2()).clamp(max=MOST)
+        if (shares @ size).mean() < level:
+            low = middle
+        else:
+            high = middle
+    return shares
+
+
+def relative(values):
+    """Return values (in,) over their root mean square; thresholds are divided by them, so not 0."""
+    return (values / values.square().mean().sqrt().clamp(min=1e-30)).clamp(min=2**-10)
+
+
+def add_allocations(calibration, model, tokens, context=None, fisher=True):
+    """Add to a calibration the allocations wina, fisher, fisher-channel and balanced.
+
+    model: the dense model, and tokens (N,) int64 and context the text, that it was made of. fisher:
+    False leaves the backward pass out, and adds wina alone. The distribution "gate" (layers, BINS)
+    is added too: of |activation(gate)|, which CATS (judge.py) thresholds.
+    """
+    check_dense(model)
+    windows = windows_of(tokens, context or default_context(model))
+    names = linear_names(model.config)
+    layers = len(model.model.layers)
+    weights = {"wina": {}}
+    for name in names:
+        norms = model.get_submodule(name).weight.detach().float().norm(dim=0)             # (in,)
+        weights["wina"][name] = relative(norms).cpu()
+    if fisher:
+        information = fisher_information(model, windows, names)
+        weights["fisher-channel"] = {name: relative(of.sqrt()) for name, of in information.items()}
+    calibration.weights |= weights
+    calibration.distributions |= count_weighted(model, windows, weights)
+    shares = torch.zeros(0, layers, len(LINEARS))          # a table without levels: uniform
+    calibration.tables = {"wina": Table(torch.zeros(0), shares, "wina")} | calibration.tables
+    if fisher:
+        means = torch.stack([of.mean() for of in information.values()]).view(layers, len(LINEARS))
+        add_fisher(calibration, means)
+
+
+def count_weighted(model, windows, weights):
+    """Return the distributions {"gate": (layers, BINS), each of weights: (layers, 7, BINS)}."""
+    layers = len(model.model.layers)
+    counts = {name: torch.zeros(layers, len(LINEARS), BINS, dtype=torch.int64) for name in weights}
+    counts["gate"] = torch.zeros(layers, BINS, dtype=torch.int64)
+    watched = []
+    for layer, block in enumerate(model.model.layers):
+        for kind, of in weights.items():
+            for place, linear in enumerate(LINEARS):
+                weight = of[f"model.layers.{layer}.{linear}"].to(model.device)
+                watched.append((block.get_submodule(linear), lambda x, y, weight=weight: x * weight,
+                                counts[kind][layer, place]))
+        activation = block.mlp.activation
+        watched.append((block.mlp.gate_proj, lambda x, y, activation=activation: activation(y),
+                        counts["gate"][layer]))
+    count(model, windows, watched, "calibrating, weighted")
+    return counts
+
+
+def add_fisher(calibration, fisher):
+    """Add fisher, fisher-channel and balanced, given the mean F of each linear (layers, 7)."""
+    outputs, size = calibration.sizes()
+    plain = calibration.distributions["input"][:, list(SITE_OF.values())]       # (layers, 7, BINS)
+    weighted = calibration.distributions["fisher-channel"]
+
+    def shares_of(counts, layers=slice(None)):
+        return torch.stack([one_price(counts[layers], fisher[layers], outputs, size, level)
+                            for level in LEVELS.tolist()])                      # (L, layers, 7)
+
+    by_model = shares_of(weighted)
+    by_block = torch.cat([shares_of(weighted, slice(i, i + 1)) for i in range(len(fisher))], dim=1)
+    calibration.tables["fisher"] = Table(LEVELS, shares_of(plain))
+    calibration.tables["fisher-channel"] = Table(LEVELS, by_model, "fisher-channel")
+    calibration.tables["balanced"] = Table(LEVELS, (by_model + by_block) / 2, "fisher-channel")
+
+
+# --------------------------------------------------------------------------------------------------
+# The priced allocation
+
+PRICED_AT = (0.3, 0.5, 0.65, 0.75)       # model-wide sparsities at which prices are measured
+PRICED_WINDOWS = 32
+MOVES = 2                # how often the shares are moved against the prices, at each of them
+NEAR = 1.25              # inputs up to this factor above and below a threshold tell its price
+# A linear whose price is e times the mean one has the log-odds of its share lowered by STRIDE in
+# one move; a logarithm counts as FARTHEST at most.
+STRIDE = 0.4
+FARTHEST = 2.0
+
+
+@torch.no_grad()
+def prices(model, windows, thresholds):
+    """Return what one weight less costs in each linear of a sparse model, and what all of it costs.
+
+    thresholds: {linear: () or (in,)}, put in force by hooks on the dense model. Returns the prices
+    (layers, 7) float64 and a float, both in KL to the dense model, summed over the tokens of
+    windows (W, T + 1). A linear without inputs near its threshold has NaN. Prices of early layers
+    are a little too low: a gradient does not see that what is dropped here moves inputs further on
+    across their own thresholds.
+    """
+    sums = {}
+    for name in thresholds:
+        sums[name] = torch.zeros(2, 2, dtype=torch.float64, device=model.device)
+    total = 0.0
+    for part in windows.split(BATCH):
+        tokens = part[:, :-1].to(model.device)
+        dense = model(tokens).flatten(0, 1).log_softmax(-1)
+
+        def loss(logits, dense=dense):
+            return F.kl_div(logits.log_softmax(-1), dense, reduction="sum", log_target=True)
+
+        with contextlib.ExitStack() as hooks:
+            for name, threshold in thresholds.items():
+                watch(model.get_submodule(name), threshold.to(model.device), sums[name], hooks)
+            total += backpropagate(model, tokens, loss)
+    # On either side of the threshold the gradient is that of a model with the input and without it;
+    # the truth lies between.
+    costs = torch.stack([(of[:, 0] / of[:, 1]).mean() for of in sums.values()]).cpu()
+    outputs = [model.get_submodule(name).out_features for name in thresholds]
+    return (costs / torch.tensor(outputs, dtype=torch.float64)).view(-1, len(LINEARS)), total
+
+
+def watch(linear, threshold, sums, hooks):
+    """Make a linear drop inputs, and add up what those near the threshold cost, until `hooks` end.
+
+    sums (2, 2): the costs of inputs just dropped and just kept, and how many there are of each.
+    Dropping x_i moves the KL by - x_i · gradient.
+    """
+    x = None                             # what the linear was last given, (B, T, in)
+
+    def drop(module, inputs):
+        nonlocal x
+        x = inputs[0].detach()
+        return inputs[0] * kept(inputs[0], threshold)
+
+    def add(module, grad_input, grad_output):
+        late = x[:, SINKS:].float()
+        gradient = grad_input[0][:, SINKS:].float()
+        distance = late.abs() / threshold                  # 1 at the threshold
+        cost = -gradient * late / distance                 # of dropping it, if it stood there
+        near = (distance > 1 / NEAR) & (distance < NEAR)
+        keep = kept(late, threshold)
+        for side, chosen in zip(sums, (near & ~keep, near & keep)):
+            side += torch.stack((cost[chosen].double().sum(), chosen.sum().double()))
+
+    hooks.enter_context(linear.register_forward_pre_hook(drop))
+    hooks.enter_context(linear.register_full_backward_hook(add))
+
+
+class Attempt(NamedTuple):
+    """Shares that were tried. The smallest of several has the smallest KL."""
+    kl: float
+    number: int
+    shares: torch.Tensor                 # (layers, 7)
+    moved: torch.Tensor                  # (layers, 7): by how much their log-odds are off balanced
+    price: torch.Tensor                  # (layers, 7)
+
+
+def add_priced(calibration, model, tokens):
+    """Add the priced allocation to a calibration that holds balanced, by 32 windows of tokens (N,).
+
+    Starts from the balanced shares, moves their log-odds against the logarithm of the prices, and
+    hands what was moved on to the next level. Of all shares that were tried at a level, those with
+    the smallest KL stay.
+    """
+    check_dense(model)
+    windows = windows_of(tokens, default_context(model))[:PRICED_WINDOWS]
+    _, size = calibration.sizes()
+    moved = None
+    shares = []
+    for level in progress(PRICED_AT, "calibrating, prices"):
+        start = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit()
+        attempts = []
+
+        def attempt(moved):
+            shares = at_level(start + moved, size, level)
+            thresholds = calibration.thresholds_at(shares, "fisher-channel")
+            price, kl = prices(model, windows, thresholds)
+            attempts.append(Attempt(kl, len(attempts), shares, moved, price))
+
+        attempt(torch.zeros_like(start))
+        if moved is not None:
+            attempt(moved)
+        for _ in range(MOVES):
+            best = min(attempts)
+            above = best.price[best.price > 0]
+            typical = above.median() if len(above) else torch.tensor(1.0)
+            # Too few inputs may tell nonsense.
+            price = best.price.nan_to_num(typical.item()).clamp(min=0.03 * typical).log()
+            beside_mean = (price - (price @ size).mean()).clamp(-FARTHEST, FARTHEST)
+            astray = len(attempts) - 1 - best.number       # attempts since the best: step shorter
+            attempt(best.moved - STRIDE / 2 ** astray * beside_mean)
+        best = min(attempts)
+        moved = best.moved
+        shares.append(best.shares)
+    levels = torch.tensor(PRICED_AT, dtype=torch.float64)
+    calibration.tables["priced"] = Table(levels, torch.stack(shares), "fisher-channel")
+
+
+def at_level(odds, size, level):
+    """Return shares (layers, 7) of log-odds `odds` plus one number that makes their mean `level`.
+
+    size (7,): of each linear, its share of a block's weights.
+    """
+    low = -40.0
+    high = 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        shares = (odds + middle).sigmoid().clamp(max=MOST)
+        if (shares @ size).mean() < level:
+            low = middle
+        else:
+            high = middle
+    return shares
+
+
+# --------------------------------------------------------------------------------------------------
+# What the commands of these chapters share
+
+def pyplot():
+    """Return matplotlib's pyplot, set up for figures to be read on a light and on a dark page."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.rcParams.update({"figure.dpi": 110, "savefig.facecolor": "white", "font.size": 9,
+                            "axes.spines.top": False, "axes.spines.right": False,
+                            "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False})
+    return pyplot
+
+
+def check_figure(path):
+    """Raise InputError, before anything is measured, if no PNG can be drawn at `path`."""
+    require(str(path).endswith(".png"), f"--figure is {path}, expected a name that ends in .png")
+    check_output(path, "--figure")
+    pyplot()
+
+
+def refuse_beside(arguments, meaningless):
+    """Raise InputError for an option given beside one that leaves it without meaning.
+
+    meaningless: {the latter: the former ones}, by their names in `arguments`.
+    """
+    for option, others in meaningless.items():
+        for other in others:
+            require(not (getattr(arguments, option) and getattr(arguments, other)),
+                    f"--{other.replace('_', '-')} means nothing with --{option.replace('_', '-')}")
+
+
+def add_quantize(parser, needs=""):
+    """Add --quantize, which `load` follows; needs: what more it asks for."""
+    parser.add_argument("--quantize", choices=["int8", "int4"],
+                        help=f"round the blocks' weights first{needs} (default: as they are)")
+
+
+def load(arguments, name=None):
+    """Return (model, tokenizer) as --device, --dtype and --quantize ask for; name None: --model."""
+    from beyond import quantize          # with it, load_model reads quantized folders too
+    model, tokenizer = load_model(name or arguments.model, arguments.device, arguments.dtype)
+    if arguments.quantize:
+        quantize.quantize(model, {"int8": 8, "int4": 4}[arguments.quantize])
+    return model, tokenizer
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures, and the command line
+
+def draw_distributions(calibration, path):
+    """Draw the density of x at the four sites of an early, a middle and a late block, as a PNG."""
+    plt = pyplot()
+    inputs = calibration.distributions["input"]                      # (layers, 4, BINS)
+    layers = len(inputs)
+    edges = torch.exp2(torch.arange(0, BINS + 1, 8) / PER_OCTAVE + LOWEST)
+    middles = (edges[1:] + edges[:-1]) / 2
+    figure, axes = plt.subplots(3, 4, figsize=(10, 6), layout="constrained")
+    for row, layer in enumerate((0, layers // 2, layers - 1)):
+        for site, axis in enumerate(axes[row]):
+            counts = inputs[layer, site]
+            share = counts.view(-1, 8).sum(1) / counts.sum()
+            density = share / edges.diff() / 2             # of x: half lies on either side of 0
+            reach = quantile(counts, 0.98).item()
+            shown = (middles <= reach) & (middles > reach / 400)
+            axis.fill_between(torch.cat((-middles[shown].flip(0), middles[shown])),
+                              torch.cat((density[shown].flip(0), density[shown])),
+                              color="tab:blue", alpha=0.5, lw=0)
+            for sparsity, style in ((0.25, ":"), (0.5, "--"), (0.65, "-")):
+                threshold = quantile(counts, sparsity).item()
+                axis.axvline(-threshold, color="tab:red", lw=0.9, ls=style)
+                axis.axvline(threshold, color="tab:red", lw=0.9, ls=style,
+                             label=f"{sparsity:.0%} lie inside")
+            axis.set(yticks=[], xlim=(-reach, reach), ylim=(0, None))
+            axis.set_title(f"{SITES[site]}, block {layer}", fontsize=9)
+            if site == 0:
+                axis.set_ylabel("density")
+            if row == 2:
+                axis.set_xlabel("activation x")
+    axes[0, 3].legend(fontsize=7, loc="upper right")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_allocations(calibration, path, sparsity=0.5):
+    """Draw the share that each allocation makes each linear drop, over depth, as a PNG."""
+    plt = pyplot()
+    uneven = [name for name in calibration.allocations if len(calibration.tables[name].levels)]
+    names = uneven or ["uniform"]
+    rows = -(-len(names) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(9, 2.8 * rows), sharey=True, layout="constrained",
+                                squeeze=False)
+    for place, (axis, allocation) in enumerate(itertools.zip_longest(axes.flat, names)):
+        if allocation is None:
+            axis.remove()
+            continue
+        shares = calibration.sparsities(sparsity, allocation)        # (layers, 7)
+        for i, linear in enumerate(LINEARS):
+            label = linear.split(".")[1].removesuffix("_proj")
+            axis.plot(shares[:, i] * 100, marker="o", ms=3, lw=1.2, label=label)
+        axis.axhline(sparsity * 100, color="grey", lw=0.8, ls="--")
+        axis.set(title=allocation, xlabel="block", ylim=(0, 100))
+        if place % 3 == 0:
+            axis.set_ylabel(f"sparsity of each linear\nat {sparsity:.0%} of all (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main():
+    parser = Parser(description="Calibrates a checkpoint, with every allocation there is.")
+    parser.add_model()
+    add_quantize(parser, "; needs --out")
+    parser.add_argument("--text", metavar="FILE",
+                        help="UTF-8 text to run (default: the standard library's held-in part)")
+    parser.add_argument("--tokens", type=natural, default=100_000,
+                        help="how many tokens of it at most (default: 100000)")
+    parser.add_argument("--greedy", action="store_true",
+                        help="with the greedy allocation, which takes minutes (default: no)")
+    parser.add_argument("--no-fisher", action="store_true",
+                        help="leave the backward passes out, and what needs them (default: no)")
+    parser.add_argument("--import-teal", metavar="DIR",
+                        help="instead: the paper's thresholds, from models/NAME of the authors' "
+                             "repository (default: no)")
+    parser.add_argument("--figures", metavar="FOLDER", type=Path,
+                        help="only draw what the calibration holds, as PNG files (default: no)")
+    parser.add_argument("--out", metavar="FILE", type=Path,
+                        help="(default: calibration.safetensors in the checkpoint folder)")
+    arguments = parser.parse_args()
+    name = arguments.model
+    require(not name.startswith("random:"), f"{name} has random weights: commands calibrate it on "
+                                            f"random tokens as they start")
+    refuse_beside(arguments, {"import_teal": ("figures", "text", "greedy", "no_fisher"),
+                              "figures": ("text", "greedy", "no_fisher")})
+    require(arguments.out or not arguments.quantize,
+            "--quantize needs --out: calibration.safetensors in the folder is that of the weights "
+            "as they are")
+    path = arguments.out or Path(name) / "calibration.safetensors"
+    if arguments.figures:
+        pyplot()
+        model, _ = load(arguments)
+        calibration = load_calibration(model, name, path)
+        arguments.figures.mkdir(parents=True, exist_ok=True)
+        draw_distributions(calibration, arguments.figures / "distributions.png")
+        draw_allocations(calibration, arguments.figures / "allocations.png")
+        print(f"{arguments.figures}: distributions.png, allocations.png")
+        return
+    check_output(path, "--out")
+    if arguments.import_teal:
+        fingerprint = fingerprint_of(embedding_of(name))
+        calibration = import_teal(arguments.import_teal, Config.read(name), fingerprint)
+        calibration.save(path)
+        print(f"{path}: {calibration.source}; allocations: {', '.join(calibration.allocations)}")
+        return
+    model, tokenizer = load(arguments)
+    tokens, source = read_tokens(tokenizer, arguments.text, "train")
+    tokens = tokens[:arguments.tokens]
+    calibration = calibrate(model, tokens, source=source)
+    partial_path = path.with_suffix(".greedy")
+    if arguments.greedy:
+        add_greedy(calibration, model, tokens, partial_path)
+    add_allocations(calibration, model, tokens, fisher=not arguments.no_fisher)
+    if not arguments.no_fisher:
+        add_priced(calibration, model, tokens)
+    calibration.save(path)
+    partial_path.unlink(missing_ok=True)                   # not before the whole is safe
+    print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
+    print("median of |x| where linears read, by block:")
+    print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))
+    for layer, values in enumerate(quantile(calibration.distributions["input"], 0.5)):
+        print(f"{layer:6}" + "".join(f"{value:15.4f}" for value in values))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,604 @@
+"""A step of decoding without Python in it: recorded once, replayed ever after.
+
+A step runs a token, or a few, through the model: the same operations on the same memory, again and
+again. The products with the weights take the time; but between them lie hundreds of small
+operations, and what starts each of them, Python and PyTorch, takes longer than what it does. On a
+GPU a CUDA graph removes that (`generate.GraphStep`). On a CPU this file does: at Llama-3.2-1B's
+shapes it is a fifth of a step, since weights that stream through the caches evict all other code.
+
+    model.forward ──► each operation of PyTorch passes by ──┬──► it is done, once
+       (once)         a `TorchFunctionMode` looking on      └──► and noted: a C function, and the
+                                                                 addresses that it reads and writes
+    each step     ──► copy the tokens and where they stand ──► the notes, one after the other, in C
+
+It is the forward of model.py itself that runs while it is recorded. So whoever changes model.py
+sees the change here, and nothing is said twice: what is recorded is what was done. An operation
+for which there is no C function below is noted all the same, and PyTorch replays it, a few
+microseconds slower. Views cost nothing; what depends on no input of the step is not repeated. A
+forward that looks at values while it runs (`if x.max() > 3`) cannot be recorded; then one line says
+so, and the model runs itself.
+
+The seam: `generate(..., make_step=record.make_step)`. The cache of the step is
+`generate.StaticCache`, the one that CUDA graphs use.
+"""
+import contextlib
+import ctypes
+import functools
+import struct
+import sys
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+import kernel
+from generate import GraphStep, StaticCache, plain_step
+from model import check_tokens
+from sparsify import note_tokens
+
+C_SOURCE = r"""
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static inline float number(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+// e^x in operations that make vectors: 2^n e^f with |f| <= ln(2) / 2, and e^f by its series.
+static inline float exponential(float x) {
+    float inside = x > -87.0f ? x < 88.0f ? x : 88.0f : -87.0f, n = rintf(1.44269504f * inside);
+    float f = inside - 0.693145752f * n - 1.42860677e-6f * n;    // n ln(2), in two parts, exactly
+    float power = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f
+                    + f * (1 / 720.0f))))));
+    power *= number((uint32_t)((int32_t)n + 127) << 23);
+    return x != x ? x : x < -87.0f ? 0 : x > 88.0f ? INFINITY : power;
+}
+
+// Numbers are computed with in float32, and lie in memory in one of three types.
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+static inline uint16_t bfloat16_of(float x) {                    // to nearest, ties to even
+    uint32_t bits = bits_of(x);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+static inline uint16_t float16_of(float x) {
+    float size = fabsf(x);
+    uint32_t sign = bits_of(x) >> 16 & 0x8000, bits = bits_of(0x1p-112f * size);
+    if (!(size < 65520.0f)) return sign | (x == x ? 0x7c00 : 0x7e00);
+    if (size < 0x1p-14f) return sign | (bits_of(size + 0.5f) - bits_of(0.5f));
+    return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
+}
+static inline float of_float16(uint32_t x) {
+    uint32_t sign = (x & 0x8000) << 16, rest = (x & 0x7fff) << 13;
+    int finite = (x & 0x7c00) != 0x7c00;
+    return finite ? 0x1p112f * number(sign | rest) : number(sign | 0x7f800000 | rest);
+}
+static void load(const void *from, long type, long at, long n, float *restrict to) {
+    const uint16_t *half = (const uint16_t *)from + at;
+    if (type == FLOAT32) memcpy(to, (const float *)from + at, n * sizeof(float));
+    else if (type == BFLOAT16) for (long i = 0; i < n; i++) to[i] = number((uint32_t)half[i] << 16);
+    else for (long i = 0; i < n; i++) to[i] = of_float16(half[i]);
+}
+static void store(void *to, long type, long at, long n, const float *restrict from) {
+    uint16_t *half = (uint16_t *)to + at;
+    if (type == FLOAT32) memcpy((float *)to + at, from, n * sizeof(float));
+    else if (type == BFLOAT16) for (long i = 0; i < n; i++) half[i] = bfloat16_of(from[i]);
+    else for (long i = 0; i < n; i++) half[i] = float16_of(from[i]);
+}
+
+// What every function here is given: addresses, sizes, and floats by their bits.
+typedef int64_t args;
+#define POINTER(i) ((void *)a[i])
+static inline float float_of(args a) { return number((uint32_t)a); }
+
+/* Calls the kernel of a product: its address, then its arguments. Returns not 0 if it failed. */
+int product(const args *a) {
+    return ((int (*)(args, args, args, args, args, args, args, args, args, args, args, args))a[0])(
+        a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12]);
+}
+
+/* Counts what of x (rows, in) a threshold (in) keeps, for realised_sparsity.
+   x, type, rows, in, threshold, kept, seen */
+int count(const args *a) {
+    long rows = a[2], in = a[3], kept = 0;
+    const float *threshold = POINTER(4);
+    float x[256];
+    for (long t = 0; t < rows; t++)
+        for (long i = 0; i < in; i += 256) {
+            long n = in - i < 256 ? in - i : 256;
+            load(POINTER(0), a[1], t * in + i, n, x);
+            int here = 0;
+            for (long j = 0; j < n; j++) here += !(fabsf(x[j]) <= threshold[i + j]);
+            kept += here;
+        }
+    *(int64_t *)POINTER(5) += kept;
+    *(int64_t *)POINTER(6) += rows * in;
+    return 0;
+}
+
+/* y = x / sqrt(mean(x^2) + eps) * weight, over rows.   x, y, weight, type, rows, size, eps */
+int rms_norm(const args *a) {
+    long size = a[5];
+    float x[size], weight[size];
+    load(POINTER(2), a[3], 0, size, weight);
+    for (long t = 0; t < a[4]; t++) {
+        load(POINTER(0), a[3], t * size, size, x);
+        float sum = 0;
+        #pragma omp simd reduction(+:sum)
+        for (long i = 0; i < size; i++) sum += x[i] * x[i];
+        float factor = 1 / sqrtf(sum / size + float_of(a[6]));
+        for (long i = 0; i < size; i++) x[i] = x[i] * factor * weight[i];
+        store(POINTER(1), a[3], t * size, size, x);
+    }
+    return 0;
+}
+
+/* y = f(x0, x1, x2), number by number. Four dimensions; each tensor has its strides.
+   f, inputs, sizes (4), then for y and each input: address, type, strides (4); of an input the last
+   stride is 0 or 1, of y it is 1 */
+enum { COPY, ADD, SUB, MUL, ADDCMUL, SILU };
+#define CHUNK 256
+int elementwise(const args *a) {
+    const args *sizes = a + 2, *y = a + 6;
+    float x[3][CHUNK], z[CHUNK];
+    for (long i = 0; i < sizes[0]; i++)
+    for (long j = 0; j < sizes[1]; j++)
+    for (long k = 0; k < sizes[2]; k++)
+    for (long l = 0; l < sizes[3]; l += CHUNK) {
+        long n = sizes[3] - l < CHUNK ? sizes[3] - l : CHUNK;
+        for (int m = 0; m < a[1]; m++) {
+            const args *of = y + 6 * (m + 1);
+            long at = i * of[2] + j * of[3] + k * of[4] + l * of[5];
+            load((void *)of[0], of[1], at, of[5] ? n : 1, x[m]);
+            if (!of[5]) for (long p = 1; p < n; p++) x[m][p] = x[m][0];
+        }
+        for (long p = 0; a[0] == COPY && p < n; p++) z[p] = x[0][p];
+        for (long p = 0; a[0] == ADD && p < n; p++) z[p] = x[0][p] + x[1][p];
+        for (long p = 0; a[0] == SUB && p < n; p++) z[p] = x[0][p] - x[1][p];
+        for (long p = 0; a[0] == MUL && p < n; p++) z[p] = x[0][p] * x[1][p];
+        for (long p = 0; a[0] == ADDCMUL && p < n; p++) z[p] = x[0][p] + x[1][p] * x[2][p];
+        for (long p = 0; a[0] == SILU && p < n; p++) z[p] = x[0][p] / (1 + exponential(-x[0][p]));
+        store((void *)y[0], y[1], i * y[2] + j * y[3] + k * y[4] + l, n, z);
+    }
+    return 0;
+}
+
+/* keys[:, slots] = k. keys (G, length, D), k (G, T, D).
+   keys, k, slots, bytes of a row, G, T, strides in bytes: keys (2), k (2) */
+int index_copy(const args *a) {
+    const int64_t *slots = POINTER(2);
+    for (long g = 0; g < a[4]; g++)
+        for (long t = 0; t < a[5]; t++)
+            memcpy((char *)a[0] + g * a[6] + slots[t] * a[7],
+                   (char *)a[1] + g * a[8] + t * a[9], a[3]);
+    return 0;
+}
+
+// The sum of a[i] b[i], in 16 sums side by side: a single one would wait for each addition.
+static inline float dot(const float *a, const float *b, long n) {
+    float sums[16] = {0};
+    long i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int k = 0; k < 16; k++) sums[k] += a[i + k] * b[i + k];
+    for (int k = 0; i < n; i++, k++) sums[k] += a[i] * b[i];
+    for (int k = 0; k < 8; k++) sums[k] += sums[k + 8];
+    for (int k = 0; k < 4; k++) sums[k] += sums[k + 4];
+    return sums[0] + sums[2] + (sums[1] + sums[3]);
+}
+
+/* y = softmax(scale q k^T) v over what the mask shows. q, y (G, R, D); k, v (G, S, D); mask (R, S).
+   The positions are taken in tiles, each shared by all queries of a group; a tile that nobody sees
+   is not read. A query keeps the largest of its scores so far; e^(score - largest) and their sum
+   are of that largest one, and shrink when a larger turns up (FlashAttention, arXiv 2205.14135).
+   What is not seen scores -infinity, and `largest` starts above that: their difference is no NaN.
+   q, k, v, mask, y, type, G, R, S, D, scale, group strides of q, k, v, row strides of q, k, v,
+   row stride of the mask, threads */
+#define TILE 32
+int attend(const args *a) {
+    const uint8_t *mask = POINTER(3);
+    long type = a[5], G = a[6], R = a[7], S = a[8], D = a[9], end = 0;
+    float scale = float_of(a[10]);
+    for (long r = 0; r < R; r++)
+        for (long s = S; s > end; s--) if (mask[r * a[17] + s - 1]) { end = s; break; }
+    long threads = R * G * end * D > 1 << 16 ? a[18] : 1;        // to wake one takes as long
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long g = 0; g < G; g++) {
+        float tile[TILE * D], q[R][D], sum[R][D], score[R][TILE], largest[R], total[R];
+        memset(sum, 0, sizeof sum);
+        for (long r = 0; r < R; r++) {
+            load(POINTER(0), type, g * a[11] + r * a[14], D, q[r]);
+            largest[r] = -FLT_MAX;
+            total[r] = 0;
+        }
+        for (long start = 0; start < end; start += TILE) {
+            long n = end - start < TILE ? end - start : TILE, seen = 0;
+            for (long r = 0; r < R && !seen; r++)
+                seen = memchr(mask + r * a[17] + start, 1, n) != 0;
+            if (!seen) continue;
+            for (long p = 0; p < n; p++)
+                load(POINTER(1), type, g * a[12] + (start + p) * a[15], D, tile + p * D);
+            for (long r = 0; r < R; r++) {
+                const uint8_t *sees = mask + r * a[17] + start;
+                float before = largest[r];
+                for (long p = 0; p < n; p++)
+                    score[r][p] = sees[p] ? scale * dot(q[r], tile + p * D, D) : -INFINITY;
+                for (long p = n; p < TILE; p++) score[r][p] = -INFINITY;
+                for (long p = 0; p < TILE; p++)
+                    largest[r] = score[r][p] <= largest[r] ? largest[r] : score[r][p];
+                for (long p = 0; p < TILE; p++) score[r][p] = exponential(score[r][p] - largest[r]);
+                float shrunk = exponential(before - largest[r]);
+                total[r] *= shrunk;
+                for (long p = 0; p < TILE; p++) total[r] += score[r][p];
+                for (long i = 0; shrunk != 1 && i < D; i++) sum[r][i] *= shrunk;
+            }
+            for (long p = 0; p < n; p++)
+                load(POINTER(2), type, g * a[13] + (start + p) * a[16], D, tile + p * D);
+            memset(tile + n * D, 0, (TILE - n) * D * sizeof(float));
+            for (long r = 0; r < R; r++)
+                for (long p = 0; p < TILE; p += 4) {             // four at a time: sums move less
+                    const float *v = tile + p * D, *w = score[r] + p;
+                    for (long i = 0; i < D; i++)
+                        sum[r][i] += w[0] * v[i] + w[1] * v[i + D] + w[2] * v[i + 2 * D]
+                                     + w[3] * v[i + 3 * D];
+                }
+        }
+        for (long r = 0; r < R; r++) {
+            for (long i = 0; i < D; i++) sum[r][i] /= total[r];
+            store(POINTER(4), type, (g * R + r) * D, D, sum[r]);
+        }
+    }
+    return 0;
+}
+
+typedef struct { int (*function)(const args *); args a[32]; } call;
+
+/* Does what was noted. Returns not 0 if a call failed. */
+int replay(const call *calls, long n) {
+    int failed = 0;
+    for (long i = 0; i < n; i++) failed |= calls[i].function(calls[i].a);
+    return failed;
+}
+"""
+C_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {"copy": 0, "add": 1, "sub": 2, "mul": 3, "addcmul": 4, "silu": 5}
+ARGUMENTS = 32
+
+
+class Call(ctypes.Structure):
+    _fields_ = [("function", ctypes.c_void_p), ("a", ctypes.c_int64 * ARGUMENTS)]
+
+
+@functools.cache
+def c_functions():
+    """Return C_SOURCE compiled, or None where no C compiler builds it."""
+    library = kernel.compiled(C_SOURCE)
+    if library is not None:
+        library.replay.argtypes = [ctypes.c_void_p, ctypes.c_long]
+    return library
+
+
+class Unrecordable(Exception):
+    """The forward does what cannot be recorded; the message names it."""
+
+
+# What makes Python look at values, or a shape depend on them.
+LOOKS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal",
+         "allclose", "nonzero", "masked_select", "unique"}
+
+
+class Tape(TorchFunctionMode):
+    """What a forward did, as notes that do it again. Inside `with tape:` everything is noted."""
+
+    def __init__(self, model, inputs):
+        """inputs: tensors that change from step to step."""
+        super().__init__()
+        self.notes = []              # (address of a C function, arguments), or a Python function
+        self.alive = []              # every tensor of which an address is noted
+        self.changing = {storage_of(tensor) for tensor in inputs}
+        self.linears = {linear.threshold.data_ptr(): linear for linear in model.modules()
+                        if getattr(linear, "state", None) is not None}
+        self.counting = any(linear.state.counting for linear in self.linears.values())
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        tensors = [x for x in flat((args, kwargs)) if isinstance(x, torch.Tensor)]
+        changing = any(storage_of(tensor) in self.changing for tensor in tensors)
+        if changing and name in LOOKS:
+            raise Unrecordable(f"it looks at values in `{name}`")
+        results = [x for x in flat(result) if isinstance(x, torch.Tensor)]
+        in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
+        in_place = in_place or "out" in kwargs or name.startswith("__i") and name != "__invert__"
+        if in_place:
+            self.note(lambda: function(*args, **kwargs), name, tensors[0], args, kwargs)
+            self.changing.add(storage_of(tensors[0]))
+        elif changing and results:
+            inputs = {storage_of(tensor) for tensor in tensors}
+            if not all(storage_of(each) in inputs for each in results):        # else a view
+                def again():
+                    for old, new in zip(results, flat(function(*args, **kwargs))):
+                        old.copy_(new)
+                self.note(again, name, results[0] if len(results) == 1 else None, args, kwargs)
+                self.changing |= {storage_of(each) for each in results}
+        self.alive += results + tensors
+        return result
+
+    def note(self, again, name, y, args, kwargs):
+        """Note an operation that sets y: in C if there is a function for it, else as `again`."""
+        write = getattr(self, f"note_{name}", None)
+        with torch._C.DisableTorchFunction():
+            if write is None or y is None or not write(y, *args, **kwargs):
+                self.notes.append(again)
+
+    def call(self, function, *arguments):
+        """Note a call of a C function. Tensors stand for their addresses, floats for their bits."""
+        values = []
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                self.alive.append(argument)
+                argument = argument.data_ptr()
+            elif isinstance(argument, float):
+                argument, = struct.unpack("<I", struct.pack("<f", argument))
+            values.append(argument)
+        self.notes.append((ctypes.cast(function, ctypes.c_void_p).value, values))
+        return True
+
+    # The operations that have C functions. Each returns whether it takes these arguments.
+
+    def elementwise(self, kind, y, *inputs):
+        if y.dtype not in C_TYPES or y.ndim > 4 or not y.numel():
+            return False
+        inputs = [x if isinstance(x, torch.Tensor) else torch.tensor(float(x)) for x in inputs]
+        if not all(x.dtype in C_TYPES and x.ndim <= 4 for x in inputs):
+            return False
+        arguments = [KINDS[kind], len(inputs), *[1] * (4 - y.ndim), *y.shape]
+        for x in (y, *inputs):
+            strides = [0] * (4 - y.ndim) + list(x.expand(y.shape).stride())
+            if y.ndim == 0 or y.shape[-1] == 1:
+                strides[-1] = 1 if x is y else 0
+            if strides[-1] not in (0, 1):
+                return False
+            arguments += [x, C_TYPES[x.dtype], *strides]
+        return self.call(c_functions().elementwise, *arguments)
+
+    def note_add(self, y, a, b, alpha=1):
+        return alpha == 1 and self.elementwise("add", y, a, b)
+
+    def note_sub(self, y, a, b, alpha=1):
+        return alpha == 1 and self.elementwise("sub", y, a, b)
+
+    def note_mul(self, y, a, b):
+        return self.elementwise("mul", y, a, b)
+
+    def note_addcmul(self, y, a, b, c, value=1):
+        return value == 1 and self.elementwise("addcmul", y, a, b, c)
+
+    def note_silu(self, y, x, inplace=False):
+        return not inplace and self.elementwise("silu", y, x)
+
+    def note_to(self, y, x, *args, **kwargs):
+        return self.elementwise("copy", y, x)
+
+    def note_reshape(self, y, x, *shape):
+        return y.is_contiguous() and self.elementwise("copy", y.view(x.shape), x)
+
+    note_contiguous = note_clone = note_flatten = note_reshape
+
+    def note_roll(self, y, x, shifts, dims):
+        if not isinstance(shifts, int) or not isinstance(dims, int):
+            return False
+        first = shifts % x.shape[dims]
+        rest = x.shape[dims] - first
+        return (self.elementwise("copy", y.narrow(dims, 0, first), x.narrow(dims, rest, first))
+                and self.elementwise("copy", y.narrow(dims, first, rest), x.narrow(dims, 0, rest)))
+
+    def note_rms_norm(self, y, x, normalized_shape, weight=None, eps=None):
+        if (y.dtype not in C_TYPES or weight is None or eps is None or len(normalized_shape) != 1
+                or weight.dtype != x.dtype or not x.is_contiguous()):
+            return False
+        size = x.shape[-1]
+        return self.call(c_functions().rms_norm, x, y, weight.detach(), C_TYPES[y.dtype],
+                         x.numel() // size, size, float(eps))
+
+    def note_index_copy_(self, y, keys, dim, slots, k):
+        if dim != 2 or keys.ndim != 4 or k.shape[0] != 1 or not keys.stride(-1) == k.stride(-1) == 1:
+            return False
+        keys, k = keys[0], k[0]                                      # (G, length, D), (G, T, D)
+        size = keys.element_size()
+        return self.call(c_functions().index_copy, keys, k, slots, size * k.shape[2], *k.shape[:2],
+                         *[size * stride for x in (keys, k) for stride in x.stride()[:2]])
+
+    def note_scaled_dot_product_attention(self, y, q, k, v, attn_mask=None, dropout_p=0.0,
+                                          is_causal=False, scale=None, enable_gqa=False):
+        mask = attn_mask
+        if (is_causal or mask is None or mask.dtype != torch.bool or mask.ndim != 2 or q.ndim != 4
+                or q.shape[0] != 1 or q.shape[1] != k.shape[1] or y.dtype not in C_TYPES
+                or not k.dtype == v.dtype == q.dtype == y.dtype or not y.is_contiguous()
+                or q.shape[-1] != v.shape[-1]
+                or not all(x.stride(-1) == 1 for x in (q, k, v, mask))):
+            return False
+        _, G, R, D = q.shape
+        return self.call(c_functions().attend, q, k, v, mask, y, C_TYPES[y.dtype], G, R, k.shape[2],
+                         D, float(D ** -0.5 if scale is None else scale),
+                         *[x.stride(1) for x in (q, k, v)], *[x.stride(2) for x in (q, k, v)],
+                         mask.stride(0), torch.get_num_threads())
+
+    def note_repeat(self, y, mask, *repeats):
+        """Note the mask, once for each head of a group."""
+        if (y.dtype != torch.bool or mask.ndim != 2 or repeats[1:] != (1,)
+                or not y.is_contiguous() or not mask.is_contiguous()):
+            return False
+        size = mask.numel()
+        zero = torch.zeros(1, dtype=torch.int64)
+        for copy in y.view(repeats[0], size):
+            self.call(c_functions().index_copy, copy, mask, zero, size, 1, 1, 0, 0, 0, 0)
+        return True
+
+    def product(self, c_call, x, weight_t, threshold):
+        """Do and note a product of a backend, in whose place this stands while it is recorded."""
+        with torch._C.DisableTorchFunction():
+            y = x.new_empty(len(x), weight_t.shape[1])
+            function, arguments = c_call(x, weight_t, threshold, y)
+            if function(*arguments):
+                raise MemoryError("no memory for the list of kept channels")
+            self.alive += [x, threshold, y]
+            linear = self.linears.get(threshold.data_ptr())
+            if linear is not None and self.counting:
+                self.call(c_functions().count, x, C_TYPES[x.dtype], *x.shape, threshold,
+                          linear.kept, linear.seen)
+            address = ctypes.cast(function, ctypes.c_void_p).value
+            self.call(c_functions().product, address, *arguments)
+        self.changing.add(storage_of(y))
+        return y
+
+    def finish(self):
+        """Make the notes what `replay` wants: Python functions, and runs of C calls as arrays."""
+        runs = []
+        for note in self.notes:
+            if callable(note):
+                runs.append(note)
+            else:
+                if not runs or callable(runs[-1]):
+                    runs.append([])
+                runs[-1].append(note)
+        self.notes = [run if callable(run) else calls_of(run) for run in runs]
+
+    @torch.no_grad()
+    def replay(self):
+        """Do again all that was noted."""
+        replay = c_functions().replay
+        for run in self.notes:
+            if callable(run):
+                run()
+            elif replay(run, len(run)):
+                raise MemoryError("no memory for the list of kept channels")
+
+
+def calls_of(run):
+    """Return a list of (address, arguments) as an array for `replay` in C."""
+    calls = [Call(function, (ctypes.c_int64 * ARGUMENTS)(*values)) for function, values in run]
+    return (Call * len(calls))(*calls)
+
+
+def storage_of(tensor):
+    """Return the address of the memory that a tensor is, or is a view of."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def flat(value):
+    """Return the leaves of nested tuples, lists and dictionaries."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [leaf for each in value for leaf in flat(each)]
+    return [value]
+
+
+@contextlib.contextmanager
+def products_to(tape):
+    """Inside a `with`, let a tape do and note the products of the backends that are C."""
+    before = dict(kernel.BACKENDS)
+    for name, c_call in kernel.C_CALLS.items():
+        kernel.BACKENDS[name] = functools.partial(tape.product, c_call)
+    try:
+        yield
+    finally:
+        kernel.BACKENDS.update(before)
+
+
+class RecordedStep:
+    """A step on a CPU, recorded for each number of tokens, dense and sparse, and replayed.
+
+    Thresholds and weights are read where they lie, so that changed ones count. A step of more
+    tokens than the kernels take, or one that cannot be recorded, is the model's own.
+    """
+    said = set()                     # what was said once is not said again
+
+    def __init__(self, model, cache, tokens=1):
+        self.model = model
+        self.cache = cache
+        self.tapes = {}
+        self.reason = self.why_not()
+        fits = tokens <= kernel.MAX_ROWS and cache.used + tokens <= cache.length
+        if self.reason is None and fits:
+            self.tape(torch.zeros(1, tokens, dtype=torch.int64))
+
+    def why_not(self):
+        """Return why steps of this model cannot be recorded, "" if that is expected; else None."""
+        keys = self.cache.keys                                       # (layers, B, G, length, D)
+        if not kernel.fits_c(keys) or c_functions() is None or keys.shape[1] > 1:
+            return ""
+        for module in self.model.modules():
+            hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            if any(hook is not note_tokens for hook in hooks):
+                return "it has hooks"
+        return None
+
+    @torch.no_grad()
+    def __call__(self, tokens):
+        """tokens (1, T) int64 -> logits (1, T, vocab), valid until the next call."""
+        T = tokens.shape[1]
+        tape = self.tape(tokens) if self.reason is None and T <= kernel.MAX_ROWS else None
+        if tape is None:
+            return self.model(tokens, self.cache)
+        tape.place.copy_(tokens)
+        tape.static.follow(self.cache, T, self.model.config.sliding_window)
+        try:
+            tape.replay()
+        except IndexError:
+            check_tokens(tokens, self.model.config)
+            raise
+        self.cache.advance(T)
+        return tape.logits
+
+    def tape(self, tokens):
+        """Return the tape for so many tokens in the mode in force; None if there can be none."""
+        state = getattr(self.model, "sparse_state", None)
+        key = tokens.shape[1], None
+        if state is not None:
+            if state.mode == "all" and state.dense_prefix:
+                return None
+            state.tokens = tokens.shape[1]
+            key = tokens.shape[1], (state.is_sparse(), state.counting)
+            if any(tape.state is not state for tape in self.tapes.values()):
+                self.tapes = {}      # the model was made sparse anew
+        if key not in self.tapes:
+            try:
+                self.tapes[key] = self.record(tokens, state)
+            except Unrecordable as error:
+                self.reason = str(error)
+                if self.reason not in self.said:
+                    self.said.add(self.reason)
+                    print(f"record.py steps aside, the model runs itself: {error}", file=sys.stderr)
+                return None
+        return self.tapes[key]
+
+    @torch.no_grad()
+    def record(self, tokens, state):
+        """Return the Tape of one run of the model, which writes where the step will."""
+        place = tokens.clone()
+        static = StaticCache(self.cache, tokens.shape[1])
+        static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
+        inputs = [place, static.positions, static.slots, static.mask, static.keys, static.values]
+        tape = Tape(self.model, inputs)
+        counting = state is not None and state.counting
+        try:
+            if counting:
+                state.counting = False               # the tape counts in C
+            with products_to(tape), tape:
+                logits = self.model(place, static)
+        finally:
+            if counting:
+                state.counting = True
+        tape.finish()
+        tape.place, tape.static, tape.logits, tape.state = place, static, logits, state
+        return tape
+
+
+def make_step(model, cache, tokens=1):
+    """Return the fastest step there is: a CUDA graph on a GPU, a tape on a CPU."""
+    if kernel.best_backend(cache.keys) == "triton":
+        return GraphStep(model, cache, tokens)
+    step = RecordedStep(model, cache, tokens)
+    return plain_step(model, cache, tokens) if step.reason == "" else step

@@ -1,0 +1,233 @@
+"""Tests of record.py, and of what runs when model.py is changed."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import generate
+import kernel
+from beyond import record
+from model import Config, Llama, linear_names
+from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny_model(dtype=torch.float32, **changes):
+    """Return a small Llama with random weights, whose linears drop what is below 0.5."""
+    config = Config(hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                    num_attention_heads=6, num_key_value_heads=3, head_dim=8, vocab_size=33,
+                    max_position_embeddings=64)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = Llama(config).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if "norm" not in name:
+            scale = parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    thresholds = dict.fromkeys(linear_names(config), 0.5) | {"lm_head": None}
+    return sparsify(model.eval(), thresholds)
+
+
+@pytest.mark.skipif(kernel.c_function(torch.float32) is None, reason="no C compiler")
+class TestRecord:
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03),
+                                                  (torch.float16, 0.005)])
+    @pytest.mark.parametrize("mode", ["off", "decode", "all"])
+    @pytest.mark.parametrize("changes", [{}, {"sliding_window": 7}, {"tie_word_embeddings": True},
+                                         {"attention_bias": True, "mlp_bias": True}])
+    def test_a_tape_computes_what_the_model_does(self, dtype, tolerance, mode, changes):
+        model = tiny_model(dtype, **changes)
+        if dtype != torch.float32:                         # rounding moves inputs across thresholds
+            model.sparse_state.thresholds.fill_(-1)
+        tokens = torch.arange(40)[None] % 33
+        logits, caches = [], []
+        with sparse_mode(model, mode), torch.no_grad():
+            for make_step in (generate.plain_step, record.make_step):
+                cache = model.make_cache(1, 40)
+                model(tokens[:, :5], cache)
+                reset_counts(model)
+                step = make_step(model, cache)
+                parts = tokens[:, 5:].split([1, 1, 4, 1, 8, 3, 1, 9, 1, 6], 1)
+                steps = [step(part).clone() for part in parts]
+                logits.append(torch.cat(steps, 1))
+                caches.append((cache.used, realised_sparsity(model)))
+        assert isinstance(step, record.RecordedStep) and step.tapes
+        assert (logits[0] - logits[1]).norm() <= tolerance * logits[0].norm()
+        assert caches[0] == caches[1]
+
+    def test_every_operation_of_the_model_has_a_c_function(self):
+        model = tiny_model(torch.bfloat16)
+        cache = model.make_cache(1, 10)
+        model(torch.arange(3)[None], cache)
+        step = record.make_step(model, cache)
+        tape, = step.tapes.values()
+        in_python = [note for note in tape.notes if callable(note)]
+        assert len(in_python) < 12           # the embedding and the angles of RoPE, once a step
+        assert max(len(note) for note in tape.notes if not callable(note)) > 30
+
+    def test_changed_thresholds_and_weights_count(self):
+        model = tiny_model()
+        cache = model.make_cache(1, 20)
+        model(torch.arange(4)[None], cache)
+        step = record.make_step(model, cache)
+        token = torch.tensor([[5]])
+        model.sparse_state.thresholds.fill_(0.8)
+        model.model.layers[1].mlp.down_proj.weight_t.mul_(2)
+        with torch.no_grad():
+            ours = step(token).clone()
+            cache.used -= 1
+            theirs = model(token, cache)
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+    def test_a_model_made_sparse_anew_is_recorded_anew(self):
+        model = tiny_model()
+        cache = model.make_cache(1, 20)
+        model(torch.arange(4)[None], cache)
+        step = record.make_step(model, cache)
+        token = torch.tensor([[5]])
+        with torch.no_grad():
+            step(token)
+            sparsify(model, dict.fromkeys(linear_names(model.config), 1.0))
+            cache.used -= 1
+            ours = step(token).clone()
+            cache.used -= 1
+            theirs = model(token, cache)
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+    def test_nan_shows(self):
+        model = tiny_model()
+        cache = model.make_cache(1, 20)
+        model(torch.arange(4)[None], cache)
+        step = record.make_step(model, cache)
+        model.model.layers[0].mlp.up_proj.weight_t[3] = float("nan")
+        with torch.no_grad(), sparse_mode(model, "off"):
+            assert step(torch.tensor([[5]])).isnan().all()
+
+    def test_a_token_that_is_none_is_refused(self):
+        model = tiny_model()
+        cache = model.make_cache(1, 20)
+        step = record.make_step(model, cache)
+        with pytest.raises(ValueError, match="token id 33 is outside"):
+            step(torch.tensor([[33]]))
+
+    def test_a_forward_that_looks_at_values_runs_itself_and_says_so(self, capsys, monkeypatch):
+        def gated(self, x):
+            gate = F.silu(self.gate_proj(x))
+            return gate * self.up_proj(x) if gate.max() > 0.5 else gate
+        model = tiny_model()
+        monkeypatch.setattr(type(model.model.layers[0].mlp), "gated", gated)
+        record.RecordedStep.said.clear()
+        cache = model.make_cache(1, 20)
+        model(torch.arange(4)[None], cache)
+        step = record.make_step(model, cache)
+        token = torch.tensor([[5]])
+        with torch.no_grad():
+            ours = step(token).clone()
+            cache.used -= 1
+            assert torch.equal(ours, model(token, cache))
+        said = capsys.readouterr().err
+        assert said.count("record.py steps aside") == 1 and "looks at values" in said
+
+    def test_a_model_that_others_look_on_runs_itself(self):
+        seen = []
+        model = tiny_model()
+        model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+        cache = model.make_cache(1, 20)
+        step = record.make_step(model, cache)
+        with torch.no_grad():
+            step(torch.tensor([[5]]))
+            step(torch.tensor([[5]]))
+        assert len(seen) == 2
+
+    def test_without_a_compiler_the_model_runs_itself(self, monkeypatch):
+        monkeypatch.setattr(record, "c_functions", lambda: None)
+        model = tiny_model()
+        cache = model.make_cache(1, 20)
+        step = record.make_step(model, cache)
+        assert not isinstance(step, record.RecordedStep)
+
+
+# --------------------------------------------------------------------------------------------------
+# What you read is what runs
+
+CHANGES = {                  # {what: (a line of model.py, what it is replaced with)}
+    "another activation": [(
+        '{"silu": F.silu}', '{"silu": lambda x: F.gelu(x, approximate="tanh")}')],
+    "a smaller residual": [("return x + self.mlp(", "return x + 0.5 * self.mlp(")],
+    "a norm on q and k": [(
+        "        q = rotate(q,",
+        "        q, k = (F.rms_norm(y, (self.head_dim,)) for y in (q, k))\n"
+        "        q = rotate(q,")],
+    "RoPE with its pairs side by side": [(
+        "    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)",
+        "    half = x.shape[-1] // 2\n"
+        "    c, s = cos[:, :half], sin[:, half:]\n"
+        "    a, b = x[..., 0::2], x[..., 1::2]\n"
+        "    return torch.stack((a * c - b * s, a * s + b * c), dim=-1).flatten(-2)")],
+}
+
+SCRIPT = r'''
+import contextlib, io, sys
+import torch
+import generate
+from beyond import __main__ as beyond
+from calibrate import load_calibration
+from model import DEMO, load_model
+from sparsify import sparse_mode, sparsify
+
+PROMPT, N = "class Stack:\n    def push(self, item):\n", 16
+model, tokenizer = load_model(DEMO, dtype=torch.float32)
+prompt = tokenizer.encode(PROMPT)
+
+def whole_sequences(mode):
+    ids = list(prompt)
+    with torch.no_grad(), sparse_mode(model, mode, dense_prefix=len(prompt)):
+        for _ in range(N):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return tokenizer.decode(ids)
+
+expected = {"dense": whole_sequences("off")}
+sparsify(model, load_calibration(model, DEMO).thresholds(0.5))
+expected["sparse"] = whole_sequences("all")
+expected["speculative"] = expected["dense"]
+options = {"dense": ["--sparsity", "0"], "sparse": ["--sparsity", "0.5"],
+           "speculative": ["--draft", "sparse"]}
+for name, main in (("generate.py", generate.main), ("-m beyond", beyond.main)):
+    for kind, more in options.items():
+        sys.argv = [name, "--dtype", "float32", "--device", "cpu", "--prompt", PROMPT,
+                    "--temperature", "0", "--max-new-tokens", str(N), *more]
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            main()
+        text = out.getvalue().split("\n", 2)[2].split("\n---")[0]
+        print(f"{name} {kind}:", "same" if text == expected[kind] else f"another, {text!r}")
+print("text", repr(expected["dense"]))
+'''
+
+
+def test_a_change_to_the_model_counts_in_all_that_runs(tmp_path):
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "figures")
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=ignore)
+    path = tmp_path / "copy" / "model.py"
+    original = path.read_text()
+    texts = set()
+    for what, changes in {"nothing": [], **CHANGES}.items():
+        changed = original
+        for old, new in changes:
+            assert changed.count(old) == 1, f"{what}: model.py no longer has {old}"
+            changed = changed.replace(old, new)
+        path.write_text(changed)
+        done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=path.parent, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr
+        *runs, text = done.stdout.splitlines()
+        assert len(runs) == 6 and all(run.endswith(": same") for run in runs), f"{what}: {runs}"
+        texts.add(text)
+    assert len(texts) == 1 + len(CHANGES)                  # each change made a difference
