@@ -133,10 +133,13 @@ def dense(x, weight_t):
     """
     rows = x.numel() // x.shape[-1]
     half = x.dtype == torch.float16
-    if fits_c(x) and rows <= (8 if half else 1) * MAX_ROWS and not x.requires_grad:
-        parts = x.reshape(rows, -1).split(MAX_ROWS)
-        parts = [sparse_gemv(part, weight_t, KEEP_ALL, "c") for part in parts]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+    if fits_c(x) and not x.requires_grad:
+        if rows <= MAX_ROWS:
+            y = sparse_gemv(x.reshape(rows, -1), weight_t, KEEP_ALL, "c")
+            return y.view(*x.shape[:-1], -1)
+        if half and rows <= 8 * MAX_ROWS:
+            parts = x.reshape(rows, -1).split(MAX_ROWS)
+            return torch.cat([dense(part, weight_t) for part in parts]).view(*x.shape[:-1], -1)
     if half and x.device.type == "cpu":
         return (x.float() @ weight_t.float()).half()
     return x @ weight_t

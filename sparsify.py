@@ -80,10 +80,10 @@ class SparseLinear(nn.Module):
         rows = x.shape[0] * x.shape[1]
         few = rows <= kernel.MAX_ROWS and not prefix
         if state.counting or not few:
-            keep = kernel.kept(x, self.threshold)                                     # (B, T, in)
-            counted = keep[:, prefix:]
-            self.kept += counted.sum()
-            self.seen += counted.numel()
+            keep = kernel.kept(x, self.threshold)                               # (B, T, in)
+            counted = keep[:, prefix:] if prefix else keep
+            self.kept.add_(counted.sum())
+            self.seen.add_(counted.numel())
         if few:
             return self.product(x.view(rows, -1)).view(*x.shape[:-1], -1)
         # Many tokens: the same function as a dense product with zeros in it.

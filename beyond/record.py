@@ -402,7 +402,8 @@ class Tape(TorchFunctionMode):
                          x.numel() // size, size, float(eps))
 
     def note_index_copy_(self, y, keys, dim, slots, k):
-        if dim != 2 or keys.ndim != 4 or k.shape[0] != 1 or not keys.stride(-1) == k.stride(-1) == 1:
+        rows = keys.stride(-1) == k.stride(-1) == 1
+        if dim != 2 or keys.ndim != 4 or k.shape[0] != 1 or not rows:
             return False
         keys, k = keys[0], k[0]                                      # (G, length, D), (G, T, D)
         size = keys.element_size()

@@ -1,0 +1,504 @@
+"""Tests of allocate.py, judge.py and timing.py: what thresholds are made of, and what is measured."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernel
+from beyond import allocate, judge, timing
+from calibrate import (BINS, SINKS, SITE_OF, Calibration, Table, calibrate, fingerprint_of, histogram,
+                       quantile)
+from demo import corpus
+from model import (DEMO, Config, InputError, Llama, linear_names, load_model, load_tokenizer,
+                   windows_of)
+from sparsify import perplexity, quality, realised_sparsity, reset_counts, sparse_mode, sparsify
+
+ROOT = Path(__file__).parent.parent
+ADDED = ["priced", "balanced", "fisher-channel", "fisher", "uniform", "wina"]
+
+
+def tiny_model(dtype=torch.float32, **changes):
+    """Return a small Llama whose next tokens differ and whose activations matter."""
+    torch.manual_seed(0)
+    config = Config(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=12, vocab_size=61, max_position_embeddings=64)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = Llama(config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim == 2:
+            parameter.copy_(torch.randn(parameter.shape) * 1.5 * parameter.shape[1] ** -0.5)
+        else:
+            parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+    return model.to(dtype).eval()
+
+
+def tokens_like(model, *shape):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, shape, generator=generator)
+
+
+def some_thresholds(model):
+    """Return thresholds of all three kinds: numbers, tensors (), tensors (in,)."""
+    generator = torch.Generator().manual_seed(3)
+    thresholds = {}
+    for i, name in enumerate(linear_names(model.config)):
+        inputs = model.get_submodule(name).in_features
+        kinds = [0.4, torch.tensor(0.2), torch.rand(inputs, generator=generator)]
+        thresholds[name] = kinds[i % 3]
+    return thresholds
+
+
+def by_hand(model, tokens, thresholds, prefix=0):
+    """Return the logits of a dense model whose linears see thresholded inputs, put in by hooks."""
+    hooks = []
+    for name, threshold in thresholds.items():
+        def drop(module, inputs, threshold=threshold):
+            keep = inputs[0].abs() > threshold
+            keep[:, :prefix] = True
+            return inputs[0] * keep
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(drop))
+    logits = model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+def command(monkeypatch, module, *arguments):
+    """Run a chapter's command line in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+# --------------------------------------------------------------------------------------------------
+# allocate.py
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """(model, tokens, its calibration with every allocation of the chapter); not to be changed."""
+    model = tiny_model()
+    tokens = tokens_like(model, 1500)
+    calibration = calibrate(model, tokens, 16, "a test")
+    allocate.add_allocations(calibration, model, tokens, 16)
+    allocate.add_priced(calibration, model, tokens)
+    return model, tokens, calibration
+
+
+@pytest.fixture(scope="module")
+def information():
+    """The mean F (layers, 7) of the model of `calibrated`."""
+    model = tiny_model()
+    windows = windows_of(tokens_like(model, 1500), 16)
+    of = allocate.fisher_information(model, windows, linear_names(model.config))
+    return torch.stack([values.mean() for values in of.values()]).view(3, 7)
+
+
+def test_the_best_allocation_is_the_default(calibrated):
+    _, _, calibration = calibrated
+    assert calibration.allocations == ADDED
+    assert calibration.distributions["gate"].sum() == 3 * 93 * (16 - SINKS) * 56
+
+
+def test_without_fisher_only_wina_is_added():
+    model = tiny_model()
+    tokens = tokens_like(model, 200)
+    calibration = calibrate(model, tokens, 16)
+    calibration.tables["greedy"] = Table(torch.tensor([0.5]), torch.full((1, 3, 7), 0.5))
+    allocate.add_allocations(calibration, model, tokens, 16, fisher=False)
+    assert calibration.allocations == ["greedy", "uniform", "wina"]
+    calibration.check_whole()
+
+
+def test_share_below_inverts_the_quantile():
+    torch.manual_seed(0)
+    x = torch.randn(40, 5000) * 3
+    x[:, ::10] = 0
+    counts = histogram(x)
+    for share in (0.2, 0.5, 0.9, 0.999):
+        value = quantile(counts, share)
+        assert allocate.share_below(counts, value).item() == pytest.approx(share, abs=1e-9)
+
+
+@pytest.mark.parametrize("allocation", ADDED)
+def test_every_allocation_reaches_its_target(calibrated, allocation):
+    _, tokens, calibration = calibrated
+    _, sizes = calibration.sizes()
+    model = tiny_model()
+    for sparsity in (0.0, 0.02, 0.25, 0.33, 0.5, 0.8, 0.95, 0.97):
+        shares = calibration.sparsities(sparsity, allocation)
+        assert (shares @ sizes).mean().item() == pytest.approx(sparsity, abs=1e-4)
+        if sparsity in (0.0, 0.25, 0.5, 0.8, 0.95):
+            sparsify(model, calibration.thresholds(sparsity, allocation))
+            perplexity(model, tokens, 16, dense_prefix=SINKS)
+            # Not exact: with inputs dropped before them, the inputs of later layers are others.
+            assert realised_sparsity(model) == pytest.approx(sparsity, abs=0.04)
+
+
+def test_fisher_information_is_the_mean_square_gradient():
+    model = tiny_model(torch.float64)
+    name = "model.layers.1.self_attn.k_proj"
+    windows = windows_of(tokens_like(model, 33), 32)
+    computed = allocate.fisher_information(model, windows, [name])[name].double()
+
+    # By hand: the same labels, and a leaf that only this linear reads.
+    logits = model(windows[:, :-1])[0]
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+    leaf = None
+
+    def own_leaf(module, inputs):
+        nonlocal leaf
+        leaf = inputs[0].detach().requires_grad_()
+        return leaf
+
+    hook = model.get_submodule(name).register_forward_pre_hook(own_leaf)
+    F.cross_entropy(model(windows[:, :-1])[0], labels, reduction="sum").backward()
+    hook.remove()
+    expected = leaf.grad[0, SINKS:].square().mean(0)
+    assert (computed - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_backpropagation_by_blocks_is_that_of_the_whole():
+    model = tiny_model(torch.float64, sliding_window=5)    # which the mask of the context shows
+    tokens = tokens_like(model, 2, 12)
+    targets = tokens_like(model, 24)
+    gradients = []
+
+    def see(module, grad_input, grad_output):
+        gradients.append(grad_output[0])
+
+    with model.model.layers[0].self_attn.v_proj.register_full_backward_hook(see):
+        value = allocate.backpropagate(model, tokens, lambda y: F.cross_entropy(y, targets))
+        x = model.embed(tokens).requires_grad_()
+        model.embed = lambda tokens: x
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets)
+        loss.backward()
+    assert value == pytest.approx(loss.item(), rel=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-9)
+
+
+def test_fisher_drops_by_one_price(calibrated, information):
+    """Every linear gives up inputs at the same F t² / out, in fisher-channel each channel does."""
+    _, _, calibration = calibrated
+    outputs, sizes = calibration.sizes()
+    for level in (0.1, 0.5, 0.75):
+        scalar = torch.stack(list(calibration.thresholds(level, "fisher").values())).view(3, 7).double()
+        price = information.double() * scalar.square() / outputs
+        assert torch.allclose(price, price.mean().expand(3, 7), rtol=1e-4)
+    name = "model.layers.2.mlp.down_proj"
+    vector = calibration.thresholds(0.5, "fisher-channel")[name]
+    weight = calibration.weights["fisher-channel"][name]
+    weighted = vector * weight
+    assert vector.shape == (56,)
+    assert torch.allclose(weighted, weighted.mean().expand(56), rtol=1e-4)
+    assert weight.square().mean().sqrt().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_balanced_is_halfway_to_one_price_a_block(calibrated):
+    _, _, calibration = calibrated
+    _, sizes = calibration.sizes()
+    balanced = calibration.sparsities(0.5, "balanced")
+    by_block = 2 * balanced - calibration.sparsities(0.5, "fisher-channel")
+    assert torch.allclose(by_block @ sizes, torch.full((3,), 0.5, dtype=torch.float64), atol=1e-4)
+
+
+def test_between_levels_fisher_is_near_to_one_price(calibrated, information):
+    """A table is linear between levels; what bisection finds in between differs little."""
+    _, _, calibration = calibrated
+    outputs, sizes = calibration.sizes()
+    counts = calibration.distributions["input"][:, list(SITE_OF.values())]
+    for level in (0.225, 0.475, 0.625):
+        exact = allocate.one_price(counts, information, outputs, sizes, level)
+        assert (exact - calibration.sparsities(level, "fisher")).abs().max() < 0.01
+
+
+def test_wina_weighs_by_the_norm_of_the_column(calibrated):
+    model, _, calibration = calibrated
+    name = "model.layers.1.mlp.up_proj"
+    threshold = calibration.thresholds(0.5, "wina")[name]
+    product = threshold * model.get_submodule(name).weight.norm(dim=0)
+    assert torch.allclose(product, product.mean().expand(32), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_prices_are_what_weights_cost(calibrated):
+    """The gradient near the thresholds foretells what the KL does when a threshold is moved."""
+    model, _, calibration = calibrated
+    names = linear_names(model.config)
+    thresholds = calibration.thresholds(0.1, "balanced")
+    windows = windows_of(tokens_like(model, 6000), 64)
+    foretold, total = allocate.prices(model, windows, thresholds)
+    foretold = foretold.flatten()
+
+    inputs = windows[:, :-1]
+    dense = model(inputs).log_softmax(-1)
+    sparse_model = sparsify(tiny_model(), thresholds)
+
+    def kl_to_dense():
+        log_p = sparse_model(inputs).log_softmax(-1)
+        return F.kl_div(log_p, dense, reduction="sum", log_target=True).item()
+
+    def kl_and_dropped(name, factor):
+        reset_counts(sparse_model)
+        with sparse_mode(sparse_model, "all", {name: factor * thresholds[name]}):
+            kl = kl_to_dense()
+        linear = sparse_model.get_submodule(name)
+        return kl, (linear.seen - linear.kept).item() * linear.out_features
+
+    with sparse_mode(sparse_model, "all"):
+        assert total == pytest.approx(kl_to_dense(), rel=1e-3)
+    measured = []
+    for name in names:
+        low, fewer = kl_and_dropped(name, 1 / 1.3)
+        high, more = kl_and_dropped(name, 1.3)
+        measured.append((high - low) / (more - fewer))
+    measured = torch.tensor(measured, dtype=torch.float64)
+    assert torch.corrcoef(torch.stack((foretold, measured)))[0, 1] > 0.9
+    assert 0.5 < (foretold / measured).median() < 1.2
+
+
+def test_priced_shares_are_nearer_to_the_dense_model(calibrated):
+    _, tokens, calibration = calibrated
+    settings = []
+    for level in (0.3, 0.5, 0.75):
+        for name in ("balanced", "priced"):
+            settings.append(judge.Setting(name, level, calibration.thresholds(level, name)))
+    rows = judge.judge(tiny_model(), tokens, settings)
+    for balanced, priced in zip(rows[1::2], rows[2::2]):
+        nearer = 0.97 if balanced["target"] < 0.6 else 1.02
+        assert priced["kl"] < nearer * balanced["kl"]
+        assert priced["sparsity"] > balanced["sparsity"] - 0.01
+
+
+def test_calibration_file(calibrated, tmp_path):
+    model, _, calibration = calibrated
+    path = tmp_path / "calibration.safetensors"
+    calibration.save(path)
+    loaded = Calibration.load(path)
+    loaded.check(model)
+    assert loaded.allocations == ADDED
+    assert loaded.distributions.keys() == {"input", "head", "gate", "wina", "fisher-channel"}
+    for allocation in ADDED:
+        thresholds = loaded.thresholds(0.4, allocation)
+        for name, threshold in calibration.thresholds(0.4, allocation).items():
+            assert torch.allclose(thresholds[name], threshold, rtol=1e-4)
+
+
+def test_a_sparse_model_is_not_calibrated(calibrated):
+    _, tokens, calibration = calibrated
+    model = sparsify(tiny_model(), calibration.thresholds(0.5))
+    for add in (allocate.add_allocations, allocate.add_priced):
+        with pytest.raises(InputError, match="this one was made sparse"):
+            add(calibration, model, tokens)
+
+
+def test_allocate_writes_and_draws(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "tiny"
+    tiny_model(vocab_size=4096).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
+    command(monkeypatch, allocate, "--model", folder, "--tokens", 700)
+    assert "allocations: priced, balanced, fisher-channel, fisher, uniform, wina" in capsys.readouterr().out
+    command(monkeypatch, allocate, "--model", folder, "--figures", tmp_path / "figures")
+    for name in ("distributions.png", "allocations.png"):
+        assert (tmp_path / "figures" / name).read_bytes()[:4] == b"\x89PNG"
+    out = tmp_path / "int8.safetensors"
+    command(monkeypatch, allocate, "--model", folder, "--tokens", 700, "--no-fisher", "--greedy",
+            "--quantize", "int8", "--out", out)
+    assert Calibration.load(out).allocations == ["greedy", "uniform", "wina"]
+    assert not list(tmp_path.glob("*.greedy"))
+
+
+# --------------------------------------------------------------------------------------------------
+# judge.py
+
+def test_judge_agrees_with_perplexity():
+    model = tiny_model(torch.float64)
+    tokens = tokens_like(model, 70)
+    windows = windows_of(tokens, 8)
+    thresholds = some_thresholds(model)
+    nothing = dict.fromkeys(thresholds, 0.0)
+    gate_thresholds = torch.tensor([0.1, 0.2, 0.05])
+    with torch.no_grad():
+        dense_log_p = model(windows[:, :-1]).flatten(0, 1).log_softmax(-1)
+        log_p = by_hand(model, windows[:, :-1], thresholds).flatten(0, 1).log_softmax(-1)
+    settings = [judge.Setting("own", 0.5, thresholds), judge.Setting("none", 0.0, nothing),
+                judge.Setting("cats", 0.3, None, gate_thresholds)]
+    dense, own, zero, cats = judge.judge(model, tokens, settings, 8)
+    assert dense["agreement"] == zero["agreement"] == 1
+    assert dense["sparsity"] == 0
+    assert dense["perplexity"] == pytest.approx(zero["perplexity"])
+    assert abs(zero["kl"]) < 1e-9
+    kl = (dense_log_p.exp() * (dense_log_p - log_p)).sum(-1).mean().item()
+    assert own["kl"] == pytest.approx(kl)
+    same = (dense_log_p.argmax(-1) == log_p.argmax(-1)).double().mean().item()
+    assert own["agreement"] == pytest.approx(same)
+    sparsify(model, thresholds)
+    assert own["perplexity"] == pytest.approx(perplexity(model, tokens, 8))
+    assert own["sparsity"] == pytest.approx(realised_sparsity(model))
+    # sparsify.py's measures are the same.
+    expected = [own["perplexity"], own["kl"], own["agreement"], own["sparsity"]]
+    assert quality(model, windows, [thresholds])[1].tolist() == pytest.approx(expected)
+    assert 0 < cats["sparsity"] < 0.5
+
+
+@torch.no_grad()
+def test_cats_drops_channels_with_a_small_gate():
+    model = tiny_model(torch.float64)
+    tokens = tokens_like(model, 70)
+    thresholds = torch.tensor([0.1, 0.2, 0.05])
+    cats = judge.judge(model, tokens, [judge.Setting("cats", 0.3, None, thresholds)], 8)[1]
+    dropped = []
+
+    def drop(module, inputs, output, threshold):
+        keep = F.silu(output).abs() > threshold
+        dropped.append(1 - keep.double().mean().item())
+        return output * keep
+
+    for block, threshold in zip(model.model.layers, thresholds):
+        block.mlp.gate_proj.register_forward_hook(
+            lambda module, inputs, output, t=threshold: drop(module, inputs, output, t))
+    assert cats["perplexity"] == pytest.approx(perplexity(model, tokens, 8))
+    sizes = {name: model.get_submodule(name).weight.numel() for name in linear_names(model.config)}
+    skipped = sum(size for name, size in sizes.items() if "up_proj" in name or "down_proj" in name)
+    expected = sum(dropped) / len(dropped) * skipped / sum(sizes.values())
+    assert cats["sparsity"] == pytest.approx(expected)
+
+
+def test_the_papers_protocol():
+    """Part of each window is context only, and its start is dense."""
+    model = tiny_model(torch.float64)
+    tokens = tokens_like(model, 70)
+    thresholds = some_thresholds(model)
+    setting = judge.Setting("own", 0.5, thresholds, dense_prefix=4)
+    late = judge.judge(model, tokens, [setting], 12, scored=4)[1]
+    fresh = tiny_model(torch.float64)
+    losses = []
+    for i in range(0, 70 - 12, 4):
+        logits = by_hand(fresh, tokens[None, i:i + 12], thresholds, 4)[0, 8:]
+        losses.append(F.cross_entropy(logits, tokens[i + 9:i + 13]))
+    assert late["perplexity"] == pytest.approx(torch.stack(losses).mean().exp().item())
+
+
+def test_perplexity_is_read_at_the_target():
+    measured = [(0.0, 0.0, 10.0), (0.5, 0.6, 20.0), (0.7, 0.696, 30.0), (0.9, 0.8, 50.0)]
+    rows = [{"target": target, "sparsity": sparsity, "perplexity": perplexity}
+            for target, sparsity, perplexity in measured]
+    judge.at_target(rows)
+    at = [row["perplexity_at_target"] for row in rows]
+    assert at[0] == 10
+    assert at[1] == pytest.approx(10 * 2 ** (5 / 6))
+    assert at[2] == 30
+    assert at[3] is None
+
+
+def test_functions_are_cut_and_parsed():
+    head = "    def f(self):\n"
+    assert judge.is_function(head, "        return 1\n\n    def g(self, x\n")    # cut off after f
+    assert judge.is_function(head, "        if self:\n            return 1\n        unfini")
+    assert not judge.is_function(head, "        return (1\n\n    def g(self):\n")
+    assert not judge.is_function(head, "    x = 1\n")      # nothing in it
+    tokenizer = load_tokenizer(DEMO)
+    beginnings = judge.function_beginnings(tokenizer, corpus.files("held-out")[:8], 20)
+    assert len(beginnings) == 20
+    for ids, head in beginnings:
+        assert len(ids) == 128
+        assert "def " in head
+        assert tokenizer.decode(ids).endswith(head)
+
+
+@torch.no_grad()
+def test_functions_are_completed_greedily():
+    model, tokenizer = load_model(DEMO)
+    head = "def first(values):\n"
+    beginnings = [(tokenizer.encode(f"import os\n\n\n{head}"), head)] * 2
+    own = judge.Setting("own", 0.5, dict.fromkeys(linear_names(model.config), 0.05))
+    for setting in (judge.Setting("dense", 0.0), own):
+        share = judge.share_of_functions(model, tokenizer, beginnings, setting, 24)
+        assert share in (0.0, 1.0)                         # twice the same beginning
+    assert 0 < realised_sparsity(model) < 1
+
+
+def test_what_texts_side_by_side_read():
+    model = tiny_model()
+    names = linear_names(model.config)
+    tokens = tokens_like(model, 12 * 16 + 1)
+    thresholds = {name: torch.tensor(1.0) for name in names}
+    seen = {}
+    hooks = []
+    for name in names:
+        def look(module, inputs, name=name):
+            seen[name] = inputs[0][:, 8:].abs() > 1
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(look))
+    model(tokens[:-1].view(12, 16))
+    for hook in hooks:
+        hook.remove()
+    sizes = torch.tensor([model.get_submodule(name).weight.numel() for name in names]).double()
+    for count in (1, 3, 4):
+        read = []
+        for keep in seen.values():
+            parts = [(part.sum(0) > 0).double().mean() for part in keep.split(count)]
+            read.append(torch.stack(parts).mean())
+        expected = (torch.stack(read) @ sizes) / sizes.sum()
+        share = judge.share_read(model, thresholds, tokens, count, 16)
+        assert share == pytest.approx(expected.item(), abs=1e-9)
+    with pytest.raises(InputError, match="13 texts of 16 need more"):
+        judge.share_read(model, thresholds, tokens, 13, 16)
+
+
+def test_a_calibration_without_gates_has_no_cats(calibrated):
+    model, tokens, _ = calibrated
+    calibration = calibrate(model, tokens[:200], 16, "a test")
+    with pytest.raises(InputError, match="no distribution of the gate, which cats needs: it is 192 tokens"):
+        judge.table_settings(calibration, ["cats"], [0.25])
+
+
+def test_sources_are_measured_one_by_one(calibrated):
+    model, tokens, calibration = calibrated
+    model = tiny_model()
+    settings = judge.source_settings(model, calibration)
+    rows = judge.judge(model, tokens[:300], settings, 16)
+    assert [row["allocation"] for row in rows[1:]] == [
+        "0 dense", "1 dense", "4 dense", "16 dense", "64 dense", "q_proj", "k_proj", "v_proj", "o_proj",
+        "gate_proj", "up_proj", "down_proj", "lm_head", "lm_head", "lm_head"]
+    _, sizes = calibration.sizes()
+    for row, size in zip(rows[6:13], sizes.tolist()):      # each alone drops half of its own weights
+        assert row["sparsity"] == pytest.approx(0.5 * size, abs=0.05 * size)
+    assert rows[4]["kl"] == pytest.approx(0, abs=1e-9)     # all of a window is dense
+    for row in rows[13:]:
+        assert row["sparsity"] == 0
+        assert row["kl"] > 0
+
+
+def test_judge_prints_a_table(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "quality.png"
+    options = ["--tokens", 1100, "--functions", 0, "--sparsity", 0.5, 0.25]
+    command(monkeypatch, judge, *options, "--allocation", "uniform", "greedy", "--figure", figure)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("model: ") and "context: 512, scored: 512" in lines[0]
+    assert lines[1].split() == ["target", "realised", "perplexity", "at", "target", "agreement", "KL"]
+    assert [line.split()[:2] for line in lines[2:]] == [
+        ["dense", "0%"], ["uniform", "25%"], ["uniform", "50%"], ["greedy", "25%"], ["greedy", "50%"]]
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    command(monkeypatch, judge, *options, "--beside", DEMO, "--allocation", "uniform", "--json")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["dense_prefix"] == 0
+    assert [row["allocation"] for row in printed["rows"]][3:] == ["demo dense", "demo uniform", "demo uniform"]
+
+
+def test_judge_answers_the_other_questions(monkeypatch, capsys):
+    command(monkeypatch, judge, "--batch", 1, 4, "--tokens", 1100)
+    lines = capsys.readouterr().out.splitlines()
+    read = [float(line.split()[1].rstrip("%")) for line in lines[1:]]
+    assert 40 < read[0] < read[1] < 100
+    command(monkeypatch, judge, "--sources", "--tokens", 600)
+    lines = capsys.readouterr().out.splitlines()
+    assert "at target" not in lines[1]
+    assert len(lines) == 2 + 1 + 15
