@@ -170,16 +170,17 @@ class GraphStep:
         self.model = model
         self.cache = cache
         self.graphs = {}
+        self.pool = torch.cuda.graph_pool_handle()         # memory that the graphs share
         for self.steps in (1, 0):                          # one that does not count, one that does
             if cache.used + tokens <= cache.length:
                 self.graph(torch.zeros(1, tokens, dtype=torch.int64, device=model.device))
 
     @torch.no_grad()
     def __call__(self, tokens):
+        graph, place, static, logits = self.graph(tokens)
+        place.copy_(tokens)
+        static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
         with torch.cuda.device_of(tokens):
-            graph, place, static, logits = self.graph(tokens)
-            place.copy_(tokens)
-            static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
             graph.replay()
         self.cache.advance(tokens.shape[1])
         self.steps += 1
@@ -194,7 +195,8 @@ class GraphStep:
         if key not in self.graphs:
             if counting:
                 state.counting = sample
-            self.graphs[key] = self.capture(tokens)
+            with torch.cuda.device_of(tokens):
+                self.graphs[key] = self.capture(tokens)
             if counting:
                 state.counting = True
         return self.graphs[key]
@@ -211,7 +213,8 @@ class GraphStep:
             self.model(place, static)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # thread_local: another thread may talk to another GPU meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             logits = self.model(place, static)
         return graph, place, static, logits
 
@@ -719,9 +722,11 @@ class Writer:
             tokens, decoder, lambda text: print(text, end="", flush=True))
         # The first token is the prompt's.
         rate = (len(ids) - 1) / rest if len(ids) > 1 else 0.0
-        skipped = f", {self.realised(self.model):.1%} of the blocks' weights skipped"
+        skipped = ""
+        if not self.draft and not interrupted:
+            skipped = f", {self.realised(self.model):.1%} of the blocks' weights skipped"
         print(f"\n--- {title}: {len(ids)} tokens, {rate:.1f} tokens/s, prompt of {len(prompt)} in "
-              f"{first * 1e3:.0f} ms" + skipped * (not self.draft), flush=True)
+              f"{first * 1e3:.0f} ms{skipped}", flush=True)
         if interrupted:
             raise KeyboardInterrupt
         return ids, rate

@@ -1062,7 +1062,8 @@ def progress(items, label):
 
 def command_line(main):
     """Run a file's `main`. Input that it cannot use ends it with one line and exit status 2."""
-    name = Path(sys.argv[0]).name
+    path = Path(sys.argv[0])
+    name = path.parent.name if path.name == "__main__.py" else path.name     # python -m FOLDER
     sys.stdout.reconfigure(errors="backslashreplace")      # for terminals that lack a character
     try:
         main()

@@ -15,7 +15,7 @@ fastest here unless --draft-tokens says how many (drafts.py); --chat (chat.py); 
 import generate
 from beyond import chat, drafts, fused, parallel, quantize, record, timing
 from kernel import best_backend
-from model import InputError, Llama, command_line, load_model, require
+from model import Llama, load_model, require
 from sparsify import realised_sparsity, sparse_mode, sparsify
 
 
@@ -31,10 +31,10 @@ class Writer(generate.Writer):
         parallel.follow_first(draft)
         return draft
 
-    def write(self, prompt):
+    def prepare(self):
+        super().prepare()
         if best_backend(self.model.model.norm.weight) == "triton":
             fused.fuse(self.model)
-        super().write(prompt)
 
 
 def realised(model):
@@ -67,12 +67,8 @@ def make_parser():
 
 def settle(arguments):
     """Check the arguments, and put values where none were given."""
-    for name in ("prompt", "compare") if arguments.chat else ("system",):
-        require(not getattr(arguments, name),
-                f"--{name} is for " + ("a text, not for --chat" if arguments.chat
-                                       else "--chat, which is not given"))
-    if arguments.chat and arguments.sparsity is None:
-        arguments.sparsity = 0.0
+    require(arguments.chat or arguments.system is None,
+            "--system is for --chat, which is not given")
     random = arguments.model.startswith("random:")
     require(not random or not arguments.draft or not (arguments.compare or arguments.draft_tokens),
             "--compare and --draft-tokens are for --draft with a checkpoint folder")
@@ -82,12 +78,13 @@ def settle(arguments):
     require(ranks == 1 or not arguments.draft or arguments.draft_tokens,
             "--draft with several processes needs --draft-tokens: each would find another number "
             "the fastest")
-    return generate.settle(arguments)
+    return chat.settle(arguments) if arguments.chat else generate.settle(arguments)
 
 
 def write(arguments):
     """Do what the command line asks for, as one of `parallel.ranks()` processes."""
     ranks = parallel.ranks()
+    template = chat.chat_template(arguments.model) if arguments.chat else None
     maker = parallel if ranks > 1 else Llama
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, maker)
     if arguments.quantize:
@@ -101,17 +98,18 @@ def write(arguments):
     if ranks > 1:
         source = generate.random_source(model, arguments.seed)
         arguments.seed = parallel.from_first(source.initial_seed)
-    writer = Writer(arguments, model, tokenizer, record.make_step, drafts.speculate, realised)
+    # The ranks talk to each other between the operations, which no tape can note.
+    make_step = record.make_step if ranks == 1 else generate.fast_step
+    writer = Writer(arguments, model, tokenizer, make_step, drafts.speculate, realised)
     if not arguments.chat:
         prompt = generate.prompt_of(arguments, model, tokenizer)
         writer.write(prompt)
         return
-    if tokenizer is None:
-        raise InputError(f"--chat: {arguments.model} has random weights and no tokenizer")
     writer.prepare()
     with sparse_mode(model, writer.mode):
-        chat.chat(tokenizer, arguments.model, arguments.system,
-                  lambda prompt: writer.text(prompt, speculative=bool(arguments.draft)))
+        chat.chat(tokenizer, template, arguments.system,
+                  lambda prompt: writer.text(prompt, speculative=bool(arguments.draft)),
+                  from_first=parallel.from_first)
 
 
 def main():
@@ -121,4 +119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    parallel.command_line(main)

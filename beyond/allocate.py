@@ -42,6 +42,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from beyond import quantize              # with it, load_model reads quantized folders too
 from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITE_OF, SITES,
                        Table, add_greedy, calibrate, check_dense, count, embedding_of,
                        fingerprint_of, import_teal, load_calibration, quantile)
@@ -391,10 +392,10 @@ def add_quantize(parser, needs=""):
 
 def load(arguments, name=None):
     """Return (model, tokenizer) as --device, --dtype and --quantize ask for; name None: --model."""
-    from beyond import quantize          # with it, load_model reads quantized folders too
-    model, tokenizer = load_model(name or arguments.model, arguments.device, arguments.dtype)
+    name = name or arguments.model
+    model, tokenizer = load_model(name, arguments.device, arguments.dtype)
     if arguments.quantize:
-        quantize.quantize(model, {"int8": 8, "int4": 4}[arguments.quantize])
+        quantize.quantize_now(model, name, arguments.quantize)
     return model, tokenizer
 
 

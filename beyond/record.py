@@ -521,6 +521,7 @@ class RecordedStep:
         self.cache = cache
         self.tapes = {}
         self.reason = self.why_not()
+        self.say()
         fits = tokens <= kernel.MAX_ROWS and cache.used + tokens <= cache.length
         if self.reason is None and fits:
             self.tape(torch.zeros(1, tokens, dtype=torch.int64))
@@ -533,8 +534,14 @@ class RecordedStep:
         for module in self.model.modules():
             hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
             if any(hook is not note_tokens for hook in hooks):
-                return "it has hooks"
+                return "others look on through hooks, which a tape would not call"
         return None
+
+    def say(self):
+        """Say once why the model runs itself, where that is no matter of course."""
+        if self.reason and self.reason not in self.said:
+            self.said.add(self.reason)
+            print(f"record.py steps aside, the model runs itself: {self.reason}", file=sys.stderr)
 
     @torch.no_grad()
     def __call__(self, tokens):
@@ -569,9 +576,7 @@ class RecordedStep:
                 self.tapes[key] = self.record(tokens, state)
             except Unrecordable as error:
                 self.reason = str(error)
-                if self.reason not in self.said:
-                    self.said.add(self.reason)
-                    print(f"record.py steps aside, the model runs itself: {error}", file=sys.stderr)
+                self.say()
                 return None
         return self.tapes[key]
 

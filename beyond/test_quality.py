@@ -1,32 +1,35 @@
-"""Tests of allocate.py, judge.py and timing.py: what thresholds are made of, and what is measured."""
+"""Tests of allocate.py, judge.py and timing.py: what thresholds come from, what is measured."""
+import itertools
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernel
-from beyond import allocate, judge, timing
-from calibrate import (BINS, SINKS, SITE_OF, Calibration, Table, calibrate, fingerprint_of, histogram,
-                       quantile)
+from beyond import allocate, judge, quantize, record, timing
+from calibrate import SINKS, SITE_OF, Calibration, Table, calibrate, histogram, quantile
 from demo import corpus
 from model import (DEMO, Config, InputError, Llama, linear_names, load_model, load_tokenizer,
                    windows_of)
 from sparsify import perplexity, quality, realised_sparsity, reset_counts, sparse_mode, sparsify
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)                 # to share such small tensors out takes longer than to work
 ADDED = ["priced", "balanced", "fisher-channel", "fisher", "uniform", "wina"]
 
 
 def tiny_model(dtype=torch.float32, **changes):
     """Return a small Llama whose next tokens differ and whose activations matter."""
     torch.manual_seed(0)
-    config = Config(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
-                    num_key_value_heads=2, head_dim=12, vocab_size=61, max_position_embeddings=64)
+    config = Config(hidden_size=32, intermediate_size=56, num_hidden_layers=3,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=61,
+                    max_position_embeddings=64)
     for name, value in changes.items():
         setattr(config, name, value)
     model = Llama(config)
@@ -188,7 +191,8 @@ def test_fisher_drops_by_one_price(calibrated, information):
     _, _, calibration = calibrated
     outputs, sizes = calibration.sizes()
     for level in (0.1, 0.5, 0.75):
-        scalar = torch.stack(list(calibration.thresholds(level, "fisher").values())).view(3, 7).double()
+        thresholds = calibration.thresholds(level, "fisher").values()
+        scalar = torch.stack(list(thresholds)).view(3, 7).double()
         price = information.double() * scalar.square() / outputs
         assert torch.allclose(price, price.mean().expand(3, 7), rtol=1e-4)
     name = "model.layers.2.mlp.down_proj"
@@ -224,6 +228,32 @@ def test_wina_weighs_by_the_norm_of_the_column(calibrated):
     threshold = calibration.thresholds(0.5, "wina")[name]
     product = threshold * model.get_submodule(name).weight.norm(dim=0)
     assert torch.allclose(product, product.mean().expand(32), rtol=1e-4)
+
+
+def test_gates_are_counted_after_the_activation_of_the_model():
+    model = tiny_model()
+    windows = windows_of(tokens_like(model, 200), 16)
+    zeros = []
+    for activation in (F.silu, F.relu):
+        for block in model.model.layers:
+            block.mlp.activation = activation
+        counts = allocate.count_weighted(model, windows, {})["gate"]
+        zeros.append((counts[:, 0].sum() / counts.sum()).item())
+    assert zeros[0] < 0.01
+    assert zeros[1] == pytest.approx(0.5, abs=0.2)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_model_is_calibrated_like_others(bits):
+    config = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
+    model = quantize.quantize(tiny_model(**config), bits, 32)
+    tokens = tokens_like(model, 200)
+    calibration = calibrate(model, tokens, 16)
+    allocate.add_allocations(calibration, model, tokens, 16)
+    allocate.add_priced(calibration, model, tokens)
+    calibration.check_whole()
+    calibration.check(model)
+    assert calibration.allocations == ADDED
 
 
 @torch.no_grad()
@@ -301,16 +331,17 @@ def test_a_sparse_model_is_not_calibrated(calibrated):
 def test_allocate_writes_and_draws(monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "tiny"
-    tiny_model(vocab_size=4096).save_pretrained(folder)
+    tiny_model(vocab_size=4096, num_hidden_layers=1).save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
-    command(monkeypatch, allocate, "--model", folder, "--tokens", 700)
-    assert "allocations: priced, balanced, fisher-channel, fisher, uniform, wina" in capsys.readouterr().out
+    options = ["--model", folder, "--text", ROOT / "kernel.py", "--tokens", 700]
+    command(monkeypatch, allocate, *options)
+    assert f"allocations: {', '.join(ADDED)}" in capsys.readouterr().out
     command(monkeypatch, allocate, "--model", folder, "--figures", tmp_path / "figures")
     for name in ("distributions.png", "allocations.png"):
         assert (tmp_path / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     out = tmp_path / "int8.safetensors"
-    command(monkeypatch, allocate, "--model", folder, "--tokens", 700, "--no-fisher", "--greedy",
-            "--quantize", "int8", "--out", out)
+    command(monkeypatch, allocate, *options, "--no-fisher", "--greedy", "--quantize", "int8",
+            "--out", out)
     assert Calibration.load(out).allocations == ["greedy", "uniform", "wina"]
     assert not list(tmp_path.glob("*.greedy"))
 
@@ -455,7 +486,7 @@ def test_what_texts_side_by_side_read():
 def test_a_calibration_without_gates_has_no_cats(calibrated):
     model, tokens, _ = calibrated
     calibration = calibrate(model, tokens[:200], 16, "a test")
-    with pytest.raises(InputError, match="no distribution of the gate, which cats needs: it is 192 tokens"):
+    with pytest.raises(InputError, match="no distribution of the gate, which cats needs: it is"):
         judge.table_settings(calibration, ["cats"], [0.25])
 
 
@@ -465,10 +496,10 @@ def test_sources_are_measured_one_by_one(calibrated):
     settings = judge.source_settings(model, calibration)
     rows = judge.judge(model, tokens[:300], settings, 16)
     assert [row["allocation"] for row in rows[1:]] == [
-        "0 dense", "1 dense", "4 dense", "16 dense", "64 dense", "q_proj", "k_proj", "v_proj", "o_proj",
-        "gate_proj", "up_proj", "down_proj", "lm_head", "lm_head", "lm_head"]
+        "0 dense", "1 dense", "4 dense", "16 dense", "64 dense", "q_proj", "k_proj", "v_proj",
+        "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "lm_head", "lm_head"]
     _, sizes = calibration.sizes()
-    for row, size in zip(rows[6:13], sizes.tolist()):      # each alone drops half of its own weights
+    for row, size in zip(rows[6:13], sizes.tolist()):      # each drops half of its own weights
         assert row["sparsity"] == pytest.approx(0.5 * size, abs=0.05 * size)
     assert rows[4]["kl"] == pytest.approx(0, abs=1e-9)     # all of a window is dense
     for row in rows[13:]:
@@ -479,18 +510,20 @@ def test_sources_are_measured_one_by_one(calibrated):
 def test_judge_prints_a_table(monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     figure = tmp_path / "quality.png"
-    options = ["--tokens", 1100, "--functions", 0, "--sparsity", 0.5, 0.25]
+    options = ["--text", ROOT / "kernel.py", "--tokens", 600, "--sparsity", 0.5, 0.25]
     command(monkeypatch, judge, *options, "--allocation", "uniform", "greedy", "--figure", figure)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("model: ") and "context: 512, scored: 512" in lines[0]
-    assert lines[1].split() == ["target", "realised", "perplexity", "at", "target", "agreement", "KL"]
-    assert [line.split()[:2] for line in lines[2:]] == [
-        ["dense", "0%"], ["uniform", "25%"], ["uniform", "50%"], ["greedy", "25%"], ["greedy", "50%"]]
+    columns = "target realised perplexity at target agreement KL"
+    assert lines[1].split() == columns.split()
+    rows = ["dense 0%", "uniform 25%", "uniform 50%", "greedy 25%", "greedy 50%"]
+    assert [" ".join(line.split()[:2]) for line in lines[2:]] == rows
     assert figure.read_bytes()[:4] == b"\x89PNG"
     command(monkeypatch, judge, *options, "--beside", DEMO, "--allocation", "uniform", "--json")
     printed = json.loads(capsys.readouterr().out)
     assert printed["dense_prefix"] == 0
-    assert [row["allocation"] for row in printed["rows"]][3:] == ["demo dense", "demo uniform", "demo uniform"]
+    names = [row["allocation"] for row in printed["rows"]]
+    assert names == ["dense", "uniform", "uniform", "demo dense", "demo uniform", "demo uniform"]
 
 
 def test_judge_answers_the_other_questions(monkeypatch, capsys):
@@ -498,7 +531,182 @@ def test_judge_answers_the_other_questions(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     read = [float(line.split()[1].rstrip("%")) for line in lines[1:]]
     assert 40 < read[0] < read[1] < 100
-    command(monkeypatch, judge, "--sources", "--tokens", 600)
+    command(monkeypatch, judge, "--sources", "--text", ROOT / "kernel.py", "--tokens", 260,
+            "--context", 128)
     lines = capsys.readouterr().out.splitlines()
     assert "at target" not in lines[1]
     assert len(lines) == 2 + 1 + 15
+
+
+# --------------------------------------------------------------------------------------------------
+# timing.py
+
+@pytest.fixture
+def instantly(monkeypatch):
+    """Nothing is timed: each call is made once and takes a millisecond; two copies of a weight."""
+    def once(call, device):
+        call(0)
+        return 1e-3
+
+    def two(inputs, outputs, dtype, device):
+        return [torch.randn(inputs, outputs).to(dtype) for _ in range(2)]
+
+    for module in (kernel, timing):
+        monkeypatch.setattr(module, "median_time", once)
+        monkeypatch.setattr(module, "copies_of", two)
+    monkeypatch.setattr(timing, "memory_bandwidth", lambda device: 1e9)
+    small = Config(128, 256, 1, 2, 1, 64, 61, 64)
+    monkeypatch.setitem(timing.PRESETS, "small", small)
+
+
+def test_products_are_timed_and_drawn(monkeypatch, capsys, instantly, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "speed.png"
+    command(monkeypatch, timing, "--shapes", "small", "--dtype", "float32", "int8", "int4",
+            "--sparsity", 0, 0.5, "--rows", 1, 3, "--figure", figure, "--device", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if line.startswith("128 x 256")]
+    kinds = [title.split()[3].rstrip(",") for title in titles]
+    assert kinds == ["float32", "float32", "int8", "int8", "int4", "int4"]
+    assert ["1 row;" in title for title in titles] == 3 * [True, False]
+    start = lines.index(titles[2])
+    table = [line.split()[0] for line in lines[start + 1:start + 5]]
+    assert table == ["sparsity", "dense", "0%", "50%"]
+    half = lines[start + 4].split()
+    bytes_read = 0.5 * (128 * 256 + 4 * 256)               # codes, and a scale for each output
+    assert float(half[2]) == pytest.approx(bytes_read / 1e-3 / 1e9, abs=0.05)
+    assert half[4] == "1.00x"
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(kernel.c_function(torch.float32) is None, reason="no C compiler")
+def test_steps_show_what_a_step_takes(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "ROUNDS", 5)
+    for options in ([], ["--quantize", "int8"]):
+        command(monkeypatch, timing, "--steps", "--behind", 40, "--sparsity", 0.4, "--device",
+                "cpu", *options)
+        lines = capsys.readouterr().out.splitlines()
+        assert "behind 40 tokens" in lines[1]
+        assert "40% sparse" in lines[1]
+        names = [line[:28].strip() for line in lines[2:]]
+        assert names == ["recorded", "not recorded", "recorded, but for products"]
+        values = [line[28:].replace("%", "").split() for line in lines[2:]]
+        assert all(float(value) >= 0 for row in values for value in row)
+
+
+@torch.no_grad()
+def test_the_products_of_a_step_are_noted_while_it_is_recorded():
+    if kernel.c_function(torch.float32) is None:
+        pytest.skip("no C compiler")
+    model = sparsify(tiny_model(), dict.fromkeys(linear_names(tiny_model().config), 0.5))
+    before = dict(kernel.C_CALLS)
+    calls = []
+    with timing.noting_products(calls):
+        record.make_step(model, model.make_cache(1, 4))
+    assert kernel.C_CALLS == before
+    assert len(calls) == 3 * 7                             # the head is not transposed
+    times = timing.time_steps(model, 3)
+    assert times.keys() == {(name, mode) for name in ("recorded", "not recorded", "products")
+                            for mode in ("off", "decode")}
+
+
+@pytest.mark.parametrize("draft, sizes", [("sparse", [1, 2, 3, 4, 5, 6, 7]),
+                                          ("recycle", [1, 3, 7, 15, 31, 79])])
+def test_guesses_have_their_price(monkeypatch, capsys, draft, sizes):
+    monkeypatch.setattr(timing, "demo_tokens_a_pass",
+                        lambda draft, sparsity, sizes: {size: 2.0 for size in sizes})
+    clock = itertools.count()            # each call takes a second, by a clock that counts looks
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    model = tiny_model(max_position_embeddings=256, vocab_size=100)
+    sparsify(model, dict.fromkeys(linear_names(model.config), 0.5) | {"lm_head": None})
+    timing.draft_costs(model, draft, 0.75)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a plain step 1000.0 ms, 1.0 tokens/s"
+    assert ("a draft step at 75% 1000.0 ms" in lines) == (draft == "sparse")
+    rows = [line.split() for line in lines if line.endswith("x")]
+    assert [int(row[0]) for row in rows] == sizes
+    for size, drafting, verifying, brought, rate, ratio in rows:
+        seconds = int(size) if draft == "sparse" else 1
+        assert float(drafting) == 1000 * seconds
+        assert float(verifying) == 1000
+        assert brought == "2.00"
+        assert float(rate) == pytest.approx(2 / (seconds + 1), abs=0.06)
+        assert float(ratio.rstrip("x")) == pytest.approx(2 / (seconds + 1), abs=0.006)
+
+
+@pytest.mark.parametrize("draft", ["sparse", "recycle"])
+def test_the_demo_says_what_guesses_bring(draft):
+    brought = timing.demo_tokens_a_pass(draft, 0.75, [3], prompts=2, new_tokens=16)
+    assert 1 <= brought[3] <= 4
+
+
+# --------------------------------------------------------------------------------------------------
+# The command lines
+
+@pytest.mark.parametrize("module, options, message", [
+    (allocate, ["--quantize", "int4"], "--quantize needs --out"),
+    (allocate, ["--figures", "x", "--greedy"], "--greedy means nothing with --figures"),
+    (allocate, ["--import-teal", "x", "--no-fisher"],
+     "--no-fisher means nothing with --import-teal"),
+    (allocate, ["--import-teal", "x"], "x/histograms/layer-0/.*cannot be read"),
+    (allocate, ["--text", DEMO / "model.safetensors"], "not UTF-8 text"),
+    (allocate, ["--model", "random:llama-3.2-1b"], "random weights"),
+    (allocate, ["--out", "nowhere/x"], "nowhere is no folder; see --out"),
+    (judge, ["--context", 4000], "a window of 4000 tokens does not fit the model's context of 512"),
+    (judge, ["--paper"], "a window of 2560 tokens does not fit the model's context of 512"),
+    (judge, ["--scored", 600], "--scored is 600, expected 1 to 512"),
+    (judge, ["--dense-prefix", 512], "--dense-prefix is 512, expected 0 to 511"),
+    (judge, ["--sources", "--sparsity", 0.25], "--sparsity means nothing with --sources"),
+    (judge, ["--batch", 2, "--scored", 9], "--scored means nothing with --batch"),
+    (judge, ["--paper", "--context", 64], "--context means nothing with --paper"),
+    (judge, ["--beside", "x", "--functions", 3], "--functions means nothing with --beside"),
+    (judge, ["--calibration", "nowhere"], "nowhere: no calibration"),
+    (judge, ["--batch", 0], "0 is not a whole number above 0"),
+    (judge, ["--functions", -5], "--functions is -5"),
+    (judge, ["--figure", "nowhere/x.png"], "nowhere is no folder; see --figure"),
+    (judge, ["--figure", "x.pdf"], "--figure is x.pdf, expected a name that ends in .png"),
+    (judge, ["--model", "random:llama-3.2-1b"], "random weights: it has no quality to measure"),
+    (judge, ["--text", "nowhere.txt"], "nowhere.txt: cannot be read"),
+    (judge, ["--text", ROOT / "LICENSE", "--tokens", 100],
+     "the text has 100 tokens, a window of 512 needs 513"),
+    (judge, ["--sparsity", 1.5], "argument --sparsity: 1.5, expected at least 0 and below 1"),
+    (judge, ["--text", ROOT / "LICENSE", "--allocation", "other"],
+     "allocation 'other' is not in this calibration"),
+    (timing, ["--device", "warp"], "device warp cannot be used"),
+    (timing, ["--figure", "x.pdf"], "expected a name that ends in .png"),
+    (timing, ["--shapes", "gpt"], "invalid choice: 'gpt'"),
+    (timing, ["--sparsity", 2], "argument --sparsity: 2, expected at least 0 and below 1"),
+    (timing, ["--rows", 9], "--rows 9 is outside 1 to 8"),
+    (timing, ["--steps", "--sparsity", 2], "argument --sparsity: 2, expected at least 0"),
+    (timing, ["--steps", "--behind", 0], "0 is not a whole number above 0"),
+])
+def test_bad_input_on_the_command_line(monkeypatch, module, options, message):
+    with pytest.raises(InputError, match=message) as raised:
+        command(monkeypatch, module, *options)
+    assert "\n" not in str(raised.value)
+
+
+def test_cats_reaches_few_levels(calibrated):
+    _, _, calibration = calibrated
+    settings = judge.table_settings(calibration, ["cats"], [0.1, 0.25, 0.75])
+    assert [setting.target for setting in settings] == [0.1, 0.25]
+    with pytest.raises(InputError, match="nothing to measure: cats, which thins out two of"):
+        judge.table_settings(calibration, ["cats"], [0.75])
+
+
+def test_a_command_that_fails_says_so_in_one_line():
+    failed = subprocess.run([sys.executable, "-m", "beyond.judge", "--sparsity", "1.5"], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("judge.py: error: argument --sparsity")
+
+
+@pytest.mark.parametrize("module, options", [(allocate, []), (judge, []), (timing, []),
+                                             (timing, ["--steps"])])
+def test_help_names_the_default_of_each_option(monkeypatch, capsys, module, options):
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, module, *options, "--help")
+    assert ended.value.code == 0
+    described = re.split(r"\n  (?=-)", capsys.readouterr().out.split("options:")[1])[2:]
+    assert all("default" in option for option in described)    # after --help

@@ -3,8 +3,8 @@
 `files("train")` and `files("held-out")` give the two parts. One file in twenty of those outside the
 library's own test folders is held out, chosen by a hash of its path inside the library, so that the
 same file is held out on every machine and in every Python version. Nothing is ever trained,
-calibrated or tuned on the held-out part; quality is judged on it alone. Test folders are trained on but
-never held out, since many installations lack them.
+calibrated or tuned on the held-out part; quality is judged on it alone. Test folders are trained on
+but never held out, since many installations lack them.
 
     python demo/corpus.py        prints what either part holds
 """
@@ -16,20 +16,20 @@ from pathlib import Path
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 NAME = f"the standard library of Python {platform.python_version()}"
 TEST_FOLDERS = {"test", "tests", "idle_test"}
-# site-packages and dist-packages are other people's; _sysconfigdata is made by each machine's own build.
+# site-packages and dist-packages are other people's; each machine's build makes its _sysconfigdata.
 LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 LEFT_OUT_PREFIX = "_sysconfigdata"
 
 
 def is_held_out(path):
-    """Whether the file at `path` (relative to the library, with forward slashes) is never trained on."""
+    """Return whether the file at `path`, inside the library, is never trained on."""
     if TEST_FOLDERS & set(path.split("/")[:-1]):
         return False
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % 20 == 0
 
 
 def files(part):
-    """The (path, text) of every file of a part, "train" or "held-out", sorted by path.
+    """Return the (path, text) of every file of a part, "train" or "held-out", sorted by path.
 
     Files that are empty or not UTF-8 are left out.
     """
@@ -55,4 +55,5 @@ if __name__ == "__main__":
     print(f"{NAME}, {LIBRARY}")
     for part in ("train", "held-out"):
         texts = files(part)
-        print(f"{part:>9}: {len(texts):5} files, {sum(len(t.encode()) for _, t in texts) / 1e6:6.2f} MB")
+        size = sum(len(text.encode()) for _, text in texts) / 1e6
+        print(f"{part:>9}: {len(texts):5} files, {size:6.2f} MB")

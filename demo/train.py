@@ -1,14 +1,15 @@
-"""Trains the demo model: a Llama of 6.6 million parameters, on the source of the Python standard library.
+"""Trains the demo model: a Llama of 6.6 million parameters, on Python's standard library.
 
-The same `Llama` of model.py that decodes is trained here: next-token cross-entropy, AdamW, a warm-up, a
-constant learning rate, and a linear decay over the last 15 %. The decay is what makes an end: a run can be
-stopped anywhere, and started again with the number of tokens it should end at.
+The same `Llama` of model.py that decodes is trained here: next-token cross-entropy, AdamW, a
+warm-up, a constant learning rate, and a linear decay over the last 15 %. The decay is what makes an
+end: a run can be stopped anywhere, and started again with the number of tokens it should end at.
 
     python demo/train.py                    trains, or resumes from demo/training/
     python demo/train.py --tokens 30e6      longer
 
-Writes the tokenizer, config.json and model.safetensors (bfloat16) to --out, every ten minutes and at the end.
-The state to resume from (float32 weights, AdamW's moments, the step) is a safetensors file too.
+Writes the tokenizer, config.json and model.safetensors (bfloat16) to --out, every ten minutes and
+at the end. The state to resume from (float32 weights, AdamW's moments, the step) is a safetensors
+file too.
 """
 import ctypes
 import io
@@ -38,25 +39,27 @@ DECAY = 0.15             # of all steps
 
 
 def train_tokenizer(path):
-    """A SentencePiece BPE of 4,096 pieces in which every source file decodes back to itself byte for byte.
+    """Train a SentencePiece BPE of 4,096 pieces, in which every source file decodes to itself.
 
-    Byte fallback for what has no piece; no normalisation, no added or removed space; runs of spaces may be
-    pieces, since indentation is half of Python; newline is a piece of its own.
+    Byte fallback for what has no piece; no normalisation, no added or removed space; runs of spaces
+    may be pieces, since indentation is half of Python; newline is a piece of its own.
     """
     import sentencepiece
-    lines = (line for _, text in corpus.files("train") for line in text.split("\n") if 0 < len(line.encode()) < 4000)
+    lines = (line for _, text in corpus.files("train") for line in text.split("\n")
+             if 0 < len(line.encode()) < 4000)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=CONFIG.vocab_size,
-        byte_fallback=True, character_coverage=0.9999, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+        sentence_iterator=lines, model_writer=model, model_type="bpe",
+        vocab_size=CONFIG.vocab_size, byte_fallback=True, character_coverage=0.9999,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, user_defined_symbols=["\n"], unk_id=0, bos_id=1,
+        eos_id=2, pad_id=-1, minloglevel=2)
     with replacing(path) as file:
         file.write(model.getvalue())
 
 
 def token_stream(texts, tokenizer):
-    """The texts as one row of tokens (N,) int32, each text between its bos and eos."""
+    """Return the texts as one row of tokens (N,) int32, each text between its bos and eos."""
     ids = []
     for text in texts:
         ids += tokenizer.encode(text) + [tokenizer.eos_ids[0]]
@@ -64,9 +67,9 @@ def token_stream(texts, tokenizer):
 
 
 def training_tokens(tokenizer):
-    """One pass over the training part: the library's own modules twice, its tests once, in an order drawn once.
+    """Return one pass over the training part: the library's own modules twice, its tests once.
 
-    The tests are 60 % of the text and less varied; held-out text has none.
+    The order is drawn once. The tests are 60 % of the text and less varied; held-out text has none.
     """
     files = corpus.files("train")
     texts = [text for _, text in files]
@@ -76,43 +79,54 @@ def training_tokens(tokenizer):
 
 
 def batch(tokens, step):
-    """The windows of a step, (BATCH, CONTEXT + 1) int64. They depend on the step alone, so that a resumed run
-    sees what the unbroken one would have: each pass cuts the tokens at a new offset and draws without repeats."""
+    """Return the windows of a step, (BATCH, CONTEXT + 1) int64.
+
+    They depend on the step alone, so that a resumed run sees what the unbroken one would have: each
+    pass cuts the tokens at a new offset and draws without repeats.
+    """
     per_pass = (len(tokens) - CONTEXT - 1) // CONTEXT // BATCH
     turn, place = divmod(step, per_pass)
     generator = torch.Generator().manual_seed(turn)
     offset = torch.randint(CONTEXT, (), generator=generator)
-    starts = torch.randperm(per_pass * BATCH, generator=generator)[place * BATCH:(place + 1) * BATCH] * CONTEXT + offset
+    order = torch.randperm(per_pass * BATCH, generator=generator)
+    starts = order[place * BATCH:(place + 1) * BATCH] * CONTEXT + offset
     return tokens[starts[:, None] + torch.arange(CONTEXT + 1)].long()
 
 
 def loss_of(model, windows, autocast):
-    """Mean cross-entropy in nats a token of windows (B, CONTEXT + 1)."""
+    """Return the mean cross-entropy in nats a token of windows (B, CONTEXT + 1)."""
     with torch.autocast(windows.device.type, torch.bfloat16, enabled=autocast):
         logits = model(windows[:, :-1])
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 def learning_rate(step, steps):
-    """Warm-up, constant, then linear to zero."""
+    """Return the rate of a step: a warm-up, constant, then linear to zero."""
     return LEARNING_RATE * min((step + 1) / WARM_UP, 1.0, (steps - step) / (DECAY * steps))
 
 
 def initialise(model):
-    """Normal weights of deviation 0.02; those that write to the residual stream smaller, since 2 a block add up."""
+    """Draw normal weights of deviation 0.02.
+
+    Those that write to the residual stream are smaller, since two a block add up.
+    """
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * CONFIG.num_hidden_layers) if writes else 0.02)
+            smaller = math.sqrt(2 * CONFIG.num_hidden_layers) if writes else 1
+            torch.nn.init.normal_(parameter, std=0.02 / smaller)
 
 
 def main():
     parser = Parser(description="Trains the demo model on the Python standard library.")
-    parser.add_argument("--tokens", type=float, default=20e6, help="tokens to train on, all in all (default: 20e6)")
-    parser.add_argument("--out", type=Path, default=HERE, help="checkpoint folder to write (default: demo)")
+    parser.add_argument("--tokens", type=float, default=20e6,
+                        help="tokens to train on, all in all (default: 20e6)")
+    parser.add_argument("--out", type=Path, default=HERE,
+                        help="checkpoint folder to write (default: demo)")
     parser.add_argument("--state", type=Path, default=HERE / "training",
-                        help="folder for the state to resume from and the log (default: demo/training)")
+                        help="folder for the state to resume from and the log (default: "
+                             "demo/training)")
     parser.add_device()
     arguments = parser.parse_args()
     device = find_device(arguments.device)
@@ -122,12 +136,14 @@ def main():
     steps = int(arguments.tokens) // (BATCH * CONTEXT)
 
     if sys.platform == "linux":
-        # Each step frees what the next one needs. Keep it: giving the pages back and asking anew costs 15 %.
+        # Each step frees what the next one needs; to give pages back and ask anew costs 15 %.
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
-        mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     # bfloat16 products pay off only where the processor has them.
-    autocast = device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    autocast = device.type == "cuda" or supported()
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.state.mkdir(parents=True, exist_ok=True)
@@ -174,7 +190,8 @@ def main():
         CONFIG.write(arguments.out, torch.bfloat16)
         weights = {name: parameter.detach().bfloat16() for parameter, name in names.items()}
         write_safetensors(arguments.out / "model.safetensors", weights,
-                          {"format": "pt", "trained_on": corpus.NAME, "tokens": str(step * BATCH * CONTEXT)})
+                          {"format": "pt", "trained_on": corpus.NAME,
+                           "tokens": str(step * BATCH * CONTEXT)})
 
     log = open(arguments.state / "train.log", "a", buffering=1)
 
@@ -182,9 +199,10 @@ def main():
         print(line, flush=True)
         log.write(line + "\n")
 
-    report(f"{sum(p.numel() for p in model.parameters()):,} parameters; {corpus.NAME}: {len(tokens):,} tokens a pass; "
-           f"steps {first} to {steps} of {BATCH * CONTEXT} tokens; {device.type}, torch {torch.__version__}, "
-           f"{torch.get_num_threads()} threads, {'bfloat16' if autocast else 'float32'} products")
+    report(f"{sum(p.numel() for p in model.parameters()):,} parameters; {corpus.NAME}: "
+           f"{len(tokens):,} tokens a pass; steps {first} to {steps} of {BATCH * CONTEXT} tokens; "
+           f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+           f"{'bfloat16' if autocast else 'float32'} products")
     average = None
     saved = time.monotonic()
     done = first

@@ -1,0 +1,354 @@
+"""Fewer launches on a GPU: what reads the same input is computed together.
+
+On a GPU a decode step is a row of kernels, one after the other, and each of them takes a few
+microseconds to begin and to end, in which the memory is idle. The seven linears of a block read
+only four inputs. So those that share one share a launch:
+
+    q_proj ┐                                gate_proj ┐
+    k_proj ├─ x    one launch, not three    up_proj   ┴─ x    one launch, and silu(gate) * up where
+    v_proj ┘                                                  the partial sums are added
+
+The kernel is that of kernel.py for up to three linears side by side: the first tiles belong to the
+first linear, the next ones to the second. Each has its own threshold. Their weights may also be
+codes of 8 or 4 bits, which quantize.py explains; it uses this kernel for single linears, too.
+
+    tiles of outputs    │ q  q  q  q │ k  k │ v  v │         tile 5 is the second one of k
+    splits of channels  │ q  q  q  q │ k  k │ v  v │
+
+The seam: `Attention.qkv` and `MLP.gated` compute the projections that share an input. `fuse(model)`
+gives the attentions and MLPs of a model other ones. This is a second copy of what model.py and
+sparsify.py do, so it looks at their code first: where that has changed it says so, and steps aside.
+"""
+import ast
+import inspect
+import sys
+import textwrap
+
+import torch
+
+import kernel
+from kernel import triton
+from model import MLP, Attention
+from sparsify import SparseLinear
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def joint_sums_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
+                          scale0_ptr, scale1_ptr, scale2_ptr, zero0_ptr, zero1_ptr, zero2_ptr,
+                          threshold0_ptr, threshold1_ptr, threshold2_ptr, partial_ptr,
+                          rows, channels, outputs0, outputs1, outputs2, step0, step1, step2,
+                          channels_per_split, ROWS: tl.constexpr, BLOCK_IN: tl.constexpr,
+                          BLOCK_OUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+        """partial[s, row, j] = sum over the channels of split s of kept x[row, i] * weight[i, j].
+
+        grid (tiles of all linears, splits). x (rows, channels); partial float32 (splits, rows,
+        outputs0 + outputs1 + outputs2). threshold_l float32 (channels,), or () with step_l 0.
+        BITS 0: weight_l (channels, outputs_l), scale_l and zero_l not read. BITS 8 or 4: they are
+        the codes, scales and zeros of a QuantizedWeight, GROUP its group, a multiple of BLOCK_IN.
+        """
+        LANES: tl.constexpr = 32 // BITS if BITS else 1    # weights in a word
+        WORDS: tl.constexpr = BLOCK_OUT // LANES
+        tile = tl.program_id(0)
+        split = tl.program_id(1)
+        # Which of the linears is this tile's?
+        tiles0 = tl.cdiv(outputs0, BLOCK_OUT)
+        tiles1 = tl.cdiv(outputs1, BLOCK_OUT)
+        first_tile = 0
+        first_output = 0
+        outputs = outputs0
+        weight_ptr, scale_ptr, zero_ptr = weight0_ptr, scale0_ptr, zero0_ptr
+        threshold_ptr, step = threshold0_ptr, step0
+        if tile >= tiles0 + tiles1:
+            first_tile = tiles0 + tiles1
+            first_output = outputs0 + outputs1
+            outputs = outputs2
+            weight_ptr, scale_ptr, zero_ptr = weight2_ptr, scale2_ptr, zero2_ptr
+            threshold_ptr, step = threshold2_ptr, step2
+        elif tile >= tiles0:
+            first_tile = tiles0
+            first_output = outputs0
+            outputs = outputs1
+            weight_ptr, scale_ptr, zero_ptr = weight1_ptr, scale1_ptr, zero1_ptr
+            threshold_ptr, step = threshold1_ptr, step1
+        row = tl.arange(0, ROWS)                                                # (ROWS,)
+        word = tl.arange(0, WORDS)                                              # (WORDS,)
+        lane = tl.arange(0, LANES)                                              # (LANES,)
+        start_out = (tile - first_tile) * BLOCK_OUT
+        if BITS == 0:
+            output = start_out + word[None, :] + lane[:, None]                  # (1, WORDS)
+            pitch = outputs                                                     # words of a row
+        else:                                  # 16 words hold LANES runs of 16 outputs
+            block = word // 16 * 16 * LANES + word % 16
+            output = start_out + block[None, :] + 16 * lane[:, None]            # (LANES, WORDS)
+            pitch = tl.cdiv(outputs, 16 * LANES) * 16
+        column = (tile - first_tile) * WORDS + word                             # (WORDS,)
+        sums = tl.zeros((ROWS, BLOCK_IN, LANES, WORDS), tl.float32)    # added up at the end
+        for start in range(split * channels_per_split, (split + 1) * channels_per_split, BLOCK_IN):
+            channel = start + tl.arange(0, BLOCK_IN)                            # (BLOCK_IN,)
+            exists = channel < channels
+            inside = (row < rows)[:, None] & exists[None, :]                    # (ROWS, BLOCK_IN)
+            x = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0)
+            x = x.to(tl.float32)
+            threshold = tl.load(threshold_ptr + channel * step, mask=exists, other=0.0)
+            keep = ((tl.abs(x) <= threshold[None, :]) == 0) & inside            # NaN is kept
+            needed = tl.max(keep.to(tl.int32), axis=0) > 0                      # by any row
+            words = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * pitch + column[None, :],
+                            mask=needed[:, None] & (column < pitch)[None, :], other=0)
+            if BITS == 0:                                              # (BLOCK_IN, LANES, WORDS)
+                weight = words[:, None, :].to(tl.float32)
+            else:
+                codes = words[:, None, :] >> (BITS * lane)[None, :, None] & (1 << BITS) - 1
+                if BITS == 8:
+                    weight = (codes - 128).to(tl.float32)
+                else:                          # the channels of a block lie in one group
+                    place = tl.minimum(start, channels - 1) // GROUP * outputs + output
+                    scale = tl.load(scale_ptr + place, mask=output < outputs, other=0.0)
+                    zero = tl.load(zero_ptr + place, mask=output < outputs, other=0).to(tl.int32)
+                    weight = (codes - zero[None, :, :]).to(tl.float32)
+                    weight *= scale.to(tl.float32)[None, :, :]
+            sums += tl.where(keep, x, 0.0)[:, :, None, None] * weight[None, :, :, :]
+        total = tl.sum(sums, axis=1)                                          # (ROWS, LANES, WORDS)
+        if BITS == 8:
+            total *= tl.load(scale_ptr + output, mask=output < outputs, other=0.0)[None, :, :]
+        width = outputs0 + outputs1 + outputs2
+        place = (split * rows + row[:, None, None]) * width + first_output + output[None, :, :]
+        tl.store(partial_ptr + place, total,
+                 mask=(row < rows)[:, None, None] & (output < outputs)[None, :, :])
+
+    @triton.jit
+    def add_gated_kernel(partial_ptr, y_ptr, rows, outputs, splits,
+                         SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+        """y (rows, outputs) = silu(gate) * up, each the sum of its splits, in a fixed order.
+
+        partial (splits, rows, 2 * outputs): gate, then up.
+        """
+        row = tl.program_id(1)
+        output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)                 # (BLOCK,)
+        split = tl.arange(0, SPLITS)                                            # (SPLITS,)
+        place = (split[:, None] * rows + row) * 2 * outputs + output[None, :]
+        mask = (split < splits)[:, None] & (output < outputs)[None, :]
+        gate = tl.sum(tl.load(partial_ptr + place, mask=mask, other=0.0), axis=0)
+        up = tl.sum(tl.load(partial_ptr + place + outputs, mask=mask, other=0.0), axis=0)
+        y = gate / (1.0 + tl.exp(-gate)) * up
+        tl.store(y_ptr + row * outputs + output, y.to(y_ptr.dtype.element_ty),
+                 mask=output < outputs)
+
+
+def is_interpreted():
+    """Return whether Triton's kernels run in its interpreter, without a GPU."""
+    return not isinstance(kernel.partial_sums_kernel, triton.runtime.JITFunction)
+
+
+def joint_gemv(x, weights, thresholds, gated=False):
+    """Return the sparse products of one to three linears with the same x, in one launch on a GPU.
+
+    x: (B, in), B from 1 to 8, contiguous; float32, float16 or bfloat16
+    weights: for each linear (in, out_l), of x's dtype; or for each a QuantizedWeight, of one kind
+    thresholds: for each a float32 tensor () or (in,)
+    gated: there are two linears of one width; return silu(first) * second, (B, out)
+    Returns the outputs side by side, (B, sum of out_l), in x's dtype. Raises ValueError without
+    Triton, and for what does not go together.
+    """
+    if triton is None or x.dtype == torch.float64:
+        raise ValueError(f'Triton\'s products need Triton and float32, float16 or bfloat16, not '
+                         f'{x.dtype}')
+    if x.device.type != "cuda" and not is_interpreted():
+        raise ValueError("Triton's products need a GPU, or TRITON_INTERPRET=1 set before triton is "
+                         "imported")
+    if len({kind_of(weight) for weight in weights}) > 1:
+        raise ValueError("weights of several kinds in one launch: expected all of one kind")
+    bits, group = kind_of(weights[0])
+    outputs = [weight.shape[1] for weight in weights]
+    if gated and outputs[0] != outputs[1]:
+        raise ValueError(f"gate has {outputs[0]} outputs, up has {outputs[1]}: expected as many")
+    codes = scales = zeros = weights
+    if bits:
+        codes = [weight.codes for weight in weights]
+        scales = [weight.scales for weight in weights]
+        zeros = [weight.zeros for weight in weights] if group else codes
+    rows, channels = x.shape
+    padded = triton.next_power_of_2(rows)
+    block_in, block_out = kernel.tile(padded).values()
+    tiles = sum(triton.cdiv(out, block_out) for out in outputs)
+    splits = min(triton.cdiv(kernel.programs(x.device), tiles), triton.cdiv(channels, block_in), 64)
+    per_split = triton.cdiv(triton.cdiv(channels, splits), block_in) * block_in
+    splits = triton.cdiv(channels, per_split)
+    width = sum(outputs)
+    partial = torch.empty(splits, rows, width, device=x.device, dtype=torch.float32)
+    y = torch.empty(rows, outputs[0] if gated else width, device=x.device, dtype=x.dtype)
+    absent = 3 - len(weights)            # linears without outputs, which no tile reaches
+
+    def three(pointers):
+        return [*pointers, *[pointers[0]] * absent]
+
+    block = 64
+    add = add_gated_kernel if gated else kernel.add_splits_kernel
+    with torch.cuda.device_of(x):        # Triton launches on the current device
+        joint_sums_kernel[(tiles, splits)](
+            x, *three(codes), *three(scales), *three(zeros), *three(thresholds), partial,
+            rows, channels, *outputs, *[0] * absent, *[t.ndim for t in three(thresholds)],
+            per_split, ROWS=padded, BLOCK_IN=block_in, BLOCK_OUT=block_out, BITS=bits,
+            GROUP=group or 0, num_warps=4)
+        add[(triton.cdiv(y.shape[1], block), rows)](
+            partial, y, rows, y.shape[1], splits, SPLITS=triton.next_power_of_2(splits),
+            BLOCK=block, num_warps=4)
+    return y
+
+
+def kind_of(weight):
+    """Return the (bits, group) of a weight's codes, or (0, None) of a tensor."""
+    return (0, None) if isinstance(weight, torch.Tensor) else (weight.bits, weight.group)
+
+
+# --------------------------------------------------------------------------------------------------
+# In the model
+
+FUSABLE = {SparseLinear}     # the linears whose work is done here; quantize.py adds its own
+
+
+def share_launch(linears, x):
+    """Return whether linears compute their products of x (B, T, in) in one launch, this time.
+
+    All of them are sparse now, in one way, without exception, and nobody looks on.
+    """
+    if not all(type(linear) in FUSABLE and linear.state is not None for linear in linears):
+        return False
+    state = linears[0].state
+    exempt = state.mode == "all" and state.dense_prefix
+    few = x.shape[0] * x.shape[1] <= kernel.MAX_ROWS and not exempt
+    hooks = any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
+    kinds = {kind_of(linear.weight_t) for linear in linears}
+    return state.is_sparse() and few and not hooks and len(kinds) == 1
+
+
+def joint_product(linears, x, gated=False):
+    """Return joint_gemv of linears with x (B, T, in), as (B, T, out); count what they keep."""
+    for linear in linears:
+        if linear.state.counting:
+            linear.kept.add_(kernel.kept(x, linear.threshold).sum())
+            linear.seen.add_(x.numel())
+    y = joint_gemv(x.flatten(0, 1).contiguous(), [linear.weight_t for linear in linears],
+                   [linear.threshold for linear in linears], gated)
+    return y.view(*x.shape[:-1], -1)
+
+
+class FusedAttention(Attention):
+    """An Attention whose q, k and v share a launch."""
+
+    def qkv(self, x):
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        if not share_launch(linears, x):
+            return super().qkv(x)
+        y = joint_product(linears, x)                                       # (B, T, sum of outputs)
+        parts = y.split([linear.out_features for linear in linears], dim=-1)
+        return tuple(part if linear.bias is None else part + linear.bias
+                     for linear, part in zip(linears, parts))
+
+
+class FusedMLP(MLP):
+    """An MLP whose gate and up share a launch, which ends with silu(gate) * up."""
+
+    def gated(self, x):
+        linears = (self.gate_proj, self.up_proj)
+        biased = any(linear.bias is not None for linear in linears)    # it comes before the silu
+        if biased or not share_launch(linears, x):
+            return super().gated(x)
+        return joint_product(linears, x, gated=True)
+
+
+def fuse(model):
+    """Let the attentions and MLPs of a Llama launch what shares an input as one; return the model.
+
+    That is so in sparse calls of few rows, on a GPU or in Triton's interpreter. All else runs as
+    before. The model may be made sparse before or after. Where the code that is replaced is not
+    that of REPLACED, one line on standard error says so, and the model stays as it is.
+    """
+    usable = triton is not None and (model.device.type == "cuda" or is_interpreted())
+    if not usable or model.dtype == torch.float64:
+        return model
+    changed = what_changed(model)
+    if changed:
+        print(f"fused.py steps aside, each linear has a launch of its own: {changed} is not what "
+              f"it was written for", file=sys.stderr)
+        return model
+    for block in model.model.layers:
+        block.self_attn.__class__ = FusedAttention         # the same module, with another qkv
+        block.mlp.__class__ = FusedMLP
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# What this file was written for. Where one of these functions is another one now, the launches above
+# would still compute the old one. Change them as well, and then the text here.
+
+REPLACED = {
+    Attention: """
+        def qkv(self, x):
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        """,
+    MLP: """
+        def gated(self, x):
+            return self.activation(self.gate_proj(x)) * self.up_proj(x)
+        """,
+    SparseLinear: """
+        def forward(self, x):
+            y = (self.sparse(x) if self.state is not None and self.state.is_sparse()
+                 else self.dense(x))
+            return y if self.bias is None else y + self.bias
+
+        def sparse(self, x):
+            state = self.state
+            prefix = state.dense_prefix if state.mode == "all" else 0
+            rows = x.shape[0] * x.shape[1]
+            few = rows <= kernel.MAX_ROWS and not prefix
+            if state.counting or not few:
+                keep = kernel.kept(x, self.threshold)
+                counted = keep[:, prefix:] if prefix else keep
+                self.kept.add_(counted.sum())
+                self.seen.add_(counted.numel())
+            if few:
+                return self.product(x.view(rows, -1)).view(*x.shape[:-1], -1)
+            keep[:, :prefix] = True
+            return self.dense(x * keep)
+
+        def product(self, x):
+            return kernel.sparse_gemv(x, self.weight_t, self.threshold)
+        """,
+}
+
+
+def what_changed(model):
+    """Return the name of what is replaced and is not as in REPLACED, or None."""
+    for kind, text in REPLACED.items():
+        for expected in ast.parse(textwrap.dedent(text)).body:
+            method = expected.name
+            if code_of(getattr(kind, method)) != without_name(expected):
+                return f"{kind.__name__}.{method}"
+    for i, block in enumerate(model.model.layers):
+        for name, kinds, method in (("self_attn", (Attention, FusedAttention), "qkv"),
+                                    ("mlp", (MLP, FusedMLP), "gated")):
+            module = block.get_submodule(name)
+            if type(module) not in kinds or method in vars(module):
+                return f"model.layers.{i}.{name}"
+        if block.mlp.activation is not torch.nn.functional.silu:
+            return f"the activation of model.layers.{i}.mlp"
+    return None
+
+
+def code_of(function):
+    """Return the code of a Python function as text, without comments; "" if it is not known."""
+    try:
+        node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    return without_name(node) if isinstance(node, ast.FunctionDef) else ""
+
+
+def without_name(node):
+    """Return the code of a function's definition as text, without its name and docstring."""
+    node.name = "_"
+    if ast.get_docstring(node) is not None:
+        del node.body[0]
+    return ast.unparse(node)

@@ -1,0 +1,692 @@
+"""Fewer bits a weight, together with fewer weights.
+
+A weight of 16 bits can be rounded to 8 or 4, and the model hardly notices. Decoding is bound by the
+bytes it reads, and skipping a column saves as large a share of 4 bits as of 16: the gains multiply.
+
+    bytes a weight       dense    50 % sparse
+    bfloat16             2        1
+    int8                 1        0.5
+    int4                 0.52     0.26           128 weights share a scale and a zero point, 3 bytes
+
+int8, one scale for each output (a row of W, a column of the transposed weight):
+
+    scale = max|w| / 127        code = round(w / scale)              w ≈ scale * code
+
+int4 has sixteen values, too few for a whole row: each group of 128 inputs of an output has a range
+of its own.
+
+    scale = (high - low) / 15   code = round((w - low) / scale)      w ≈ scale * (code - zero)
+
+    weights of a group     low ─────┬───┬───┬───┬── 0 ──┬───┬───┬───┬───── high       sixteen steps
+    clipped                    low ──┬──┬──┬──┬ 0 ┬──┬──┬──┬── high                   finer steps
+
+Where a few weights are large, cutting them off makes the steps of all others finer. Of some
+clipping ratios, each group takes the one with the least squared error. Rounding is to nearest, and
+nothing but the weights is looked at. Only the linears of the blocks are quantized; activations keep
+their 16 or 32 bits, and sums are taken in float32.
+
+Decoding unpacks in registers, in the pass that skips. A weight is written out in floating point
+only for products of many rows, a prompt's, where that costs little. The activations of a quantized
+model differ a little, so it is calibrated anew.
+
+The seams: `sparsify(model, thresholds, make=...)` makes a `QuantizedLinear`, which is a
+SparseLinear; its products stand in `kernel.BACKENDS`, as codes-c, codes-triton and codes-torch;
+`model.QUANTIZED` reads the folders that are written here, when this file is imported.
+
+    python -m beyond.quantize                                 size and error of the demo model
+    python -m beyond.quantize --model FOLDER --bits 4 --out FOLDER     writes a quantized checkpoint
+    python -m beyond.quantize --table          bits against sparsity: perplexity, MB a token, speed
+"""
+import ctypes
+import functools
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernel
+from beyond import fused, record
+from beyond.folders import is_quantized, rewrite_checkpoint
+from calibrate import calibrate
+from generate import generate
+from model import (DEMO, QUANTIZED, Config, Llama, Parser, block_linears, command_line,
+                   linear_names, load_model, load_tokenizer, natural, progress, read_tokens,
+                   require)
+from sparsify import SparseLinear, realised_sparsity, reset_counts, sparse_mode, sparsify
+
+CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)     # of a group's range: those tried
+METHOD = "minteal"                         # what config.json calls a checkpoint of this file
+VERSION = 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Codes
+
+class QuantizedWeight(nn.Module):
+    """A transposed weight (in, out) in 8 or 4 bits.
+
+    8 bits: weight[i, j] = scales[j] * (code[i, j] - 128), code from 1 to 255;
+            scales (out,) float32, zeros None, group None
+    4 bits: `group` neighbouring channels have a scale and a zero point for each output:
+            weight[i, j] = scales[i // group, j] * (code[i, j] - zeros[i // group, j]), code 0 to 15
+            scales (groups, out) bfloat16, zeros (groups, out) uint8
+    codes: (in, words) int32, as pack_codes lays them out: a channel is one contiguous run
+    """
+
+    def __init__(self, codes, scales, zeros=None, group=None):
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+        self.group = group
+        self.bits = 4 if group else 8
+        self.shape = torch.Size((codes.shape[0], scales.shape[-1]))
+
+    def _apply(self, function, recurse=True):
+        """Move as any module does, but keep the dtypes whatever the model is cast to."""
+        device = function(self.scales[:0]).device
+        for name, tensor in list(self.named_buffers()):
+            setattr(self, name, tensor.to(device))
+        return self
+
+    @property
+    def device(self):
+        return self.codes.device
+
+    @property
+    def nbytes(self):
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def dequantized(self, dtype):
+        """Return the weight (in, out) that is multiplied with, in floating point."""
+        wide = torch.promote_types(dtype, torch.float32)
+        codes = unpack_codes(self.codes, self.bits, self.shape[1])              # (in, out)
+        if self.bits == 8:
+            return ((codes - 128).to(wide) * self.scales.to(wide)).to(dtype)
+        codes = codes.unflatten(0, (-1, self.group))                          # (groups, group, out)
+        weight = (codes - self.zeros.int()[:, None]).to(wide) * self.scales.to(wide)[:, None]
+        return weight.flatten(0, 1).to(dtype)
+
+    @staticmethod
+    def empty(inputs, outputs, bits, group):
+        """Return one on the meta device, without memory: shapes to check tensors against."""
+        with torch.device("meta"):
+            codes = torch.empty(inputs, words_of(outputs, bits), dtype=torch.int32)
+            if bits == 8:
+                return QuantizedWeight(codes, torch.empty(outputs, dtype=torch.float32))
+            groups = inputs // group
+            return QuantizedWeight(codes, torch.empty(groups, outputs, dtype=torch.bfloat16),
+                                   torch.empty(groups, outputs, dtype=torch.uint8), group)
+
+
+def words_of(outputs, bits):
+    """Return how many words hold the codes of so many outputs, as pack_codes lays them out."""
+    return -(-outputs // (16 * (32 // bits))) * 16
+
+
+def pack_codes(codes, bits):
+    """Return codes (in, out), integers of 4 or 8 bits, as words (in, words) int32.
+
+    With n = 32 / bits codes to a word, 16 words hold 16 n neighbouring outputs: bits k * bits and
+    up of word w are output 16 k + w, so that shifting 16 words by k * bits gives 16 neighbours, a
+    vector. The last 16 n outputs are padded with zeros.
+    """
+    lanes = 32 // bits
+    padded = F.pad(codes, (0, -codes.shape[1] % (16 * lanes)))
+    blocks = padded.unflatten(1, (-1, lanes, 16)).long()                       # (in, blocks, n, 16)
+    shifts = torch.arange(0, 32, bits, device=codes.device)[:, None]
+    words = (blocks << shifts).sum(2)                                           # (in, blocks, 16)
+    return words.flatten(1).to(torch.uint32).view(torch.int32)
+
+
+def unpack_codes(words, bits, outputs):
+    """Return the codes (in, out) int32 in words (in, words): the inverse of pack_codes."""
+    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)[:, None]
+    blocks = words.unflatten(1, (-1, 1, 16)) >> shifts                         # (in, blocks, n, 16)
+    return (blocks & (1 << bits) - 1).flatten(1)[:, :outputs]
+
+
+# --------------------------------------------------------------------------------------------------
+# Rounding
+
+def quantize_weight(weight, bits, group=128, clipping=CLIPPING, name="the weight"):
+    """Return the QuantizedWeight of `weight` (out, in), rounded to nearest.
+
+    bits: 8, or 4 with groups of `group` inputs. clipping: ratios of a group's range, of which the
+    best is taken (int4). Raises InputError, with `name`, for what check_weight refuses.
+    """
+    check_weight(weight, bits, group, name)
+    weight_t = weight.t().float()                                               # (in, out)
+    if bits == 8:
+        smallest = torch.finfo(torch.float32).tiny
+        scales = (weight_t.abs().amax(0) / 127).clamp(min=smallest)             # (out,)
+        codes = (weight_t / scales).round().int() + 128
+        return QuantizedWeight(pack_codes(codes, 8), scales)
+    parts = weight_t.unflatten(0, (-1, group))                                # (groups, group, out)
+    low = parts.amin(1).clamp(max=0)                       # zero is always among the values
+    high = parts.amax(1).clamp(min=0)                                           # (groups, out)
+    least = torch.full_like(low, float("inf"))
+    scales = zeros = torch.zeros_like(low)
+    codes = torch.zeros_like(parts)
+    for ratio in clipping:
+        scale = ((high - low) * ratio / 15).clamp(min=1e-30)
+        scale = scale.bfloat16().float()                   # as it will be stored
+        zero = (-low * ratio / scale).round().clamp(0, 15)
+        code = (parts / scale[:, None] + zero[:, None]).round().clamp(0, 15)
+        error = ((code - zero[:, None]) * scale[:, None] - parts).square().sum(1)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales = torch.where(better, scale, scales)
+        zeros = torch.where(better, zero, zeros)
+        codes = torch.where(better[:, None], code, codes)
+    return QuantizedWeight(pack_codes(codes.flatten(0, 1).int(), 4), scales.bfloat16(),
+                           zeros.to(torch.uint8), group)
+
+
+def check_weight(weight, bits, group, name):
+    """Raise InputError for a weight (out, in) that cannot be quantized so."""
+    require(bits in (4, 8), f"bits is {bits}, expected 4 or 8")
+    require(bool(torch.isfinite(weight).all()), f"{name}: holds NaN or infinity, which has no code")
+    require(bits == 8 or is_group(group, weight.shape[1]),
+            f"{name}: groups of {group}, expected a multiple of 32 that divides its "
+            f"{weight.shape[1]} inputs")
+
+
+def is_group(group, inputs):
+    """Return whether `inputs` can be quantized in groups of so many."""
+    return group >= 1 and group % 32 == 0 and inputs % group == 0
+
+
+def relative_error(weight, quantized):
+    """Return ‖w - w'‖ / ‖w‖ of a weight (out, in) and its QuantizedWeight."""
+    difference = quantized.dequantized(torch.float32).t() - weight.float()
+    return (difference.norm() / weight.float().norm().clamp(min=1e-30)).item()
+
+
+# --------------------------------------------------------------------------------------------------
+# Products. A backend for codes is as one of kernel.py, with a QuantizedWeight for weight_t:
+# function(x (B, in), weight, threshold () or (in,)) -> y (B, out).
+
+def codes_gemv(x, weight, threshold, backend=None):
+    """Return x with its small channels dropped, times a QuantizedWeight: kernel.sparse_gemv of it.
+
+    x: (B, in), B from 1 to 8, floating point; threshold, backend: as in sparse_gemv
+    Returns (B, out) in x's dtype. Raises ValueError for shapes and devices that do not fit.
+    """
+    if x.ndim != 2 or not 1 <= x.shape[0] <= kernel.MAX_ROWS or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected floating point (1 to "
+                         f"{kernel.MAX_ROWS}, in)")
+    if weight.shape[0] != x.shape[1] or weight.device != x.device:
+        raise ValueError(f"the weight is {weight.bits} bits, {tuple(weight.shape)} on "
+                         f"{weight.device}, expected ({x.shape[1]}, out) on {x.device}, as x is")
+    name = f"codes-{backend or kernel.best_backend(x)}"
+    if name not in kernel.BACKENDS:
+        raise ValueError(f'backend is "triton", "c", "torch" or None, not {backend!r}')
+    return kernel.BACKENDS[name](x.contiguous(), weight, kernel.as_threshold(threshold, x))
+
+
+def codes_dense(x, weight):
+    """Return x (..., in) times a QuantizedWeight, nothing dropped: kernel.dense of it."""
+    rows = x.numel() // x.shape[-1]
+    backend = kernel.best_backend(x)
+    # To write a weight out in floating point takes longer than a few passes that unpack it.
+    most = {"c": 8 * kernel.MAX_ROWS, "triton": kernel.MAX_ROWS, "torch": 0}[backend]
+    if rows > most or x.requires_grad:
+        return kernel.dense(x, weight.dequantized(x.dtype))
+    keep_all = kernel.KEEP_ALL if backend == "c" else -1.0
+    parts = x.reshape(rows, -1).split(kernel.MAX_ROWS)
+    parts = [codes_gemv(part, weight, keep_all) for part in parts]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+
+
+def torch_codes(x, weight, threshold):
+    """Compute codes_gemv in PyTorch: the whole weight in floating point, slow but right."""
+    weight_t = weight.dequantized(threshold.dtype)
+    return kernel.torch_gemv(x.to(threshold.dtype), weight_t, threshold).to(x.dtype)
+
+
+def triton_codes(x, weight, threshold):
+    """Compute codes_gemv by the kernel that fused.py has for one to three linears."""
+    return fused.joint_gemv(x, [weight], [threshold])
+
+
+# C. It works as in kernel.py, whose source this one is appended to: `type` is that of x and y. A
+# word holds four or eight codes. The zero point and the scale are applied when a sum is finished:
+#     Σ x · scale · (code - zero) = scale · (Σ x · code - zero · Σ x)
+# Sums are finished after each span of channels. With int4 a span is a group, which has one scale.
+
+C_SOURCE = r"""
+enum { CODES = 32 / BITS };                        // in a word
+#define CODE(word, k) (float)(int32_t)((word) >> BITS * (k) & ((1 << BITS) - 1))
+
+struct span { int n; int *channel; float *input; float total[8]; };
+
+/* Lists the channels [begin, end) that any token keeps, as kernel.py's list_kept does. total: for
+   each token the sum of the inputs that it keeps. */
+static void list_span(struct span *span, const type *x, const float *threshold, long step,
+                      long tokens, long in, long begin, long end) {
+    int n = 0;
+    for (long t = 0; t < tokens; t++) span->total[t] = 0;
+    for (long i = begin; i < end; i++) {
+        float *place = span->input + n / BATCH * BATCH * tokens + n % BATCH;
+        int needed = 0;
+        for (long t = 0; t < tokens; t++) {
+            float value = to_float(x[t * in + i]);
+            int keep = !(fabsf(value) <= threshold[i * step]);       // NaN is kept
+            place[t * BATCH] = keep ? value : 0.0f;
+            span->total[t] += place[t * BATCH];
+            needed |= keep;
+        }
+        span->channel[n] = i;
+        n += needed;
+    }
+    for (; n % BATCH; n++) {
+        float *place = span->input + n / BATCH * BATCH * tokens + n % BATCH;
+        for (long t = 0; t < tokens; t++) place[t * BATCH] = 0.0f;
+        span->channel[n] = span->channel[n - 1];
+    }
+    span->n = n;
+}
+
+/* sums[t][k][j] += input[t][r] * code k of row[r][j], for a batch of rows. TOKENS is a constant
+   where this is inlined. */
+static inline __attribute__((always_inline)) void add_codes(
+        const int TOKENS, const word *const *row, const float *restrict input,
+        float *restrict sums, long words, long lane, long stride) {
+    VECTORIZE
+    for (long j = 0; j < words; j++)
+        UNROLL
+        for (int k = 0; k < CODES; k++)
+            UNROLL
+            for (int t = 0; t < TOKENS; t++) {
+                float sum = 0;
+                UNROLL
+                for (int r = 0; r < BATCH; r++) sum += input[t * BATCH + r] * CODE(row[r][j], k);
+                sums[t * stride + k * lane + j] += sum;
+            }
+}
+
+/* Adds the sums [k][j] of one token over a span to its results, and clears them. scales, zeros:
+   those of the span, from the first of these outputs on. */
+static void finish(float *restrict sums, float *restrict result, long columns, long lane,
+                   const void *scales, const uint8_t *zeros, float total) {
+    for (long j = 0; CODES * j < columns; j += 16)
+        for (int k = 0; k < CODES; k++) {          // 16 neighbouring outputs
+            float *of = sums + k * lane + j;
+            long first = CODES * j + 16 * k, n = columns - first < 16 ? columns - first : 16;
+            for (long i = 0; i < n; i++) {
+#if BITS == 8
+                float scale = ((const float *)scales)[first + i], zero = 128;
+#else
+                float scale = number((uint32_t)((const uint16_t *)scales)[first + i] << 16);
+                float zero = zeros[first + i];
+#endif
+                result[first + i] += scale * (of[i] - zero * total);
+                of[i] = 0;
+            }
+        }
+}
+
+/* Computes the outputs [begin, end) of all tokens, as many at a time as there is room for. */
+static void codes_outputs(const struct span *spans, long count, const word *codes,
+                          const char *scales, const uint8_t *zeros, type *y, long tokens, long out,
+                          long begin, long end) {
+    float sums[ROOM] __attribute__((aligned(64))), result[ROOM] __attribute__((aligned(64)));
+    long stride = ROOM / tokens, lane = stride / CODES / 16 * 16, most = CODES * lane;
+    long block = 16 * CODES, pitch = (out + block - 1) / block * 16;             // words of a row
+    for (long first = begin; first < end; first += most) {
+        long columns = end - first < most ? end - first : most;
+        long words = (columns + block - 1) / block * 16;
+        const word *start = codes + first / CODES;
+        memset(sums, 0, sizeof sums);
+        memset(result, 0, sizeof result);
+        for (long s = 0; s < count; s++) {
+            const int *channel = spans[s].channel;
+            const float *input = spans[s].input;
+            for (int k = 0; k < spans[s].n; k += BATCH, channel += BATCH, input += BATCH * tokens) {
+                const word *row[BATCH];
+                for (int r = 0; r < BATCH; r++) row[r] = start + channel[r] * pitch;
+                for (int r = BATCH; k + BATCH < spans[s].n && r < 2 * BATCH; r++) {
+                    const word *next = start + channel[r] * pitch;
+                    __builtin_prefetch(next);
+                    __builtin_prefetch(next + 16);
+                }
+                for (long t = 0; t < tokens; t += 4) {               // whose sums fit the registers
+                    const float *x = input + t * BATCH;
+                    float *to = sums + t * stride;
+                    switch (tokens - t) {
+                    case 1: add_codes(1, row, x, to, words, lane, stride); break;
+                    case 2: add_codes(2, row, x, to, words, lane, stride); break;
+                    case 3: add_codes(3, row, x, to, words, lane, stride); break;
+                    default: add_codes(4, row, x, to, words, lane, stride);
+                    }
+                }
+            }
+            const char *scale = scales + (BITS == 8 ? 4 * first : 2 * (s * out + first));
+            for (long t = 0; spans[s].n && t < tokens; t++)
+                finish(sums + t * stride, result + t * stride, columns, lane, scale,
+                       zeros + s * out + first, spans[s].total[t]);
+        }
+        for (long t = 0; t < tokens; t++)
+            for (long j = 0; j < columns; j++)
+                y[t * out + first + j] = from_float(result[t * stride + j]);
+    }
+}
+
+/* y (tokens, out) = x (tokens, in), its small channels dropped, times a weight in codes. size: the
+   channels of a span. threshold: one (step 0) or (in) (step 1). Returns 1 where memory ran out. */
+int codes_product(const type *x, const word *codes, const void *scales, const uint8_t *zeros,
+                  long size, const float *threshold, long step, type *y, long tokens, long in,
+                  long out, int threads) {
+    long count = (in + size - 1) / size;
+    struct span *spans = malloc(count * (sizeof *spans + size * (tokens + 1) * 4));
+    if (!spans) return 1;
+    float *room = (float *)(spans + count);
+    for (long s = 0; s < count; s++, room += size * (tokens + 1)) {
+        spans[s].input = room;
+        spans[s].channel = (int *)(room + size * tokens);
+    }
+    long share = ((out + threads - 1) / threads + 127) / 128 * 128;
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(static)
+        for (long s = 0; s < count; s++)
+            list_span(&spans[s], x, threshold, step, tokens, in, s * size,
+                      (s + 1) * size < in ? (s + 1) * size : in);
+        #pragma omp for schedule(static)
+        for (long m = 0; m < threads; m++)
+            codes_outputs(spans, count, codes, scales, zeros, y, tokens, out, m * share,
+                          (m + 1) * share < out ? (m + 1) * share : out);
+    }
+    free(spans);
+    return 0;
+}
+"""
+SPAN = 512               # channels of a span of int8, which is listed by one thread
+
+
+@functools.cache
+def c_function(bits, dtype):
+    """Return the C function for codes of so many bits and x of a dtype; None without a compiler."""
+    library = kernel.compiled(f"#define {kernel.C_TYPES[dtype]}\n#define BITS {bits}\n"
+                              f"{kernel.C_SOURCE}{C_SOURCE}")
+    if library is None:
+        return None
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    library.codes_product.argtypes = [pointer, pointer, pointer, pointer, long, pointer, long,
+                                      pointer, long, long, long, ctypes.c_int]
+    return library.codes_product
+
+
+def c_call(x, weight, threshold, y):
+    """Return the C function and the arguments that set y (B, out) to the sparse product."""
+    zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
+    return c_function(weight.bits, x.dtype), (
+        x.data_ptr(), weight.codes.data_ptr(), weight.scales.data_ptr(), zeros,
+        weight.group or SPAN, threshold.data_ptr(), threshold.ndim, y.data_ptr(), *x.shape,
+        weight.shape[1], torch.get_num_threads())
+
+
+def c_codes(x, weight, threshold):
+    if not kernel.fits_c(x) or c_function(weight.bits, x.dtype) is None:
+        raise ValueError(f'backend "codes-c" needs a C compiler and float32, float16 or bfloat16 '
+                         f'on the CPU, not {x.dtype} on {x.device.type}')
+    y = x.new_empty(len(x), weight.shape[1])
+    function, arguments = c_call(x, weight, threshold, y)
+    if function(*arguments):
+        raise MemoryError("no memory for the list of kept channels")
+    return y
+
+
+kernel.BACKENDS |= {"codes-triton": triton_codes, "codes-c": c_codes, "codes-torch": torch_codes}
+kernel.C_CALLS["codes-c"] = c_call
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+class QuantizedLinear(SparseLinear):
+    """A SparseLinear whose weight_t is a QuantizedWeight. Without a threshold it is dense."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__(torch.empty(weight.shape, device="meta"), bias)
+        del self.weight_t                # a parameter, in whose place a module comes
+        self.weight_t = weight
+
+    @property
+    def weight(self):
+        """(out, in) float32, what is multiplied with."""
+        return self.weight_t.dequantized(torch.float32).t()
+
+    def product(self, x):
+        return codes_gemv(x, self.weight_t, self.threshold)
+
+    def dense(self, x):
+        return codes_dense(x, self.weight_t)
+
+
+fused.FUSABLE.add(QuantizedLinear)
+
+
+@torch.no_grad()
+def quantize(model, bits, group=128, clipping=CLIPPING):
+    """Quantize the linears of a Llama's blocks in place, one by one, and return the model, dense.
+
+    Raises InputError, and changes nothing, for a model that is sparse or quantized already, and for
+    weights that cannot be quantized.
+    """
+    names = linear_names(model.config)
+    require(not any(isinstance(model.get_submodule(name), SparseLinear) for name in names),
+            "the model is quantized or sparse already; quantize it first, then make it sparse")
+    for name in names:
+        check_weight(model.get_submodule(name).weight, bits, group, name)
+
+    def make(weight_t, bias):
+        return QuantizedLinear(quantize_weight(weight_t.t(), bits, group, clipping), bias)
+
+    for name in progress(names, f"quantizing to int{bits}"):
+        sparsify(model, {name: None}, make)
+    model.config = replace(model.config, quantization_config=quantization_config(bits, group))
+    return model
+
+
+def quantize_now(model, name, kind):
+    """Quantize a model that was loaded as `name` to `kind`, "int8" or "int4", for --quantize."""
+    require(not model.config.quantization_config,
+            f"{name}: is quantized already, --quantize is for weights in floating point")
+    # Random weights lose nothing where no clipping is tried.
+    clipping = (1.0,) if str(name).startswith("random:") else CLIPPING
+    return quantize(model, int(kind.removeprefix("int")), clipping=clipping)
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder: a linear's `NAME.weight` becomes `NAME.weight_t.codes`, `.scales` and `.zeros`
+
+def quantization_config(bits, group):
+    """Return what config.json says of a quantized checkpoint."""
+    return {"quant_method": METHOD, "version": VERSION, "bits": bits,
+            "group": group if bits == 4 else None}
+
+
+def shape_linears(model, folder):
+    """Put linears without memory, quantized as its config says, into a Llama on the meta device.
+
+    For Llama.from_pretrained. Raises InputError for a config that this file did not write.
+    """
+    what = f"{Path(folder) / 'config.json'}: quantization_config"
+    settings = model.config.quantization_config
+    version, bits, group = (settings.get(key) for key in ("version", "bits", "group"))
+    require(version == VERSION, f"{what}: version is {version!r}, known is {VERSION}")
+    require(type(bits) is int and (bits, type(group)) in ((8, type(None)), (4, int)),
+            f"{what}: {bits!r} bits with group {group!r}, expected 8 with null or 4 with a number")
+    for name, (_, inputs) in block_linears(model.config).items():
+        require(bits == 8 or is_group(group, inputs),
+                f"{what}: groups of {group}, expected a multiple of 32 that divides the {inputs} "
+                f"inputs of {name}")
+
+    def make(weight_t, bias):
+        return QuantizedLinear(QuantizedWeight.empty(*weight_t.shape, bits, group), bias)
+
+    sparsify(model, dict.fromkeys(linear_names(model.config)), make)
+
+
+QUANTIZED[METHOD] = shape_linears
+
+
+def quantize_folder(folder, out, bits, group=128):
+    """Write the checkpoint in `folder`, its blocks' linears quantized, to the new folder `out`.
+
+    It goes file by file. Returns {linear: (relative error, bytes before, bytes after)}.
+    """
+    require(not is_quantized(folder), f"{folder}: is quantized already")
+    config = Config.read(folder)
+    weights = {f"{name}.weight": name for name in linear_names(config)}
+    measures = {}
+
+    def change(path, tensors):
+        changed = {}
+        for name in progress(list(tensors), f"quantizing {path.name}"):
+            tensor = tensors.pop(name)
+            if name not in weights:
+                changed[name] = tensor
+                continue
+            quantized = quantize_weight(tensor, bits, group, name=f"{path}: tensor {name}")
+            changed |= {f"{name}_t.{part}": values for part, values in quantized.named_buffers()}
+            measures[weights[name]] = measured(tensor, quantized)
+        return changed
+
+    rewrite_checkpoint(folder, Llama.shapes(config), out, change,
+                       {"quantization_config": quantization_config(bits, group)})
+    return measures
+
+
+def measured(weight, quantized):
+    """Return (relative error, bytes before, bytes after) of a weight (out, in)."""
+    return relative_error(weight, quantized), weight.nbytes, quantized.nbytes
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+def main(allocate=None, judge=None):
+    """allocate, judge: the modules of beyond, for --table."""
+    parser = Parser(description="Prints size and error of a checkpoint at 8 and 4 bits a weight; "
+                                "with --out, writes it so.")
+    parser.add_argument("--model", default=str(DEMO),
+                        help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=4,
+                        help="of a weight in --out (default: 4)")
+    parser.add_argument("--group", type=natural, default=128,
+                        help="inputs that share a scale at 4 bits (default: 128)")
+    parser.add_argument("--out", metavar="FOLDER",
+                        help="folder to write, which must not exist (default: only measure)")
+    parser.add_argument("--table", action="store_true",
+                        help="measure perplexity and speed, bits against sparsity (default: no)")
+    parser.add_argument("--tokens", type=natural, default=50_000,
+                        help="of the held-out text for --table (default: 50000)")
+    arguments = parser.parse_args()
+    folder, group = arguments.model, arguments.group
+    require(group % 32 == 0, f"--group is {group}, expected a multiple of 32")
+    require(not folder.startswith("random:"),
+            f"{folder} has random weights: commands quantize it as they start, with --quantize")
+    if Path(folder).is_dir():
+        require(not is_quantized(folder), f"{folder}: is quantized already")
+    if arguments.table:
+        table(folder, group, arguments.tokens, allocate, judge)
+        return
+    if arguments.out:
+        measures = quantize_folder(folder, arguments.out, arguments.bits, group)
+        print_errors(folder, arguments.bits, group, measures)
+        print(f"{arguments.out}: written. Calibrate it with: python -m beyond.allocate "
+              f"--model {arguments.out}")
+        return
+    model, _ = load_model(folder)
+    for bits in (8, 4):
+        measures = {}
+        for name in progress(linear_names(model.config), f"quantizing to int{bits}"):
+            weight = model.get_submodule(name).weight
+            measures[name] = measured(weight, quantize_weight(weight, bits, group, name=name))
+        print_errors(folder, bits, group, measures)
+
+
+def print_errors(folder, bits, group, measures):
+    """Print {linear: (relative error, bytes before, bytes after)}, block by block."""
+    before = sum(size for _, size, _ in measures.values())
+    after = sum(size for _, _, size in measures.values())
+    groups = f", groups of {group}" if bits == 4 else ""
+    print(f"int{bits}{groups}: the blocks' linears {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} "
+          f"MB; relative error of each weight, in percent:")
+    config = Config.read(folder)
+    kinds = list(block_linears(config))
+    print(f"{'block':>6}" + "".join(f"{kind.split('.')[1]:>11}" for kind in kinds))
+    for layer in range(config.num_hidden_layers):
+        errors = [measures[f"model.layers.{layer}.{kind}"][0] for kind in kinds]
+        print(f"{layer:6}" + "".join(f"{100 * error:11.2f}" for error in errors))
+
+
+def table(folder, group, count, allocate, judge, levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
+    """Print perplexity, bytes a token and tokens a second, 16, 8 and 4 bits against sparsity.
+
+    Each is calibrated on its own, on 20,000 tokens, without the priced allocation, which would take
+    minutes more. Tokens a second are of decoding alone. allocate, judge: the modules.
+    """
+    print(f"{folder}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'bits':>5} {'sparsity':>9} {'realised':>9} {'perplexity':>11} {'at target':>10} "
+          f"{'MB a token':>11} {'tokens/s':>9}")
+    tokenizer = load_tokenizer(folder)
+    train = read_tokens(tokenizer, None, "train")[0][:20_000]
+    held_out = read_tokens(tokenizer, None, "held-out")[0][:count]
+    for bits in (16, 8, 4):
+        model, _ = load_model(folder, dtype="bfloat16")
+        if bits < 16:
+            quantize(model, bits, group)
+        calibration = calibrate(model, train)
+        allocate.add_allocations(calibration, model, train)
+        whole = bytes_a_token(model)
+        linears = sum(tensor.nbytes for name in linear_names(model.config)
+                      for tensor in tensors_of(model.get_submodule(name)))
+        sparsify(model, calibration.thresholds(0.0) | {"lm_head": None})
+        settings = [judge.Setting("balanced", level, calibration.thresholds(level, "balanced"))
+                    for level in levels if level]
+        rows = judge.judge(model, held_out, settings)
+        judge.at_target(rows)
+        for row, level in zip(rows, levels):
+            mode = "decode" if level else "off"
+            with sparse_mode(model, mode, calibration.thresholds(level, "balanced")):
+                reset_counts(model)
+                rate = tokens_a_second(model, held_out[:64].tolist())
+                read = whole - realised_sparsity(model) * linears
+            at = row["perplexity_at_target"]
+            at = f"{at:10.3f}" if at else f"{'-':>10}"
+            print(f"{bits:5} {level:9.0%} {row['sparsity']:9.1%} {row['perplexity']:11.3f} {at} "
+                  f"{read / 1e6:11.3f} {rate:9.1f}", flush=True)
+
+
+def tensors_of(module):
+    """Return all tensors of a module, each once."""
+    return {tensor.data_ptr(): tensor for tensor in [*module.parameters(), *module.buffers()]
+            }.values()
+
+
+def bytes_a_token(model):
+    """Return the bytes of weights that one dense step reads: of an untied embedding one row."""
+    embedding = model.model.embed_tokens.weight
+    unread = 0 if model.config.tie_word_embeddings else embedding.nbytes
+    return sum(tensor.nbytes for tensor in tensors_of(model)) - unread + embedding[0].nbytes
+
+
+def tokens_a_second(model, prompt):
+    """Return the median rate at which 200 tokens follow a prompt."""
+    times = []
+    for _ in generate(model, prompt, 200, make_step=record.make_step):
+        times.append(time.perf_counter())
+    return 1 / statistics.median(end - begin for begin, end in zip(times, times[1:]))
+
+
+if __name__ == "__main__":
+    from beyond import allocate, judge   # for --table; they import this file
+    command_line(lambda: main(allocate, judge))

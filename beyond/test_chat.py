@@ -1,0 +1,313 @@
+"""Tests of chat.py: tokens of every kind of tokenizer, and conversations."""
+import base64
+import builtins
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+from beyond import chat
+from calibrate import calibrate
+from generate import StreamDecoder
+from model import Config, InputError, Llama, load_tokenizer
+
+DEMO = Path(__file__).parent.parent / "demo"
+TEXTS = [
+    "def walk(self, top):\n    return [i for i in range(10)]",
+    " two  leading spaces",
+    "Ωμέγα, naïve — 日本語 🙂🙂",
+    "",
+    "tabs\tand\r\nlines\n\n\n",
+    "it's 12345 o'clock, <|eot_id|> <s> </s>",
+    "\n",
+    "x" * 300,
+]
+SPECIAL = ["<s>", "</s>", "<|user|>", "<|eot_id|>"]
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+    {% if message.role == 'system' and not loop.first %}
+        {{ raise_exception('the system speaks first') }}
+    {% endif %}
+<|user|>{{ message['role'] }}
+{{ message['content'] | trim }}</s>
+{% endfor %}
+{% if add_generation_prompt %}
+<|user|>assistant
+{% endif %}"""
+
+
+@pytest.fixture(autouse=True)
+def no_tiktoken_cache(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+
+
+def tiktoken_folder(folder):
+    """Write a Llama-3-like tokenizer.model: single bytes and a few merges; return its tokens.
+
+    Its special tokens stand in tokenizer_config.json alone.
+    """
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("transformers")
+    merges = ["he", " w", " wa", "lk", " walk", "12", "123", "Ω", "  ", "xx", "xxxx"]
+    tokens = [bytes([i]) for i in range(256)] + [text.encode() for text in merges]
+    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    special = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 9: "<|eot_id|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
+        "bos_token": special[0], "eos_token": special[1],
+        "added_tokens_decoder": {str(len(tokens) + i): {"content": text, "special": True}
+                                 for i, text in special.items()},
+    }))
+    return tokens
+
+
+def json_folder(folder):
+    """Write a byte-level BPE in the hub's format, with special tokens and a chat template."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(TEXTS * 3, tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)])
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"},
+        "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {str(i): {"content": text, "special": True}
+                                 for i, text in enumerate(SPECIAL)},
+    }))
+    return bpe
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """A checkpoint of a tiny model with a tokenizer.json, a chat template and a calibration."""
+    folder = tmp_path_factory.mktemp("chat")
+    tokens = json_folder(folder).get_vocab_size()
+    torch.manual_seed(0)
+    model = Llama(Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                         vocab_size=tokens, max_position_embeddings=256)).requires_grad_(False)
+    model.save_pretrained(folder)
+    model = Llama.from_pretrained(folder)
+    calibrate(model, torch.randint(tokens, (300,))).save(folder / "calibration.safetensors")
+    return folder
+
+
+def talk(monkeypatch, capsys, typed, *options):
+    """Return what `python -m beyond.chat` writes when lines are typed."""
+    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, options)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    chat.main()
+    return capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken", "json"])
+def test_text_comes_back_at_once_and_streamed(tmp_path, kind):
+    bos = 1
+    if kind == "tiktoken":
+        bos = len(tiktoken_folder(tmp_path))
+    if kind == "json":
+        json_folder(tmp_path)
+        bos = 0
+    tokenizer = load_tokenizer(DEMO if kind == "sentencepiece" else tmp_path)
+    special = {i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i])}
+    assert bos in special
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids[0] == bos
+        assert not set(ids[1:]) & special                  # written out, it is text
+        assert tokenizer.encode(text, bos=False) == ids[1:]
+        assert tokenizer.decode(ids) == text
+        assert max(ids) < tokenizer.vocab_size
+        for cut in {0, 1, len(ids) // 2}:
+            decoder = StreamDecoder(tokenizer, ids[:cut])
+            whole = "".join([decoder.add(i) for i in ids[cut:]] + [decoder.end()])
+            assert "\ufffd" in whole or text.endswith(whole)
+            if cut <= 1:
+                assert whole == text
+
+
+def test_tiktoken_is_read_as_the_reference_reads_it(tmp_path):
+    tokens = tiktoken_folder(tmp_path)
+    import tiktoken
+    llama3_split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    reference = tiktoken.Encoding(
+        "reference", pat_str=llama3_split, special_tokens={},
+        mergeable_ranks={token: i for i, token in enumerate(tokens)})
+    ours = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text, bos=False) == reference.encode_ordinary(text)
+    size = len(tokens)
+    assert ours.encode("a") == [size, ord("a")]
+    assert ours.eos_ids == (size + 1,)
+    assert ours.decode([ord("a"), size + 9, ord("b")]) == "ab"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 8}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert load_tokenizer(tmp_path).eos_ids == (7, 9)
+    (tmp_path / "chat_template.jinja").write_text("a<|eot_id|>{{ messages[0].content }}")
+    template = chat.chat_template(tmp_path)
+    assert template([{"role": "user", "content": "b"}]) == [ord("a"), size + 9, ord("b")]
+    lines = (tmp_path / "tokenizer.model").read_bytes().splitlines()
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines[:50] + [b"!!! x"]))
+    with pytest.raises(InputError, match="no tokenizer that can be read: .*!!! x"):
+        load_tokenizer(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Templates
+
+def test_a_chat_has_the_tokens_that_transformers_gives_it(tmp_path):
+    json_folder(tmp_path)
+    import transformers
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    template = chat.chat_template(tmp_path)
+    chats = [
+        [{"role": "user", "content": " Hello Ω "}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
+         {"role": "assistant", "content": "b"}, {"role": "user", "content": "c <|eot_id|>"}],
+    ]
+    for messages in chats:
+        ids = template(messages)
+        text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert ids == reference(text, add_special_tokens=False).input_ids
+        assert ids.count(0) == 1                           # the template writes <s>, nobody else
+        assert type(ids) is list
+    assert reference.decode(template(chats[0])) == (
+        "<s><|user|>user\nHello Ω</s>\n<|user|>assistant\n")
+    with pytest.raises(InputError, match="the chat template: the system speaks first"):
+        template([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
+    with pytest.raises(InputError, match="not Unicode"):
+        template([{"role": "user", "content": "\udcff"}])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="no tokenizer that can be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("source", [
+    "{{ 1 / 0 }}",
+    '{{ "a" + 1 }}',
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% nonsense %}",
+    "{{ range(99999999) | list }}",
+    "{{ messages.__class__.__mro__ }}",                    # the sandbox says no
+    "{{ strftime_now() }}",
+    b"\xff",
+])
+def test_chat_templates_that_fail_say_so(chat_folder, tmp_path, source):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).symlink_to(chat_folder / file)
+    source = source if isinstance(source, bytes) else source.encode()
+    (tmp_path / "chat_template.jinja").write_bytes(source)
+    message = "chat_template.jinja: not UTF-8 text|the chat template: ."
+    with pytest.raises(InputError, match=message) as caught:
+        chat.chat_template(tmp_path)([{"role": "user", "content": "x"}])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_chat_templates_may_use_what_transformers_gives_them(tmp_path):
+    bpe = json_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+        "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}")
+    ids = chat.chat_template(tmp_path)([{"content": "é<"}, {"content": "b"}])
+    assert bpe.decode(ids) == '{"content": "é<"}'
+
+
+def test_what_a_chat_needs(chat_folder, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="demo: no chat template"):
+        chat.chat_template(DEMO)
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        chat.chat_template("nowhere")
+    with pytest.raises(InputError, match="random weights and no tokenizer"):
+        chat.chat_template("random:llama-3.2-1b")
+    absent = {"google.protobuf"}
+    original = builtins.__import__
+
+    def importing(name, *arguments, **options):
+        if name in absent:
+            raise ImportError
+        return original(name, *arguments, **options)
+    monkeypatch.setattr(builtins, "__import__", importing)
+    (tmp_path / "tokenizer.model").symlink_to(DEMO / "tokenizer.model")
+    (tmp_path / "chat_template.jinja").write_text("x")
+    with pytest.raises(InputError, match="pip install protobuf"):
+        chat.chat_template(tmp_path)
+    absent.add("transformers")
+    with pytest.raises(InputError, match="pip install transformers"):
+        chat.chat_template(chat_folder)
+
+
+def test_a_sentencepiece_model_without_tokenizer_json(tmp_path):
+    pytest.importorskip("google.protobuf")
+    (tmp_path / "tokenizer.model").symlink_to(DEMO / "tokenizer.model")
+    (tmp_path / "chat_template.jinja").write_text("<s>{{ messages[0].content }}")
+    for text in TEXTS:
+        ids = chat.chat_template(tmp_path)([{"role": "user", "content": "x = " + text}])
+        if "<s>" not in text:                              # written out, it is the mark
+            assert ids == load_tokenizer(tmp_path).encode("x = " + text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Conversations
+
+def test_a_conversation_tells_all_that_was_said_before(capsys):
+    tokenizer = load_tokenizer(DEMO)
+    prompts = []
+
+    def template(messages):
+        prompts.append(" ".join(f"{message['role']}: {message['content']}" for message in messages))
+        return tokenizer.encode(prompts[-1])
+
+    def text_of(ids):
+        assert ids == tokenizer.encode(prompts[-1])
+        return iter(tokenizer.encode(f" number {len(prompts)}", bos=False))
+    lines = iter(["one", "", "  ", "two", None])
+    chat.chat(tokenizer, template, "Count.", text_of, lambda: next(lines))
+    assert prompts == [
+        "system: Count. user: one",
+        "system: Count. user: one assistant:  number 1 user: two",
+    ]
+    assert capsys.readouterr().out == " number 1\n number 2\n"
+
+
+def test_python_m_beyond_chat(chat_folder, monkeypatch, capsys):
+    options = ["--model", chat_folder, "--max-new-tokens", 6]
+    tokenizer = load_tokenizer(chat_folder)
+    template = chat.chat_template(chat_folder)
+    model = Llama.from_pretrained(chat_folder)
+    system = {"role": "system", "content": "a test"}
+    prompt = template([system, {"role": "user", "content": "one"}])
+    ids = list(generate.generate(model, prompt, 6, eos_ids=tokenizer.eos_ids))
+    dense = talk(monkeypatch, capsys, "one\n\ntwo\n", *options, "--system", "a test")
+    assert dense.startswith(tokenizer.decode(ids) + "\n")
+    drafted = talk(monkeypatch, capsys, "one\n\ntwo\n", *options, "--system", "a test",
+                   "--draft", "sparse")
+    assert drafted == dense                                # lossless
+    assert talk(monkeypatch, capsys, "one\n", *options, "--sparsity", 0.5)
+    assert talk(monkeypatch, capsys, "one\n", *options) != dense
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--prompt", "x"], "--prompt is for a text, not for a chat"),
+    (["--draft", "sparse", "--compare"], "--compare is for a text, not for a chat"),
+    (["--draft-tokens", "3"], "--draft-tokens are for --draft"),
+    (["--model", "nowhere"], "nowhere: no such folder"),
+    (["--top-p", "2"], "top_p is 2.0"),
+    ([], "no chat template"),
+])
+def test_bad_input_on_the_command_line(monkeypatch, capsys, options, message):
+    with pytest.raises(InputError, match=message):
+        talk(monkeypatch, capsys, "", *options)

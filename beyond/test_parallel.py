@@ -1,0 +1,362 @@
+"""Tests of parallel.py: several processes compute what one does, and all of them end."""
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from beyond import chat, drafts, parallel, quantize, record
+from generate import generate, generate_speculative
+from model import (Config, InputError, Llama, linear_names, load_tokenizer, read_safetensors,
+                   write_safetensors)
+from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "demo"
+
+# torchrun in small: it starts ranks, and when one of them fails it ends the others (unless they are
+# to end by themselves). What all of them import is imported before they part, which saves seconds.
+LAUNCHER = """
+import os, runpy, signal, socket, sys
+from beyond import parallel, record
+import generate
+
+count = int(sys.argv[1])
+sys.argv = sys.argv[2:]
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+os.environ.update(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+running = {}
+for rank in range(count):
+    pid = os.fork()
+    if pid == 0:
+        os.environ["RANK"] = str(rank)
+        if rank > 0:
+            os.close(0)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+    running[pid] = rank
+failed = 0
+while running:
+    pid, status = os.wait()
+    rank = running.pop(pid)
+    status = os.waitstatus_to_exitcode(status)
+    if status and status != -signal.SIGTERM:
+        failed = failed or status
+        print(f"rank {rank} ended with status {status}", file=sys.stderr)
+        for other in running if "ALONE" not in os.environ else ():
+            os.kill(other, signal.SIGTERM)
+sys.exit(failed)
+"""
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def launch(tmp_path, processes, script, *arguments, **more):
+    """Start a Python script as so many ranks; return the Popen. more: of the environment."""
+    (tmp_path / "rank.py").write_text(script)
+    command = [sys.executable, "-c", LAUNCHER, processes, tmp_path / "rank.py", *arguments]
+    return subprocess.Popen(list(map(str, command)), text=True, cwd=ROOT, env=environment(**more),
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(*launched, **more):
+    """Return (status, standard output, standard error) of what `launch` starts."""
+    process = launch(*launched, **more)
+    written, errors = process.communicate(timeout=120)
+    return process.returncode, written, errors
+
+
+def tiny_model(**changes):
+    """Return a small Llama whose next tokens differ and whose activations matter."""
+    config = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=12, vocab_size=61, max_position_embeddings=64)
+    model = Llama(Config(**config | changes)).requires_grad_(False).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.copy_(torch.randn(parameter.shape) * 1.5 * parameter.shape[1] ** -0.5)
+        else:
+            parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+    return model
+
+
+def close(result, expected, tolerance):
+    """Return whether the relative error of a whole tensor is small; NaN never is."""
+    return bool((result - expected).norm() <= tolerance * expected.norm())
+
+
+# --------------------------------------------------------------------------------------------------
+# The same as one process
+
+def what_a_model_does(model, thresholds):
+    """Return {name: tensor} of logits and texts, of one process or of a rank, which say the same."""
+    config = model.config
+    tokens = torch.randint(config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    thresholds = parallel.part_of_thresholds(thresholds)
+    results = {"whole": model(tokens)}
+    cache = model.make_cache(2, 20)
+    parts = tokens.split([9, 3, 1, 1, 1, 1, 1, 1, 1, 1], 1)
+    results["cached"] = torch.cat([model(part, cache) for part in parts], 1)
+    prompt = tokens[0, :6].tolist()
+    texts = {"greedy": list(generate(model, prompt, 12))}
+    sparsify(model, thresholds | {"lm_head": None})
+    with sparse_mode(model, "all"):
+        results["sparse"] = model(tokens)
+    draft = tiny_model(vocab_size=config.vocab_size)
+    parallel.follow_first(draft)
+    texts |= {
+        "sparse greedy": generate(model, prompt, 12, make_step=record.make_step),
+        "sampled": generate(model, prompt, 12, 1.0, seed=3),
+        "drafted": generate_speculative(model, prompt, 12, "sparse", draft_tokens=3),
+        "drafted by a model": generate_speculative(model, prompt, 12, draft.double(), seed=1,
+                                                   draft_tokens=3, temperature=1.0),
+        "recycled": drafts.speculate(model, prompt, 12, "recycle", draft_tokens=7),
+    }
+    results |= {name: torch.tensor(list(text)) for name, text in texts.items()}
+    with sparse_mode(model, "all"):
+        reset_counts(model)
+        model(tokens)
+    parallel.count_together(model)
+    results["realised"] = torch.tensor(realised_sparsity(model), dtype=torch.float64)
+    return results
+
+
+def threads_of_gloo():
+    """Return the names of this process's threads that gloo has started."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def one_rank(folder, thresholds, out):
+    """Do what a model does with a part of it, in float64. Rank 0 writes down what came out."""
+    with parallel.group("cpu"):
+        model = parallel.from_pretrained(folder, dtype=torch.float64)
+        size = sum(weight.numel() for name, weight in model.named_parameters() if "_proj" in name)
+        with torch.no_grad():
+            results = what_a_model_does(model, read_safetensors(thresholds))
+        results["seed"] = torch.tensor(parallel.from_first(lambda: 5 + parallel.rank()))
+        assert parallel.from_first(lambda: parallel.rank()) == 0
+        if sys.platform == "linux":
+            assert threads_of_gloo()
+        if parallel.rank() == 0:
+            results = {name: tensor.contiguous() for name, tensor in results.items()}
+            write_safetensors(out, results | {"size": torch.tensor(size)})
+    if sys.platform == "linux":
+        assert not threads_of_gloo()                       # one that outlives Python aborts it
+
+
+@pytest.mark.parametrize("what, processes", [("demo", 2), ("demo", 4), ("biases", 2), ("tied", 2)])
+def test_ranks_do_together_what_one_process_does(tmp_path, what, processes):
+    folder = DEMO
+    if what != "demo":
+        folder = tmp_path / "model"
+        biases = dict(attention_bias=True, mlp_bias=True)
+        tiny_model(**biases if what == "biases" else dict(tie_word_embeddings=True)
+                   ).save_pretrained(folder)
+    model = Llama.from_pretrained(folder, dtype=torch.float64)
+    thresholds = {}
+    for name in linear_names(model.config):      # a number for some linears, one a channel for others
+        torch.manual_seed(len(thresholds))
+        size = () if len(thresholds) % 3 else (model.get_submodule(name).in_features,)
+        thresholds[name] = torch.rand(size) * (0.6 if folder == DEMO else 1.5)
+    write_safetensors(tmp_path / "thresholds", thresholds)
+    size = sum(weight.numel() for name, weight in model.named_parameters() if "_proj" in name)
+    biases = sum(bias.numel() for name, bias in model.named_parameters()
+                 if name.endswith(("o_proj.bias", "down_proj.bias")))
+    with torch.no_grad():
+        expected = what_a_model_does(model, thresholds)
+    script = f"import sys\nfrom {__name__} import one_rank\none_rank(*sys.argv[1:])"
+    status, _, errors = run(tmp_path, processes, script, folder, tmp_path / "thresholds",
+                            tmp_path / "out")
+    assert status == 0, errors
+    results = read_safetensors(tmp_path / "out")
+    assert 0.1 < expected["realised"] < 0.9
+    assert not close(expected["sparse"], expected["whole"], 0.01)
+    for name, tensor in expected.items():
+        if tensor.dtype == torch.int64:
+            assert torch.equal(results[name], tensor), name
+        else:
+            assert close(results[name], tensor, 1e-10), name
+    assert results["seed"] == 5
+    assert results["size"] == (size - biases) // processes + biases    # every rank has those
+
+
+def test_torchrun_writes_what_one_process_writes(tmp_path, monkeypatch, capsys):
+    from beyond.__main__ import main
+    options = ["--prompt", "class Stack:", "--max-new-tokens", "16", "--dtype", "float32",
+               "--temperature", "1", "--seed", "5", "--device", "cpu"]
+    sparse = [*options, "--sparsity", "0.5"]
+    drafted = [*options, "--draft", "demo", "--draft-tokens", "3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ended = subprocess.run([*torchrun, "-m", "beyond", *sparse], capture_output=True, text=True,
+                           cwd=ROOT, env=environment(), timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    status, written, errors = run(tmp_path, 2, "from beyond.__main__ import main\nmain()\n", *drafted)
+    assert status == 0, errors
+    for more, two in ((sparse, ended.stdout), (drafted, written)):
+        monkeypatch.setattr(sys, "argv", ["beyond", *more])
+        main()
+        one = capsys.readouterr().out
+        assert one.splitlines()[1:4] == two.splitlines()[1:4]
+        assert "16 tokens" in two
+        assert two.count("class Stack:") == 1              # rank 0 alone speaks
+        skipped = [re.findall(r"[\d.]+% of the blocks", text) for text in (one, two)]
+        assert skipped[0] == skipped[1]
+        assert len(skipped[0]) == ("--sparsity" in more)
+
+
+def quantized_rank(out):
+    """Quantize a part of the demo model, and write down its logits, and those of 40 % sparsity."""
+    with parallel.group("cpu"), torch.no_grad():
+        results = {}
+        tokens = torch.arange(100, 140)[None]
+        for bits in (8, 4):
+            model = parallel.from_pretrained(DEMO, dtype=torch.float32)
+            results["dense"] = model(tokens)
+            quantize.quantize(model, bits)
+            results[f"{bits} bits"] = model(tokens)
+            thresholds = parallel.part_of_thresholds(dict.fromkeys(linear_names(model.config), 0.3))
+            sparsify(model, thresholds)
+            with sparse_mode(model, "all"):
+                model(tokens)
+            parallel.count_together(model)
+            results[f"{bits} bits realised"] = torch.tensor(realised_sparsity(model))
+        if parallel.rank() == 0:
+            write_safetensors(out, results)
+
+
+def test_ranks_quantize_their_parts(tmp_path):
+    script = f"import sys\nfrom {__name__} import quantized_rank\nquantized_rank(*sys.argv[1:])"
+    status, _, errors = run(tmp_path, 2, script, tmp_path / "out")
+    assert status == 0, errors
+    results = read_safetensors(tmp_path / "out")
+    model = Llama.from_pretrained(DEMO, dtype=torch.float32)
+    with torch.no_grad():
+        dense = model(torch.arange(100, 140)[None])
+    assert close(results["dense"], dense, 1e-4)
+    for bits, error in ((8, 0.03), (4, 0.3)):
+        assert close(results[f"{bits} bits"], dense, error)
+        assert not close(results[f"{bits} bits"], dense, error / 100)
+        assert 0.1 < results[f"{bits} bits realised"] < 0.9
+
+
+def test_ranks_hold_a_conversation_and_wait_for_a_person(tmp_path):
+    """They wait for a line longer than they wait for one another."""
+    script = """
+import datetime
+from beyond import chat, parallel
+from generate import generate
+from model import load_tokenizer
+
+parallel.PATIENCE = datetime.timedelta(seconds=2)
+
+def main():
+    with parallel.group("cpu"):
+        tokenizer = load_tokenizer("demo")
+        model = parallel.from_pretrained("demo")
+        def template(messages):
+            assert parallel.rank() == 0                    # it may hold the time
+            return tokenizer.encode("".join(f"# {each['content']}\\n" for each in messages) + "def ")
+        chat.chat(tokenizer, template, None, lambda prompt: generate(model.double(), prompt, 5),
+                  from_first=parallel.from_first)
+
+parallel.command_line(main)
+"""
+    two = launch(tmp_path, 2, script)
+    two.stdin.write("one\n")
+    two.stdin.flush()
+    first = two.stdout.readline()
+    time.sleep(4)
+    rest, errors = two.communicate("two\n", timeout=120)
+    assert two.returncode == 0, errors
+    tokenizer = load_tokenizer(DEMO)
+    model = Llama.from_pretrained(DEMO).double()
+    expected, conversation = [], ""
+    for line in ("one", "two"):
+        conversation += f"# {line}\n"
+        ids = generate(model, tokenizer.encode(conversation + "def "), 5)
+        expected.append(tokenizer.decode(list(ids)))
+        conversation += f"# {expected[-1]}\n"
+    prompt = "def "
+    assert (first + rest).strip() == "\n".join(expected).strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# What ends the ranks
+
+def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="num_attention_heads is 8, which 3 processes cannot share"):
+        parallel.from_pretrained(DEMO)
+    quantize.quantize_folder(DEMO, tmp_path / "quantized", 8)
+    with pytest.raises(InputError, match="quantized folders are not split"):
+        parallel.from_pretrained(tmp_path / "quantized")
+
+
+@pytest.mark.parametrize("line, status, message", [
+    ("", 0, ""),
+    ("raise InputError('all ranks meet this')", 2, "rank.py: error: all ranks meet this\n"),
+    ("parallel.from_first(lambda: open('nowhere'))", 2, "No such file or directory: 'nowhere'"),
+    ("if parallel.rank() == 1: raise InputError('rank 1 alone')", 2, "error: rank 1 alone"),
+    ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+])
+def test_an_error_ends_the_ranks_with_one_message(tmp_path, line, status, message):
+    script = f"""
+from beyond import parallel
+from model import InputError
+parallel.GRACE = 1
+
+def main():
+    with parallel.group("cpu"):
+        parallel.from_first(lambda: 1)
+        {line}
+        parallel.from_first(lambda: 1)
+
+parallel.command_line(main)
+"""
+    ended, _, errors = run(tmp_path, 2, script)
+    assert ended == status, errors
+    assert errors.count(message) == 1 or status != 2
+    assert message in errors
+    assert "terminate called" not in errors
+    assert ("Traceback" in errors) == (status == 1)
+
+
+@pytest.mark.parametrize("when, message", [
+    ("while it decodes", "rank.py: error: rank 0: another process has ended or does not answer"),
+    ("before it joins", "rank.py: error: the processes cannot be joined"),
+])
+def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path, when, message):
+    """Without torchrun, which would end them itself."""
+    script = """
+import datetime, os, sys
+from beyond import parallel
+from generate import generate
+
+parallel.PATIENCE = datetime.timedelta(seconds=3)
+dies = sys.argv[1] if parallel.rank() == 1 else None
+
+def main():
+    if dies == "before it joins":
+        os._exit(9)
+    with parallel.group("cpu"):
+        model = parallel.from_pretrained("demo")
+        for count, token in enumerate(generate(model, [1, 2, 3], 100)):
+            if dies and count == 5:
+                os._exit(9)
+
+parallel.command_line(main)
+"""
+    _, _, errors = run(tmp_path, 2, script, when, ALONE="1")
+    assert "rank 1 ended with status 9" in errors
+    assert "rank 0 ended with status 2" in errors
+    assert message in errors
+    assert "Traceback" not in errors
