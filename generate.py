@@ -340,6 +340,11 @@ class Statistics:
         """The share of guesses accepted at each place, of those that were judged."""
         return [a / r for a, r in zip(self.accepted or (), self.reached or ())]
 
+    def lines(self):
+        """Return what there is to say, beside the numbers above."""
+        places = " ".join(f"{share:.0%}" for share in self.acceptance)
+        return [f"guesses accepted, by place: {places}"] if self.passes else []
+
     def record(self, guesses, accepted):
         """Count a pass that judged so many guesses, and accepted so many of them."""
         self.passes += 1
@@ -775,7 +780,8 @@ class Writer:
               + f" at {arguments.sparsity:.0%}" * bool(arguments.sparsity)
               + f": {did.tokens_a_pass:.2f} tokens a pass in {did.passes} passes, drafts "
                 f"{did.draft_seconds:.2f} s, verify passes {did.verify_seconds:.2f} s")
-        print("guesses accepted, by place: " + " ".join(f"{share:.0%}" for share in did.acceptance))
+        for line in did.lines():
+            print(line)
         if not arguments.compare:
             return
         if plain_rate:

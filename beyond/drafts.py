@@ -18,14 +18,14 @@ verifies all paths, since attention shows each token only what was written and i
     accept    the path that the model itself takes, and one token more. The keys and values of the
               path lie apart in the cache, and are moved together.
 
-Adaptive lengths. More guesses bring more tokens a pass, but take longer to make and to verify, how
+Adaptive lengths. More guesses bring more tokens a pass, but take longer to make and to verify. How
 much longer depends on the machine, and how many are right depends on the text. So `Statistics`
 counts what is accepted, takes the time of every round, and finds the size of draft with the most
 expected tokens a second. The size is the number of guesses; the root, node 0, is no guess.
 
-The seam: `generate.Speculation`, whose make_cache, make_draft, read_prompt and round are those of a
-tree here. A step still is a function of tokens alone: where they stand and what they see it asks
-the cache, so CUDA graphs and recorded steps verify trees and know nothing of them.
+The seam: `generate.Speculation`, of which make_cache, make_draft, read_prompt and round are
+replaced. A step is still a function of tokens alone: it asks the cache where they stand and what
+they see, so CUDA graphs and recorded steps verify trees and know nothing of them.
 
     python -m beyond --draft recycle --compare                Token Recycling beside plain decoding
     python -m beyond --draft sparse --draft-tokens 3          a fixed number of guesses a pass
@@ -187,7 +187,7 @@ def walk(logits, tree, tokens, q, sampling, generator):
 #     learn(tokens, logits)     which is told all that the verifier computes, the prompt's first
 
 class RecycleDraft:
-    """Token Recycling: guesses from the logits that verify passes computed and left behind.
+    """Token Recycling: guesses from the logits that verify passes computed anyway.
 
     candidates: (vocab, 8) int64, the tokens that were likeliest, the last time, to follow each.
     """
@@ -236,6 +236,10 @@ class Statistics(generate.Statistics):
         self.times = {}
         self.last = {}
 
+    def lines(self):
+        rounds = ", ".join(f"{size}: {len(self.times[size])}" for size in sorted(self.times))
+        return super().lines() + [f"rounds by guesses a pass: {rounds}"] * bool(rounds)
+
     def record(self, tree, path, draft_seconds, verify_seconds):
         """Count a round: the draft's tree, its accepted nodes (the root first), and its times."""
         accepted = len(path) - 1
@@ -266,8 +270,7 @@ class Statistics(generate.Statistics):
 
         Sizes are tried upwards, the next one as long as it would pay if it cost what the one below
         it does. A size costs the least of its last times, since what disturbs a computer only makes
-        it slower. Every 16th round goes to a neighbour of the best, so that it is found out what
-        has changed, or was disturbed.
+        it slower. Every 16th round goes to a neighbour of the best, whose time may have changed.
         """
         rates = {}                                         # {size: tokens a second}
         seconds = None
@@ -339,9 +342,9 @@ class TreeSpeculation(generate.Speculation):
     def read_prompt(self):
         """Run the prompt through the verifier, and return its last logits (1, vocab).
 
-        A draft that learns is given the logits of all positions, and as they take much memory, the
-        prompt is read in parts. Each is as sparse as one call with the whole prompt would be, also
-        where it is a single token.
+        A draft that learns is given the logits of all positions. As they take much memory, the
+        prompt is read in parts. Each part is read as one call with the whole prompt would be: in
+        mode "decode" dense, even if it is a single token, unless that is the whole prompt.
         """
         if not hasattr(self.draft, "learn"):
             return super().read_prompt()

@@ -20,12 +20,13 @@ if not torch.cuda.is_available():
 import generate                                                                     # noqa: E402
 import kernel                                                                       # noqa: E402
 import model as llama                                                               # noqa: E402
-import sparsify as sparsifying                                                      # noqa: E402
+from beyond import __main__ as fast                                                 # noqa: E402
 from beyond import allocate, folders, fused, judge, quantize, record, rotate        # noqa: E402
 from calibrate import calibrate                                                     # noqa: E402
 from model import (DEMO, Config, InputError, Llama, linear_names, load_model,       # noqa: E402
                    read_json, read_safetensors, windows_of, write_json, write_safetensors)
-from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify         # noqa: E402
+from sparsify import (SparseLinear, realised_sparsity, reset_counts, sparse_mode,    # noqa: E402
+                      sparsify)
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -420,9 +421,14 @@ def test_the_commands_take_a_quantized_folder(tmp_path, monkeypatch, capsys):
     command(monkeypatch, judge.main, "--model", small, "--sparsity", 0.5, "--functions", 0,
             "--allocation", "uniform", *text)
     assert "uniform" in capsys.readouterr().out
-    for options in (["--sparsity", 0.5], ["--draft", "sparse", "--compare"]):
-        command(monkeypatch, generate.main, "--model", small, "--max-new-tokens", 8, *options)
+    eight = ["--max-new-tokens", 8]
+    for main, options in [(generate.main, ["--model", small, "--sparsity", 0.5]),
+                          (fast.main, ["--model", small, "--draft", "sparse", "--compare"]),
+                          (fast.main, ["--quantize", "int8", "--sparsity", 0.5])]:
+        command(monkeypatch, main, *eight, *options)
         assert "8 tokens" in capsys.readouterr().out
+    with pytest.raises(InputError, match="small: is quantized already"):
+        command(monkeypatch, fast.main, "--model", small, "--quantize", "int8")
     command(monkeypatch, llama.main, small)
     out = capsys.readouterr().out
     assert float(out.split("read for one token: ")[1].split(" MB")[0]) < 6
@@ -689,8 +695,8 @@ def gated(self, x):
 @NO_TRITON
 @pytest.mark.parametrize("owner, name, changed", [
     (llama.Attention, "qkv", qkv), (llama.MLP, "gated", gated),
-    (sparsifying.SparseLinear, "product", lambda self, x: self.dense(x)),
-    (sparsifying.SparseLinear, "sparse", eval("lambda self, x: self.dense(x)"))])
+    (SparseLinear, "product", lambda self, x: self.dense(x)),
+    (SparseLinear, "sparse", eval("lambda self, x: self.dense(x)"))])
 def test_a_changed_model_is_left_alone_and_named(owner, name, changed, monkeypatch, capsys):
     monkeypatch.setattr(owner, name, changed)
     assert not is_fused(fused.fuse(tiny_model().to(DEVICE)))
