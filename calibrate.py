@@ -204,7 +204,7 @@ class Calibration:
             tensors[f"distributions {name}"] = counts.to(dtype)
         for name, table in self.tables.items():
             tensors[f"levels {name}"] = table.levels.double()
-            tensors[f"shares {name}"] = table.shares.float()
+            tensors[f"shares {name}"] = table.shares.double()
         for weights, values in self.weights.items():
             for linear, value in values.items():
                 tensors[f"weights {weights} {linear}"] = value

@@ -381,7 +381,7 @@ def verdict(logits, guesses, q, sampling, generator):
     """
     written = []
     for i in range(len(guesses) + 1):
-        if q is not None and i < len(guesses):
+        if q is not None and sampling.temperature and i < len(guesses):
             token = from_guess(sampling.probabilities(logits[i]), q[i], guesses[i], generator)
         else:
             token = sampling.choose(logits[i:i + 1], generator)[0].item()

@@ -208,9 +208,10 @@ enum { LANES = 2 };
 #define FACTOR 0x1p112f
 #define LANE(word, k) number((uint32_t)((int32_t)(k ? (word) : (word) << 16) >> 3) & 0x8fffe000u)
 static inline float to_float(type x) {
-    uint32_t sign = (x & 0x8000u) << 16, rest = (x & 0x7fffu) << 13;
-    int finite = (x & 0x7c00) != 0x7c00;
-    return finite ? 0x1p112f * number(sign | rest) : number(sign | 0x7f800000 | rest);
+    uint32_t exponent = x & 0x7c00, rest = (x & 0x7fffu) << 13;
+    float size = exponent == 0x7c00 ? number(0x7f800000 | rest)                  // infinity, NaN
+               : exponent ? 0x1p112f * number(rest) : 0x1p-24f * (x & 0x3ff);    // steps of 2^-24
+    return x & 0x8000 ? -size : size;
 }
 static inline type from_float(float x) {
     float size = fabsf(x);

@@ -86,8 +86,8 @@ def rope_tables(positions, config, dtype):
     in between (Llama 3.1's reference implementation).
     """
     wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    frequencies = config.rope_theta ** -exponents.to(wide)                            # (D/2,)
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=wide)
+    frequencies = config.rope_theta ** -(pairs / config.head_dim)                     # (D/2,)
     scaling = config.rope_scaling
     if scaling:
         unscaled = 0.0                   # the share of each frequency that stays as it is
@@ -482,7 +482,8 @@ class Config:
             hidden_act=raw.get("hidden_act", "silu"),
             attention_bias=raw.get("attention_bias", False) and not mistral,
             mlp_bias=raw.get("mlp_bias", False) and not mistral,
-            sliding_window=number("sliding_window", default=4096) if mistral and window else None,
+            sliding_window=None if window is None or not mistral
+            else number("sliding_window", default=window),
             rope_scaling=rope_scaling,
             quantization_config=quantized or None,
         )

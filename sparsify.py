@@ -319,11 +319,15 @@ def main(load_calibration):
     parser.add_argument("--sparsity", nargs="+", type=share, default=[0.25, 0.4, 0.5, 0.65],
                         help="(default: 0.25 0.4 0.5 0.65)")
     arguments = parser.parse_args()
+    require(not arguments.model.startswith("random:"),
+            f"{arguments.model} has random weights: it has no quality to measure")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
-    require(tokenizer, f"{arguments.model} has random weights: it has no quality to measure")
+    context = arguments.context or default_context(model)
+    longest = model.config.max_position_embeddings
+    require(context <= longest, f"--context {context} does not fit the model's context of {longest}")
     calibration = load_calibration(model, arguments.model, arguments.calibration)
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
-    windows = windows_of(tokens[:arguments.tokens], arguments.context or default_context(model))
+    windows = windows_of(tokens[:arguments.tokens], context)
     settings = [(name, s) for name in reversed(calibration.allocations) for s in arguments.sparsity]
     measures = quality(model, windows, [calibration.thresholds(s, name) for name, s in settings])
     print(f"{arguments.model} on {windows[:, 1:].numel():,} tokens: {source}")

@@ -280,8 +280,8 @@ def fuse(model):
 
 
 # --------------------------------------------------------------------------------------------------
-# What this file was written for. Where one of these functions is another one now, the launches above
-# would still compute the old one. Change them as well, and then the text here.
+# What this file was written for. Where one of these functions has changed, the launches above would
+# still compute the old one. Change them as well, and then the text here.
 
 REPLACED = {
     Attention: """

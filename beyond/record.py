@@ -69,9 +69,10 @@ static inline uint16_t float16_of(float x) {
     return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
 }
 static inline float of_float16(uint32_t x) {
-    uint32_t sign = (x & 0x8000) << 16, rest = (x & 0x7fff) << 13;
-    int finite = (x & 0x7c00) != 0x7c00;
-    return finite ? 0x1p112f * number(sign | rest) : number(sign | 0x7f800000 | rest);
+    uint32_t exponent = x & 0x7c00, rest = (x & 0x7fffu) << 13;
+    float size = exponent == 0x7c00 ? number(0x7f800000 | rest)                  // infinity, NaN
+               : exponent ? 0x1p112f * number(rest) : 0x1p-24f * (x & 0x3ff);    // steps of 2^-24
+    return x & 0x8000 ? -size : size;
 }
 static void load(const void *from, long type, long at, long n, float *restrict to) {
     const uint16_t *half = (const uint16_t *)from + at;
