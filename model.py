@@ -234,7 +234,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # What nn.Embedding itself would do first, on the meta device, imports 400 modules.
+        weight = torch.randn(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -855,12 +857,15 @@ class HubTokenizer:
 
     def __init__(self, folder):
         try:
-            from transformers import AutoTokenizer
+            from transformers import AutoTokenizer, logging
         except ImportError:
             raise InputError(f"{folder}: this kind of tokenizer needs the package transformers: "
                              f"pip install transformers") from None
+        logging.set_verbosity_error()    # it warns of every kind of file that it tries in vain
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")    # else a file is what its path once held
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True,
+                                                           trust_remote_code=False)
         except Exception as error:                         # of many kinds
             raise InputError(f"{folder}: no tokenizer that can be read: "
                              f"{(str(error) or type(error).__name__).splitlines()[0]}") from None
@@ -898,6 +903,10 @@ def load_tokenizer(folder):
         except (RuntimeError, OSError):                    # Llama-3 has a file of that name, too
             if path.read_bytes()[:1] == b"\n":             # where SentencePiece's begin
                 raise InputError(f"{path}: not a SentencePiece model: it is damaged") from None
+            settings = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
+            require(any(each.exists() for each in settings),
+                    f"{path}: not SentencePiece, and neither tokenizer.json nor "
+                    f"tokenizer_config.json names its special tokens")
     return HubTokenizer(folder)
 
 

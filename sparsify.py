@@ -324,7 +324,8 @@ def main(load_calibration):
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     context = arguments.context or default_context(model)
     longest = model.config.max_position_embeddings
-    require(context <= longest, f"--context {context} does not fit the model's context of {longest}")
+    require(context <= longest,
+            f"--context {context} does not fit the model's context of {longest}")
     calibration = load_calibration(model, arguments.model, arguments.calibration)
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
     windows = windows_of(tokens[:arguments.tokens], context)

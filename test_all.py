@@ -36,9 +36,9 @@ import model as llama
 import sparsify
 from calibrate import BINS, LINEARS, SINKS, Calibration, Table
 from demo import corpus
-from generate import ModelDraft, Sampling, StaticCache, Statistics, StreamDecoder
-from model import (Config, InputError, KVCache, Llama, block_linears, linear_names, load_tokenizer,
-                   read_header, read_safetensors, windows_of, write_safetensors)
+from generate import ModelDraft, Sampling, StaticCache, StreamDecoder
+from model import (Config, InputError, Llama, block_linears, linear_names, load_tokenizer, read_header,
+                   read_safetensors, windows_of, write_safetensors)
 from sparsify import SparseLinear, perplexity, realised_sparsity, reset_counts, sparse_mode
 
 HERE = Path(__file__).parent
@@ -245,10 +245,13 @@ def test_safetensors_too_short_or_absent(tmp_path):
 
 
 def test_a_write_that_is_interrupted_or_fails_leaves_things_as_they_were(tmp_path, monkeypatch):
+    def interrupt(file):
+        raise KeyboardInterrupt
+
     path = tmp_path / "x"
     write_safetensors(path, {"x": torch.ones(3)})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "fsync", lambda _: signal_from_the_keyboard())
+        patch.setattr(os, "fsync", interrupt)
         write_safetensors(path, {"x": torch.zeros(3)})
     with refused(match="complex64 cannot be written"):
         write_safetensors(path, {"x": torch.zeros(2, dtype=torch.complex64)})
@@ -259,10 +262,6 @@ def test_a_write_that_is_interrupted_or_fails_leaves_things_as_they_were(tmp_pat
         write_safetensors(tmp_path / "folder", {"x": torch.ones(2)})
     assert read_safetensors(path)["x"].tolist() == [1, 1, 1]
     assert sorted(os.listdir(tmp_path)) == ["folder", "x"]
-
-
-def signal_from_the_keyboard():
-    raise KeyboardInterrupt
 
 
 def test_a_file_larger_than_memory_can_be_opened(tmp_path):
@@ -346,25 +345,6 @@ def test_a_cache_gives_the_logits_of_the_whole_sequence(dtype, tolerance):
     assert cache.used == 20
     cache.used = 11                                        # forget, and go on from there
     assert distance(model(tokens[:, 11:], cache), whole[:, 11:]) < tolerance
-
-
-def test_a_cache_may_see_in_another_way():
-    """Two continuations of one beginning, side by side in one call: each sees it and itself."""
-    class Branches(KVCache):
-        def look(self, T, window):
-            sees = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
-            mask = torch.cat((torch.ones(3, self.used, dtype=torch.bool), sees), 1)
-            return torch.tensor([5, 5, 6]), mask
-
-    model = tiny_model()
-    beginning = tokens_of(model, 1, 5)
-    cache = model.make_cache(1, 12)
-    model(beginning, cache)
-    cache.__class__ = Branches
-    branches = model(torch.tensor([[7, 8, 9]]), cache)
-    for row, path in enumerate(([7], [8], [7, 9])):
-        alone = model(torch.cat((beginning, torch.tensor([path])), 1))
-        assert distance(branches[:, row], alone[:, -1]) < 1e-12
 
 
 def test_cache_and_vocabulary_have_limits():
@@ -817,7 +797,7 @@ def test_without_a_compiler_torch_takes_over(monkeypatch, forget_compiled, name,
     monkeypatch.setenv(name, value)
     x = torch.randn(2, 30)
     weight_t = torch.randn(30, 9)
-    assert kernel.best_backend(x) == ("torch" if DEVICE.type == "cpu" or name else "triton")
+    assert kernel.best_backend(x) == "torch"
     assert distance(kernel.sparse_gemv(x, weight_t, 0.5), drop(x, 0.5) @ weight_t) < 1e-5
     assert distance(kernel.dense(x, weight_t), x @ weight_t) < 1e-5
     with pytest.raises(ValueError, match='backend "c" needs a C compiler'):
@@ -864,13 +844,16 @@ def report(case):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, fixed, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    ptx = built.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(built.asm["cubin"])
-        sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True,
-                              check=True).stdout
-    spills = len(re.findall(r"\\b(STL|LDL)\\b", sass))
-    wide = len(re.findall(r"ld\\.global[^\\n]*(v4\\.b32|v8\\.b16)", built.asm["ptx"]))
-    return built.metadata.name, sass.count(";"), spills, wide, sass.count("LDG.E.128")
+        def ask(option):
+            command = [cuobjdump, option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        stack = re.search("STACK:([0-9]+)", ask("-res-usage"))[1]          # spilled registers
+        sass = ask("-sass") if constants.get("ROWS") == 1 else ""          # which takes a while
+    wide = len(re.findall(r"ld\\.global[^\\n]*(v4\\.b32|v8\\.b16)", ptx))
+    return built.metadata.name, ptx.count(";"), stack, wide, sass.count("LDG.E.128"), len(sass)
 
 cases = []
 for capability in (80, 90):
@@ -894,11 +877,12 @@ def test_triton_kernels_compile_for_gpus_that_are_not_here():
     rows = [line.split() for line in ended.stdout.splitlines()]
     assert len(rows) == 2 * 3 * (4 + 1)
     for name, *numbers in rows:
-        instructions, spills, wide, wide_in_sass = map(int, numbers)
+        instructions, stack, wide, wide_in_sass, sass = map(int, numbers)
         assert instructions > 50
-        assert spills == 0
+        assert stack == 0
         if name == "partial_sums_kernel":                  # weights come 16 bytes at a time
-            assert min(wide, wide_in_sass) >= 4
+            assert wide >= 4
+            assert wide_in_sass >= 4 or not sass
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1480,15 +1464,18 @@ def test_probabilities_of_ties_and_of_many_tokens():
     assert ((p > 0).sum(1) == 2700).all()
 
 
-def p_value(counts, expected):
-    """Return Pearson's chi-square p-value of counts, cells that are expected under 5 pooled."""
+def p_value(counts, expected, totals=1):
+    """Return the p-value of Pearson's chi-square test of counts.
+
+    Cells that are expected under 5 are pooled. totals: how many sums of counts are given.
+    """
     assert counts[expected == 0].sum() == 0
     large = expected >= 5
     counts = torch.cat((counts[large], counts[~large].sum()[None])).double()
     expected = torch.cat((expected[large], expected[~large].sum()[None])).double()
     statistic = ((counts - expected) ** 2 / expected)[expected > 0].sum()
-    freedom = (expected > 0).sum() - 1
-    assert freedom > 8
+    freedom = (expected > 0).sum() - totals
+    assert freedom >= 8
     return torch.special.gammaincc(freedom / 2, statistic / 2).item()
 
 
@@ -1622,7 +1609,7 @@ class Drawer:
 KINDS = ["sparse", "model", "object"]
 
 
-def draft_of(kind, model, threshold=0.35, noise=0.2):
+def draft_of(kind, model, threshold=0.35, noise=0.1):
     """Return (draft, draft_thresholds) for generate_speculative; sparse: make the model sparse."""
     if kind == "sparse":
         sparsify.sparsify(model, dict.fromkeys(names_of(model), 0.0))
@@ -1637,7 +1624,7 @@ def draft_of(kind, model, threshold=0.35, noise=0.2):
     return draft, None
 
 
-def case(kind, length=5, count=24, threshold=0.35, noise=0.2, **changes):
+def case(kind, length=5, count=24, threshold=0.35, noise=0.1, **changes):
     """Return (model, prompt, its greedy text, a function(n=3, **options) that speculates)."""
     model = tiny_model(**{"vocab_size": 13, **changes})
     prompt = tokens_of(model, length, seed=length).tolist()
@@ -1760,24 +1747,25 @@ def test_an_abandoned_or_interleaved_speculation_leaves_no_trace():
 SAMPLING = dict(temperature=0.9, top_k=4, top_p=0.97)
 
 
-def p_value_of_drafts(kind, length=1500):
+def p_value_of_drafts(kind, length=800):
     """Return how probable it is that a text sampled with drafts follows the model's distribution.
 
     The model sees one token at a time. So each token is drawn given the one before it, and one long
     text holds many draws from each of a few distributions.
     """
-    shape = dict(vocab_size=5, num_hidden_layers=1, sliding_window=1, max_position_embeddings=2000)
+    shape = dict(vocab_size=5, num_hidden_layers=1, sliding_window=1, max_position_embeddings=1000)
     model = tiny_model(torch.float32, seed=3, **shape)
     p = Sampling(**SAMPLING).probabilities(model(torch.arange(5)[:, None])[:, 0])          # (5, 5)
     draft, thresholds = draft_of(kind, model, threshold=0.8, noise=0.6)
-    run = generate.generate_speculative(model, [0], length, draft, thresholds, 3, seed=0,
+    run = generate.generate_speculative(model, [0], length, draft, thresholds, 3, seed=1,
                                         **SAMPLING)
     text = torch.tensor(list(run))
     did = run.statistics
     assert 0.1 < sum(did.accepted) / sum(did.reached) < 0.95               # p and q differ, and meet
-    assert did.reached[2] > 50
+    assert did.reached[2] > 30
     counts = torch.zeros(5, 5).index_put_((text[:-1], text[1:]), torch.ones(()), accumulate=True)
-    return p_value(counts.flatten(), (counts.sum(1, keepdim=True) * p).flatten())
+    expected = counts.sum(1, keepdim=True) * p
+    return p_value(counts.flatten(), expected.flatten(), totals=5)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "drawn"])
@@ -1815,16 +1803,6 @@ def test_sampled_speculation_repeats_with_a_seed(kind):
     assert texts[0] == texts[2] != texts[1]
     if kind == "object":                 # one draw a token, as without it: the text is even plain's
         assert texts[1] == greedy(model, prompt, 24, temperature=1.0, seed=1)
-
-
-def test_statistics_of_a_speculation():
-    did = Statistics()
-    did.record(3, 1)                     # the third guess was not judged
-    did.record(2, 2)
-    did.record(0, 0)
-    assert did.passes == 3
-    assert did.reached == [2, 2]
-    assert did.acceptance == [1.0, 0.5]
 
 
 def test_speculation_refuses_what_does_not_fit():
@@ -1873,7 +1851,7 @@ def test_the_demo_model_is_small_and_knows_python():
     model, tokenizer = llama.load_model(DEMO, DEVICE)
     assert 6e6 < sum(parameter.numel() for parameter in model.parameters()) < 7.5e6
     calibration = calibrate.load_calibration(model, DEMO)
-    assert calibration.allocations == ["greedy", "uniform"]
+    assert {"greedy", "uniform"} <= set(calibration.allocations)
     tokens, source = llama.read_tokens(tokenizer, None, "held-out")
     assert source.startswith("held-out part of the standard library of Python")
     dense = perplexity(model, tokens[:4000])

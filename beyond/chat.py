@@ -20,7 +20,6 @@ what it writes. The template's tokens need the package transformers.
 
     python -m beyond.chat --model FOLDER [--system TEXT] [options of generate.py]
 """
-import os
 import sys
 from pathlib import Path
 
@@ -71,13 +70,6 @@ def chat_template(folder):
 
 def hub_tokenizer(folder):
     """Return what transformers.AutoTokenizer reads in a folder; InputError says what is missing."""
-    try:
-        from transformers import logging
-    except ImportError:
-        raise InputError("a chat needs the package transformers: pip install "
-                         "transformers") from None
-    logging.set_verbosity_error()        # it warns of every kind of file that it tries in vain
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")        # else a file is what its path once held
     model = folder / "tokenizer.model"
     if not (folder / "tokenizer.json").exists() and model.exists():
         if model.read_bytes()[:1] == b"\n":                # SentencePiece, stored by protobuf

@@ -13,7 +13,6 @@ from sparsify import sparse_mode, sparsify
 
 CPU = torch.device("cpu")
 KINDS = ["sparse", "recycle", "model"]
-torch.set_num_threads(1)                 # to share such small tensors out takes longer than to work
 
 
 def tiny_verifier(dtype=torch.float64, seed=0, **changes):

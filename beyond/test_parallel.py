@@ -292,7 +292,7 @@ from beyond import chat, parallel
 from generate import generate
 from model import load_tokenizer
 
-parallel.PATIENCE = datetime.timedelta(seconds=2)
+parallel.PATIENCE = datetime.timedelta(seconds=3)
 
 def main():
     with parallel.group("cpu"):
@@ -312,7 +312,7 @@ parallel.command_line(main)
     with open(tmp_path / "in", "w") as person:
         person.write("one\n")
         person.flush()
-        time.sleep(4)
+        time.sleep(5)
         person.write("two\n")
     statuses, written, errors = launcher.finish()
     assert statuses == [0, 0], errors
@@ -365,7 +365,8 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="num_attention_heads is 8, which 3 processes cannot"):
         parallel.from_pretrained(DEMO)
-    quantize.quantize_folder(DEMO, tmp_path / "quantized", 8)
+    tiny_model().save_pretrained(tmp_path / "model")
+    quantize.quantize_folder(tmp_path / "model", tmp_path / "quantized", 8)
     with pytest.raises(InputError, match="quantized folders are not split"):
         parallel.from_pretrained(tmp_path / "quantized")
 

@@ -20,7 +20,6 @@ from model import (DEMO, Config, InputError, Llama, linear_names, load_model, lo
 from sparsify import perplexity, quality, realised_sparsity, reset_counts, sparse_mode, sparsify
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)                 # to share such small tensors out takes longer than to work
 ADDED = ["priced", "balanced", "fisher-channel", "fisher", "uniform", "wina"]
 
 

@@ -34,7 +34,6 @@ INTERPRETED = DEVICE.type == "cpu"
 NO_COMPILER = pytest.mark.skipif(kernel.c_function(torch.float32) is None, reason="no C compiler")
 NO_TRITON = pytest.mark.skipif(kernel.triton is None, reason="no Triton")
 BACKENDS = ["torch", pytest.param("c", marks=NO_COMPILER), pytest.param("triton", marks=NO_TRITON)]
-torch.set_num_threads(1)                 # to share such small tensors out takes longer than to work
 
 
 def tiny_model(dtype=torch.float32, **changes):
