@@ -37,8 +37,8 @@ import sparsify
 from calibrate import BINS, LINEARS, SINKS, Calibration, Table
 from demo import corpus
 from generate import ModelDraft, Sampling, StaticCache, StreamDecoder
-from model import (Config, InputError, Llama, block_linears, linear_names, load_tokenizer, read_header,
-                   read_safetensors, windows_of, write_safetensors)
+from model import (Config, InputError, Llama, block_linears, linear_names, load_tokenizer,
+                   read_header, read_safetensors, windows_of, write_safetensors)
 from sparsify import SparseLinear, perplexity, realised_sparsity, reset_counts, sparse_mode
 
 HERE = Path(__file__).parent
@@ -203,7 +203,7 @@ def write_raw(path, header, data=b"", length=None):
 
 def test_safetensors_unaligned_data(tmp_path):
     raw = json.dumps({"x": X}).encode()
-    raw += b" " * ((3 - len(raw)) % 8)                     # data begins 3 bytes past a multiple of 8
+    raw += b" " * ((3 - len(raw)) % 8)                     # data begin 3 bytes past a multiple of 8
     write_raw(tmp_path / "x", raw, struct.pack("<ff", 1.5, -2.0))
     assert read_safetensors(tmp_path / "x")["x"].tolist() == [1.5, -2.0]
 
@@ -638,8 +638,11 @@ def test_tokenizers_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\ndamaged")
     with refused(match="tokenizer.model: not a SentencePiece model"):
         load_tokenizer(tmp_path)
-    monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\n")                # of Llama-3's kind
+    with refused(match="not SentencePiece, and neither tokenizer.json nor tokenizer_config.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with refused(match="needs the package transformers: pip install"):
         load_tokenizer(tmp_path)
 
@@ -705,7 +708,7 @@ def test_a_channel_at_the_threshold_is_dropped_and_a_dropped_row_is_not_read(gem
     weight_t[2] = 3.0
     weight_t[4] = 0.25
     assert torch.equal(gemv(x, weight_t, 0.5), torch.full((1, 33), 2.5))
-    x = torch.cat((x, torch.tensor([[0.1, 0.5, -0.2, -0.5, 4.0]])))        # another keeps one of two
+    x = torch.cat((x, torch.tensor([[0.1, 0.5, -0.2, -0.5, 4.0]])))        # another keeps one
     assert torch.equal(gemv(x, weight_t, 0.5)[:, 0], torch.tensor([2.5, 1.0]))
 
 
@@ -1642,12 +1645,12 @@ def test_speculative_greedy_is_plain_greedy(kind):
     shares = []
     for length in (1, 9, 30):            # the context ends before the text that follows the last
         _, _, plain, speculate = case(kind, length, max_position_embeddings=48)
-        for n in (1, 2, 3, 5, 8, 12, None):
+        for n in (1, 3, 7, 12, None):
             run = speculate(n)
             assert list(run) == plain
             assert run.against == "the dense model"
             did = run.statistics
-            assert did.passes <= did.tokens == len(plain) - 1              # the first is the prompt's
+            assert did.passes <= did.tokens == len(plain) - 1              # one is the prompt's
             shares += did.acceptance
     if kind == "wrong":
         assert max(shares) == 0
@@ -1761,7 +1764,7 @@ def p_value_of_drafts(kind, length=800):
                                         **SAMPLING)
     text = torch.tensor(list(run))
     did = run.statistics
-    assert 0.1 < sum(did.accepted) / sum(did.reached) < 0.95               # p and q differ, and meet
+    assert 0.1 < sum(did.accepted) / sum(did.reached) < 0.95     # p and q differ, and meet
     assert did.reached[2] > 30
     counts = torch.zeros(5, 5).index_put_((text[:-1], text[1:]), torch.ones(()), accumulate=True)
     expected = counts.sum(1, keepdim=True) * p
@@ -1985,7 +1988,7 @@ RANDOM = "random:llama-3.2-1b"
     (["sparsify.py", "--context", "4000"], "does not fit the model's context of 512"),
     (["calibrate.py", "--model", RANDOM], "random weights"),
     (["calibrate.py", "--text", DEMO / "model.safetensors"], "not UTF-8 text"),
-    (["calibrate.py", "--import-teal", "x", "--greedy"], "--greedy mean nothing with --import-teal"),
+    (["calibrate.py", "--import-teal", "x", "--greedy"], "--greedy mean nothing with --import"),
     (["calibrate.py", "--import-teal", "nowhere"], "cannot be read: No such file"),
     (["calibrate.py", "--out", "nowhere/x"], "nowhere/x: cannot be written: nowhere is no folder"),
     (["generate.py", "--model", "nowhere"], "nowhere: no such folder"),
@@ -2011,7 +2014,7 @@ RANDOM = "random:llama-3.2-1b"
     (["generate.py", "--top-k", "0"], "top_k is 0"),
     (["generate.py", "--temperature", "-1"], "temperature is -1.0"),
     (["generate.py", "--draft", "nowhere"], "nowhere: no such folder"),
-    (["generate.py", "--draft", "sparse", "--draft-sparsity", "1"], "--draft-sparsity: 1, expected"),
+    (["generate.py", "--draft", "sparse", "--draft-sparsity", "1"], "--draft-sparsity: 1, exp"),
     (["generate.py", "--draft", "demo", "--draft-sparsity", "0.5"], "is for --draft sparse"),
     (["generate.py", "--draft", "sparse", "--draft-tokens", "0"], "0 is not a whole number above"),
     (["generate.py", "--draft-tokens", "3"], "--compare and --draft-tokens are for --draft"),
