@@ -244,9 +244,9 @@ def generate(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=None, top
     """Return an iterator of the token ids that follow `prompt_ids`, each computed when asked for.
 
     It ends after max_new_tokens, where the model's context is full, or before a token of eos_ids.
-    temperature, top_k, top_p and more: of `Sampling`. seed: an int makes sampling repeatable.
-    make_step(model, cache, tokens) returns a step. Raises InputError, at once, for what cannot be
-    used.
+    temperature, top_k, top_p, and other fields of `Sampling` in `more`. seed: an int makes sampling
+    repeatable. make_step(model, cache, tokens) returns a step. Raises InputError, at once, for what
+    cannot be used.
     """
     sampling = Sampling(temperature, top_k, top_p, **more)
     sampling.check()

@@ -9,7 +9,7 @@ residual stream:
                                                                                                 ▼
     attention:  q, k, v = q_proj(x), k_proj(x), v_proj(x)      rotate q and k (RoPE)         logits
                 o_proj( softmax(q kᵀ / √head_dim) v )          each position looks back
-    MLP:        down_proj( silu(gate_proj(x)) * up_proj(x) )   SwiGLU
+    MLP:        down_proj( act(gate_proj(x)) * up_proj(x) )    SwiGLU, where act is SiLU
 
 A block has seven matrices, and they hold nearly all the weights. When one token is decoded at a
 time, each of them is read from memory to be used once. That cost is what sparsity attacks.
@@ -197,7 +197,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x))."""
+    """SwiGLU, if the activation is SiLU: down_proj(act(gate_proj(x)) * up_proj(x))."""
 
     def __init__(self, config):
         super().__init__()
@@ -208,7 +208,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(middle, hidden, bias=config.mlp_bias)
 
     def gated(self, x):
-        """Return silu(gate) * up (B, T, middle), two projections of x (B, T, hidden)."""
+        """Return act(gate) * up (B, T, middle), two projections of x (B, T, hidden)."""
         return self.activation(self.gate_proj(x)) * self.up_proj(x)
 
     def forward(self, x):

@@ -157,14 +157,14 @@ def sparsify(model, thresholds, make=SparseLinear):
         linear.threshold = threshold
         linear.kept, linear.seen = counts
     if not hasattr(model, "sparse_state"):
-        model.register_forward_pre_hook(note_tokens)
+        model.register_forward_pre_hook(note_tokens, with_kwargs=True)
     model.sparse_state = state
     return model
 
 
-def note_tokens(model, inputs):
+def note_tokens(model, inputs, named):
     """Tell the sparse linears how many tokens the call has, before it begins."""
-    model.sparse_state.tokens = inputs[0].shape[1]
+    model.sparse_state.tokens = (inputs[0] if inputs else named["tokens"]).shape[1]
 
 
 def check_thresholds(model, thresholds, kinds):
@@ -280,6 +280,8 @@ def quality(model, windows, settings):
     dense model's distributions, in nats a token; agreement, how often the likeliest token is the
     same; realised sparsity.
     """
+    require(all(each.keys() == settings[0].keys() for each in settings),
+            "settings of different linears: one not named would keep the threshold it had")
     sums = torch.zeros(len(settings) + 1, 4, dtype=torch.float64)
     parts = windows.to(model.device).split(4)
     for part in progress(parts, f"{len(settings)} settings"):
@@ -298,7 +300,7 @@ def quality(model, windows, settings):
                 F.kl_div(log_p, dense, reduction="sum", log_target=True).item(),
                 (log_p.argmax(-1) == dense.argmax(-1)).sum().item(),
                 realised_sparsity(model) * len(targets),
-            ])
+            ], dtype=torch.float64)
     means = sums / windows[:, 1:].numel()
     means[:, 0] = means[:, 0].exp()
     return means
