@@ -102,7 +102,7 @@ class Table(NamedTuple):
         They are linear between levels. After the last one what is kept shrinks evenly, until at 1
         nothing is: a table without levels is the uniform allocation.
         """
-        zeros = torch.zeros_like(self.shares[:1] if len(self.shares) else self.shares.sum(0)[None])
+        zeros = torch.zeros(1, *self.shares.shape[1:])
         levels = torch.cat((torch.zeros(1), self.levels, torch.ones(1))).double()
         shares = torch.cat((zeros, self.shares, zeros + 1)).double()
         after = int(torch.searchsorted(levels, sparsity, right=True))
@@ -513,7 +513,8 @@ def load_calibration(model, name, path=None):
         tokens = torch.randint(model.config.vocab_size, (129,), generator=generator)
         return calibrate(model, tokens, 128, "random tokens")
     path = Path(path or Path(name) / "calibration.safetensors")
-    hint = f"make one with: python calibrate.py --model {name}"
+    command = "-m beyond.allocate" if model.config.quantization_config else "calibrate.py"
+    hint = f"make one with: python {command} --model {name}"
     require(path.exists(), f"{path}: no calibration; {hint}")
     calibration = Calibration.load(path)
     try:
@@ -555,11 +556,12 @@ def main():
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
     tokens = tokens[:arguments.tokens]
     calibration = calibrate(model, tokens, source=source)
-    partial_path = path.with_suffix(".greedy")
+    partial_path = path.with_name(f"{path.name}.greedy")
     if arguments.greedy:
         add_greedy(calibration, model, tokens, partial_path)
     calibration.save(path)
-    partial_path.unlink(missing_ok=True)                   # not before the whole is safe
+    if arguments.greedy:
+        partial_path.unlink(missing_ok=True)               # not before the whole is safe
     print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
     print("median of |x| where linears read, by block:")
     print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))

@@ -171,13 +171,15 @@ class GraphStep:
         self.cache = cache
         self.graphs = {}
         self.pool = torch.cuda.graph_pool_handle()         # memory that the graphs share
-        for self.steps in (1, 0):                          # one that does not count, one that does
-            if cache.used + tokens <= cache.length:
-                self.graph(torch.zeros(1, tokens, dtype=torch.int64, device=model.device))
+        self.steps = 0
+        if cache.used + tokens <= cache.length:
+            example = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+            self.graph(example, sample=True)
+            self.graph(example, sample=False)
 
     @torch.no_grad()
     def __call__(self, tokens):
-        graph, place, static, logits = self.graph(tokens)
+        graph, place, static, logits = self.graph(tokens, sample=self.steps % 16 == 0)
         place.copy_(tokens)
         static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
         with torch.cuda.device_of(tokens):
@@ -186,11 +188,14 @@ class GraphStep:
         self.steps += 1
         return logits
 
-    def graph(self, tokens):
-        """Return (graph, its tokens, its cache, its logits) for so many tokens, in this mode."""
+    def graph(self, tokens, sample):
+        """Return (graph, its tokens, its cache, its logits) for so many tokens, in this mode.
+
+        sample: whether what is kept is counted, if the model counts at all.
+        """
         state = getattr(self.model, "sparse_state", None)
         counting = state is not None and state.counting
-        sample = counting and self.steps % 16 == 0
+        sample = counting and sample
         key = tokens.shape[1], sample, state and state.mode, id(state)
         if key not in self.graphs:
             if counting:
@@ -643,6 +648,8 @@ def settle(arguments):
         arguments.sparsity = 0.0 if arguments.draft else 0.5
     if arguments.compare and arguments.seed is None:
         arguments.seed = 0
+    require(arguments.seed is None or 0 <= arguments.seed < 2**63,
+            f"seed is {arguments.seed}, expected 0 to 2^63 - 1")
     sampling_of(arguments).check()
     return arguments
 
@@ -709,9 +716,12 @@ class Writer:
             return generate(self.model, prompt, arguments.max_new_tokens, make_step=self.make_step,
                             **settings)
         sparse = bool(arguments.sparsity or arguments.head_sparsity)
-        thresholds = self.thresholds(arguments.draft_sparsity) if self.draft == "sparse" else None
-        return self.speculate(self.model, prompt, arguments.max_new_tokens, self.draft,
-                              {name: t for name, t in (thresholds or {}).items() if t is not None},
+        thresholds = {}
+        if self.draft == "sparse":
+            for name, threshold in self.thresholds(arguments.draft_sparsity).items():
+                if threshold is not None or name != "lm_head":
+                    thresholds[name] = 0.0 if threshold is None else threshold
+        return self.speculate(self.model, prompt, arguments.max_new_tokens, self.draft, thresholds,
                               arguments.draft_tokens, sparse_verifier=sparse,
                               make_step=self.make_step, **settings)
 

@@ -264,7 +264,7 @@ static int list_kept(const type *x, const float *threshold, long step, long toke
 }
 
 /* sums[t][k][j] += input[t][r] * lane k of row[r][j], for a batch of rows. TOKENS is a constant
-   where this is inlined; the weight at `words` is the last one, where it does not fill a word. */
+   where this is inlined. tail: whether one weight is left over after the last whole word. */
 static inline __attribute__((always_inline)) void add_batch(
         const int TOKENS, const type *const *rows, const float *restrict input,
         float *restrict sums, long words, int tail, long lane, long stride) {
@@ -447,6 +447,7 @@ def c_call(x, weight_t, threshold, y):
 
 
 def c_gemv(x, weight_t, threshold):
+    """Compute sparse_gemv in C."""
     if not fits_c(x):
         raise ValueError(f'backend "c" needs a C compiler and float32, float16 or bfloat16 on the '
                          f'CPU, not {x.dtype} on {x.device.type}')
@@ -524,6 +525,7 @@ def tile(rows):
 
 
 def triton_gemv(x, weight_t, threshold):
+    """Compute sparse_gemv with the two Triton kernels."""
     if triton is None or x.dtype == torch.float64:
         raise ValueError(f'backend "triton" needs Triton and float32, float16 or bfloat16, '
                          f'not {x.dtype}')
@@ -553,7 +555,7 @@ def triton_gemv(x, weight_t, threshold):
 
 # A backend is a function(x (B, in), weight_t (in, out), threshold () or (in,)) -> y (B, out).
 BACKENDS = {"triton": triton_gemv, "c": c_gemv, "torch": torch_gemv}
-C_CALLS = {"c": c_call}              # of the backends that are one call of a C function: which
+C_CALLS = {"c": c_call}              # for those that are one C call: the function, its arguments
 
 
 # --------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Pages of 4 KB cost a page walk every other microsecond when gigabytes of weights stream by. torch
-# asks Linux for pages of 2 MB if it finds this set when it first allocates: 15 % faster.
+# With pages of 4 KB a processor that streams weights spends time looking up addresses. torch asks
+# Linux for pages of 2 MB if this is set before it first allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))     # as seen from where a command runs
@@ -107,7 +107,7 @@ def rotate(x, cos, sin):
 
 
 def visible(past, T, window, device):
-    """Return where T tokens after `past` others stand, (T,), and what they see, (T, past + T) bool.
+    """Return the positions (T,) of T tokens after `past` others, and what they see, (T, past + T).
 
     A token sees those before it and itself; with a sliding window only the last `window` of these.
     The mask is None where it would hide nothing that plain causal attention shows.
@@ -131,7 +131,7 @@ def attend(q, k, v, mask):
     # The H / G heads that share keys stand as more queries of one head, so that no key is copied.
     mask = None if mask is None else mask.repeat(H // G, 1)                           # (H/G * T, S)
     y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask)
-    return y.reshape(B, H, T, D)                                                    
+    return y.reshape(B, H, T, D)
 
 
 class KVCache:
@@ -390,7 +390,7 @@ def check_tokens(tokens, config):
 # --------------------------------------------------------------------------------------------------
 # The folder: config.json, the numbers that make the model
 
-# Keys with which other models of these names compute something else, and what is supported.
+# Keys that change the function of a Llama, with the only value that is supported here.
 CHANGES_THE_FUNCTION = {
     "num_local_experts": 1, "num_experts": 1, "use_qk_norm": False, "qk_norm": False,
     "final_logit_softcapping": None, "attn_logit_softcapping": None, "logit_scale": 1,
@@ -448,10 +448,11 @@ class Config:
 
         if raw.get("model_type") not in ("llama", "mistral"):
             refuse("model_type", '"llama" or "mistral"')
-        architectures = set(raw.get("architectures") or ["LlamaForCausalLM"])
-        if not {"LlamaForCausalLM", "MistralForCausalLM"} & architectures:
+        architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+        if not isinstance(architectures, list) or not any(
+                known in architectures for known in ("LlamaForCausalLM", "MistralForCausalLM")):
             refuse("architectures", "LlamaForCausalLM or MistralForCausalLM")
-        if raw.get("hidden_act", "silu") not in ACTIVATIONS:
+        if raw.get("hidden_act", "silu") not in list(ACTIVATIONS):
             refuse("hidden_act", " or ".join(f'"{name}"' for name in ACTIVATIONS))
         for key, neutral in CHANGES_THE_FUNCTION.items():
             if raw.get(key) not in (None, False, neutral):
@@ -461,7 +462,7 @@ class Config:
                 refuse(key, "true or false")
         quantized = raw.get("quantization_config")
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        if quantized and method not in QUANTIZED:
+        if quantized and method not in list(QUANTIZED):
             refuse("quantization_config", "floating point; with `python -m beyond` also what "
                                           "beyond/quantize.py writes")
         mistral = raw["model_type"] == "mistral"     # some keys mean something for one kind alone
@@ -504,7 +505,7 @@ class Config:
         if not isinstance(rope, dict):
             refuse(key, "an object")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ROPE_NUMBERS:
+        if rope_type not in list(ROPE_NUMBERS):
             refuse(key, f"one of the rope types {', '.join(ROPE_NUMBERS)}")
         numbers = ROPE_NUMBERS[rope_type]
         known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *numbers}
@@ -568,7 +569,7 @@ PRESETS = {      # without rope scaling, which costs no time
 
 
 def preset_config(name):
-    """Return the Config of a preset; InputError for a name that is none."""
+    """Return the Config of a preset; raise InputError for an unknown name."""
     require(name in PRESETS, f"preset {name!r} is not known; known are {', '.join(PRESETS)}")
     return replace(PRESETS[name])
 
@@ -1033,6 +1034,7 @@ def load_model(name, device="cpu", dtype=None, maker=Llama):
 def check_output(path, option):
     """Raise InputError, before anything is computed, if no file can be written at `path`."""
     folder = Path(path).parent
+    require(str(path) and not Path(path).is_dir(), f"{path}: is no file to write; see {option}")
     require(folder.is_dir(), f"{path}: cannot be written: {folder} is no folder; see {option}")
     require(os.access(folder, os.W_OK), f"{path}: cannot be written: {folder} is read-only; see "
                                         f"{option}")

@@ -119,10 +119,11 @@ def sparsify(model, thresholds, make=SparseLinear):
     """Make the named linears of a Llama sparse, in place, and return the model.
 
     thresholds: {name of a linear, as "model.layers.0.mlp.down_proj": number, tensor () or (in,), or
-    None}. None: dense, but stored transposed, for our kernel is the fastest dense way on a CPU. A
-    linear not named stays as it is: dense, or with the threshold it had. make: what makes a sparse
-    linear of (weight_t, bias). Weights are transposed one by one, so that no second copy of the
-    model is needed. Raises InputError, and changes nothing, for a name or shape that does not fit.
+    None}. None keeps a linear dense but stores it transposed: on a CPU our kernel is the fastest
+    dense product, too. A linear not named stays as it is: dense, or with the threshold it had.
+    make: what makes a sparse linear of (weight_t, bias). Weights are transposed one by one, so that
+    no second copy of the model is needed. Raises InputError, and changes nothing, for a name or a
+    shape that does not fit.
     """
     check_thresholds(model, thresholds, (nn.Linear, SparseLinear))
     for name in thresholds:

@@ -510,14 +510,15 @@ def main():
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
     tokens = tokens[:arguments.tokens]
     calibration = calibrate(model, tokens, source=source)
-    partial_path = path.with_suffix(".greedy")
+    partial_path = path.with_name(f"{path.name}.greedy")
     if arguments.greedy:
         add_greedy(calibration, model, tokens, partial_path)
     add_allocations(calibration, model, tokens, fisher=not arguments.no_fisher)
     if not arguments.no_fisher:
         add_priced(calibration, model, tokens)
     calibration.save(path)
-    partial_path.unlink(missing_ok=True)                   # not before the whole is safe
+    if arguments.greedy:
+        partial_path.unlink(missing_ok=True)               # not before the whole is safe
     print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
     print("median of |x| where linears read, by block:")
     print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))

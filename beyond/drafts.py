@@ -170,7 +170,7 @@ def walk(logits, tree, tokens, q, sampling, generator):
     while node is not None:
         path.append(node)
         children = tree.children[node]
-        if q is not None and children:
+        if q is not None and sampling.temperature and children:
             guess = children[0]
             p = sampling.probabilities(logits[node])
             token = from_guess(p, q[guess - 1], tokens[guess], generator)

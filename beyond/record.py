@@ -282,9 +282,21 @@ class Unrecordable(Exception):
     """The forward does what cannot be recorded; the message names it."""
 
 
-# What makes Python look at values, or a shape depend on them.
-LOOKS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal",
-         "allclose", "nonzero", "masked_select", "unique"}
+# Operations whose result Python sees, or whose output's shape depends on values.
+LOOKS = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__",
+         "__contains__", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select",
+         "unique", "unique_consecutive", "bincount", "repeat_interleave", "arange", "linspace"}
+
+
+def written_in_place(name, args, kwargs):
+    """Return the tensor that an operation of PyTorch writes to, None if it makes a new one."""
+    if "out" in kwargs:
+        return kwargs["out"]
+    if name == "__setitem__" or name.endswith("_") and not name.endswith("__"):
+        return args[0]
+    if name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"):
+        return args[0]
+    return None
 
 
 class Tape(TorchFunctionMode):
@@ -296,27 +308,39 @@ class Tape(TorchFunctionMode):
         self.notes = []              # (address of a C function, arguments), or a Python function
         self.alive = []              # every tensor of which an address is noted
         self.changing = {storage_of(tensor) for tensor in inputs}
+        self.born = set()            # memory that the forward itself has asked for
         self.linears = {linear.threshold.data_ptr(): linear for linear in model.modules()
                         if getattr(linear, "state", None) is not None}
         self.counting = any(linear.state.counting for linear in self.linears.values())
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         tensors = [x for x in flat((args, kwargs)) if isinstance(x, torch.Tensor)]
-        changing = any(storage_of(tensor) in self.changing for tensor in tensors)
-        if changing and name in LOOKS:
+        changing = [x for x in tensors if storage_of(x) in self.changing]
+        if changing and (name in LOOKS or name == "where" and len(args) == 1):
             raise Unrecordable(f"it looks at values in `{name}`")
+        masks = [x for x in changing if x.dtype == torch.bool and x is not args[0]]
+        if name == "__getitem__" and masks:
+            raise Unrecordable("it picks by a mask, as many values as there happen to be")
+        target = written_in_place(name, args, kwargs)
+        own = target is not None and storage_of(target) in self.born
+        if own and storage_of(target) not in self.changing:
+            before = target.clone()      # a replay begins with what it held, not with what is left
+            self.notes.append(lambda: target.copy_(before))
+        result = function(*args, **kwargs)
         results = [x for x in flat(result) if isinstance(x, torch.Tensor)]
-        in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
-        in_place = in_place or "out" in kwargs or name.startswith("__i") and name != "__invert__"
-        if in_place:
-            self.note(lambda: function(*args, **kwargs), name, tensors[0], args, kwargs)
-            self.changing.add(storage_of(tensors[0]))
-        elif changing and results:
+        if target is not None:
+            self.note(lambda: function(*args, **kwargs), name, target, args, kwargs)
+            self.changing.add(storage_of(target))
+        elif results:
             inputs = {storage_of(tensor) for tensor in tensors}
-            if not all(storage_of(each) in inputs for each in results):        # else a view
+            views = all(storage_of(each) in inputs for each in results)
+            if views and any(x is not tensors[0] for x in changing):
+                raise Unrecordable(f"which part it looks at depends on values, in `{name}`")
+            if not views:
+                self.born |= {storage_of(each) for each in results}
+            if changing and not views:
                 def again():
                     for old, new in zip(results, flat(function(*args, **kwargs))):
                         old.copy_(new)
@@ -329,7 +353,11 @@ class Tape(TorchFunctionMode):
         """Note an operation that sets y: in C if there is a function for it, else as `again`."""
         write = getattr(self, f"note_{name}", None)
         with torch._C.DisableTorchFunction():
-            if write is None or y is None or not write(y, *args, **kwargs):
+            try:
+                noted = write is not None and y is not None and write(y, *args, **kwargs)
+            except TypeError:            # arguments that this function of ours does not know
+                noted = False
+            if not noted:
                 self.notes.append(again)
 
     def call(self, function, *arguments):
@@ -499,7 +527,7 @@ def flat(value):
 
 @contextlib.contextmanager
 def products_to(tape):
-    """Inside a `with`, let a tape do and note the products of the backends that are C."""
+    """Route the products of the C backends through a tape, inside a `with`."""
     before = dict(kernel.BACKENDS)
     for name, c_call in kernel.C_CALLS.items():
         kernel.BACKENDS[name] = functools.partial(tape.product, c_call)
@@ -512,10 +540,10 @@ def products_to(tape):
 class RecordedStep:
     """A step on a CPU, recorded for each number of tokens, dense and sparse, and replayed.
 
-    Thresholds and weights are read where they lie, so that changed ones count. A step of more
+    Thresholds and weights are read where they lie: what is changed in place counts. A step of more
     tokens than the kernels take, or one that cannot be recorded, is the model's own.
     """
-    said = set()                     # what was said once is not said again
+    said = set()                     # reasons already printed
 
     def __init__(self, model, cache, tokens=1):
         self.model = model
@@ -539,7 +567,7 @@ class RecordedStep:
         return None
 
     def say(self):
-        """Say once why the model runs itself, where that is no matter of course."""
+        """Say once why the model runs itself, unless that is expected."""
         if self.reason and self.reason not in self.said:
             self.said.add(self.reason)
             print(f"record.py steps aside, the model runs itself: {self.reason}", file=sys.stderr)
@@ -558,6 +586,10 @@ class RecordedStep:
         except IndexError:
             check_tokens(tokens, self.model.config)
             raise
+        except RuntimeError as error:    # a shape that depends on what is computed
+            self.reason = str(error).splitlines()[0]
+            self.say()
+            return self.model(tokens, self.cache)
         self.cache.advance(T)
         return tape.logits
 
@@ -575,8 +607,8 @@ class RecordedStep:
         if key not in self.tapes:
             try:
                 self.tapes[key] = self.record(tokens, state)
-            except Unrecordable as error:
-                self.reason = str(error)
+            except Exception as error:   # an operation of the model that a tape cannot take
+                self.reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self.say()
                 return None
         return self.tapes[key]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,49 @@ class TestRecord:
             assert torch.equal(ours, model(token, cache))
         said = capsys.readouterr().err
         assert said.count("record.py steps aside") == 1 and "looks at values" in said
+
+    @pytest.mark.parametrize("name", ["accumulates", "out", "out with alpha", "numpy", "contains",
+                                      "a part by value", "used", "a mask", "in place"])
+    def test_whatever_a_forward_does_is_followed_or_run_by_itself(self, name, monkeypatch):
+        def accumulates(x, y, context):
+            total = torch.zeros(x.shape)
+            total += x
+            total += y
+            return total
+
+        def out(x, y, context):
+            result = torch.empty_like(x)
+            torch.maximum(x, y, out=result)
+            return result
+
+        change = {
+            "accumulates": accumulates,
+            "out": out,
+            "out with alpha": lambda x, y, context: torch.add(
+                x, y, alpha=0.5, out=torch.empty_like(x)),
+            "numpy": lambda x, y, context: x + torch.from_numpy(np.tanh(np.asarray(y))),
+            "contains": lambda x, y, context: x + y if 1e9 in x else x - y,
+            "a part by value": lambda x, y, context: x + y * torch.arange(1.0, 9.0)[x.argmax() % 8],
+            "used": lambda x, y, context: x + y if context.cache.used > 7 else x - y,
+            "a mask": lambda x, y, context: x + y + y[y > 0].sum(),
+            "in place": lambda x, y, context: x.mul(0.5).add_(y, alpha=2).clamp_(-3, 3),
+        }[name]
+
+        def forward(self, x, context):
+            x = x + self.self_attn(self.input_layernorm(x), context)
+            return change(x, self.mlp(self.post_attention_layernorm(x)), context)
+
+        model = tiny_model()
+        monkeypatch.setattr(type(model.model.layers[0]), "forward", forward)
+        logits = []
+        with torch.no_grad():
+            for make_step in (generate.plain_step, record.make_step):
+                cache = model.make_cache(1, 20)
+                model(torch.arange(4)[None], cache)
+                step = make_step(model, cache)
+                tokens = (3, 17, 5, 9, 30, 2, 8)
+                logits.append(torch.cat([step(torch.tensor([[i]])).clone() for i in tokens]))
+        assert (logits[0] - logits[1]).norm() <= 1e-5 * logits[0].norm()
 
     def test_a_model_that_others_look_on_runs_itself(self):
         seen = []
