@@ -110,6 +110,11 @@ class Table(NamedTuple):
         return shares[after - 1] + fraction * (shares[after] - shares[after - 1])
 
 
+def even_table(layers, weights=""):
+    """Return the Table that gives every linear the same share."""
+    return Table(torch.zeros(0), torch.zeros(0, layers, len(LINEARS)), weights)
+
+
 @dataclass
 class Calibration:
     """What is known of a model's activations, from which thresholds for any sparsity are read.
@@ -317,10 +322,9 @@ def calibrate(model, tokens, context=None, source="unknown text"):
             counts = inputs[layer, SITE_OF[linear]]        # the first that reads there
             watched.append((block.get_submodule(linear), lambda x, y: x, counts))
     count(model, windows, watched, "calibrating")
-    uniform = Table(torch.zeros(0), torch.zeros(0, layers, len(LINEARS)))
     return Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}",
                        fingerprint_of(model.model.embed_tokens.weight.detach()),
-                       {"input": inputs, "head": head}, {"uniform": uniform})
+                       {"input": inputs, "head": head}, {"uniform": even_table(layers)})
 
 
 def check_dense(model):
@@ -446,7 +450,7 @@ def import_teal(folder, config, fingerprint):
     calibration = Calibration(
         shapes_of(config), f"the statistics TEAL's authors publish for {folder.name}", fingerprint,
         {"input": torch.stack(inputs).view(-1, len(SITES), BINS)},
-        {"uniform": Table(torch.zeros(0), torch.zeros(0, len(paths), len(LINEARS)))})
+        {"uniform": even_table(len(paths))})
     calibration.tables["greedy"] = table_of(paths, calibration.sizes()[1])
     return calibration
 
@@ -524,8 +528,9 @@ def load_calibration(model, name, path=None):
     return calibration
 
 
-def main():
-    parser = Parser(description="Calibrates a checkpoint: what its thresholds are read from.")
+def make_parser(description):
+    """Return the Parser of `python calibrate.py`, to which python -m beyond.allocate adds options."""
+    parser = Parser(description=description)
     parser.add_model()
     parser.add_argument("--text", metavar="FILE",
                         help="UTF-8 text to run (default: the standard library's held-in part)")
@@ -538,27 +543,38 @@ def main():
                              "repository (default: no)")
     parser.add_argument("--out", metavar="FILE", type=Path,
                         help="(default: calibration.safetensors in the checkpoint folder)")
-    arguments = parser.parse_args()
+    return parser
+
+
+def output_of(arguments):
+    """Return where the calibration lies that the command line asks for."""
     name = arguments.model
     require(not name.startswith("random:"), f"{name} has random weights: commands calibrate it on "
                                             f"random tokens as they start")
-    path = arguments.out or Path(name) / "calibration.safetensors"
-    check_output(path, "--out")
-    if arguments.import_teal:
-        require(not arguments.text and not arguments.greedy,
-                "--text and --greedy mean nothing with --import-teal")
-        config = Config.read(name)
-        calibration = import_teal(arguments.import_teal, config, fingerprint_of(embedding_of(name)))
-        calibration.save(path)
-        print(f"{path}: {calibration.source}; allocations: {', '.join(calibration.allocations)}")
-        return
-    model, tokenizer = load_model(name, arguments.device, arguments.dtype)
+    return arguments.out or Path(name) / "calibration.safetensors"
+
+
+def write_imported(arguments, path):
+    """Write the calibration that --import-teal asks for."""
+    name = arguments.model
+    fingerprint = fingerprint_of(embedding_of(name))
+    calibration = import_teal(arguments.import_teal, Config.read(name), fingerprint)
+    calibration.save(path)
+    print(f"{path}: {calibration.source}; allocations: {', '.join(calibration.allocations)}")
+
+
+def write_calibration(arguments, path, model, tokenizer, add=lambda calibration, tokens: None):
+    """Calibrate a model as the command line asks for, write the calibration, and print what it is.
+
+    add(calibration, tokens (N,)) adds to it before it is written.
+    """
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
     tokens = tokens[:arguments.tokens]
     calibration = calibrate(model, tokens, source=source)
     partial_path = path.with_name(f"{path.name}.greedy")
     if arguments.greedy:
         add_greedy(calibration, model, tokens, partial_path)
+    add(calibration, tokens)
     calibration.save(path)
     if arguments.greedy:
         partial_path.unlink(missing_ok=True)               # not before the whole is safe
@@ -567,6 +583,20 @@ def main():
     print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))
     for layer, values in enumerate(quantile(calibration.distributions["input"], 0.5)):
         print(f"{layer:6}" + "".join(f"{value:15.4f}" for value in values))
+
+
+def main():
+    parser = make_parser("Calibrates a checkpoint: what its thresholds are read from.")
+    arguments = parser.parse_args()
+    path = output_of(arguments)
+    check_output(path, "--out")
+    if arguments.import_teal:
+        require(not arguments.text and not arguments.greedy,
+                "--text and --greedy mean nothing with --import-teal")
+        write_imported(arguments, path)
+        return
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
+    write_calibration(arguments, path, model, tokenizer)
 
 
 def embedding_of(folder):

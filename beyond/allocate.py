@@ -44,11 +44,11 @@ import torch.nn.functional as F
 
 from beyond import quantize              # with it, load_model reads quantized folders too
 from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITE_OF, SITES,
-                       Table, add_greedy, calibrate, check_dense, count, embedding_of,
-                       fingerprint_of, import_teal, load_calibration, quantile)
+                       Table, check_dense, count, even_table, load_calibration, make_parser,
+                       output_of, quantile, write_calibration, write_imported)
 from kernel import kept
-from model import (Config, InputError, Parser, check_output, command_line, default_context,
-                   linear_names, load_model, natural, progress, read_tokens, require, windows_of)
+from model import (InputError, check_output, command_line, default_context, linear_names,
+                   load_model, progress, require, windows_of)
 
 # Where a table is filled in. The shares of a level have it as their mean, and so have those on the
 # line between two levels: every sparsity in between is met exactly.
@@ -167,8 +167,7 @@ def add_allocations(calibration, model, tokens, context=None, fisher=True):
         weights["fisher-channel"] = {name: relative(of.sqrt()) for name, of in information.items()}
     calibration.weights |= weights
     calibration.distributions |= count_weighted(model, windows, weights)
-    shares = torch.zeros(0, layers, len(LINEARS))          # a table without levels: uniform
-    calibration.tables = {"wina": Table(torch.zeros(0), shares, "wina")} | calibration.tables
+    calibration.tables = {"wina": even_table(layers, "wina")} | calibration.tables
     if fisher:
         means = torch.stack([of.mean() for of in information.values()]).view(layers, len(LINEARS))
         add_fisher(calibration, means)
@@ -462,38 +461,23 @@ def draw_allocations(calibration, path, sparsity=0.5):
 
 
 def main():
-    parser = Parser(description="Calibrates a checkpoint, with every allocation there is.")
-    parser.add_model()
+    parser = make_parser("Calibrates a checkpoint, with every allocation there is.")
     add_quantize(parser, "; needs --out")
-    parser.add_argument("--text", metavar="FILE",
-                        help="UTF-8 text to run (default: the standard library's held-in part)")
-    parser.add_argument("--tokens", type=natural, default=100_000,
-                        help="how many tokens of it at most (default: 100000)")
-    parser.add_argument("--greedy", action="store_true",
-                        help="with the greedy allocation, which takes minutes (default: no)")
     parser.add_argument("--no-fisher", action="store_true",
                         help="leave the backward passes out, and what needs them (default: no)")
-    parser.add_argument("--import-teal", metavar="DIR",
-                        help="instead: the paper's thresholds, from models/NAME of the authors' "
-                             "repository (default: no)")
     parser.add_argument("--figures", metavar="FOLDER", type=Path,
                         help="only draw what the calibration holds, as PNG files (default: no)")
-    parser.add_argument("--out", metavar="FILE", type=Path,
-                        help="(default: calibration.safetensors in the checkpoint folder)")
     arguments = parser.parse_args()
-    name = arguments.model
-    require(not name.startswith("random:"), f"{name} has random weights: commands calibrate it on "
-                                            f"random tokens as they start")
+    path = output_of(arguments)
     refuse_beside(arguments, {"import_teal": ("figures", "text", "greedy", "no_fisher"),
                               "figures": ("text", "greedy", "no_fisher")})
     require(arguments.out or not arguments.quantize,
             "--quantize needs --out: calibration.safetensors in the folder is that of the weights "
             "as they are")
-    path = arguments.out or Path(name) / "calibration.safetensors"
     if arguments.figures:
         pyplot()
         model, _ = load(arguments)
-        calibration = load_calibration(model, name, path)
+        calibration = load_calibration(model, arguments.model, path)
         arguments.figures.mkdir(parents=True, exist_ok=True)
         draw_distributions(calibration, arguments.figures / "distributions.png")
         draw_allocations(calibration, arguments.figures / "allocations.png")
@@ -501,29 +485,15 @@ def main():
         return
     check_output(path, "--out")
     if arguments.import_teal:
-        fingerprint = fingerprint_of(embedding_of(name))
-        calibration = import_teal(arguments.import_teal, Config.read(name), fingerprint)
-        calibration.save(path)
-        print(f"{path}: {calibration.source}; allocations: {', '.join(calibration.allocations)}")
+        write_imported(arguments, path)
         return
     model, tokenizer = load(arguments)
-    tokens, source = read_tokens(tokenizer, arguments.text, "train")
-    tokens = tokens[:arguments.tokens]
-    calibration = calibrate(model, tokens, source=source)
-    partial_path = path.with_name(f"{path.name}.greedy")
-    if arguments.greedy:
-        add_greedy(calibration, model, tokens, partial_path)
-    add_allocations(calibration, model, tokens, fisher=not arguments.no_fisher)
-    if not arguments.no_fisher:
-        add_priced(calibration, model, tokens)
-    calibration.save(path)
-    if arguments.greedy:
-        partial_path.unlink(missing_ok=True)               # not before the whole is safe
-    print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
-    print("median of |x| where linears read, by block:")
-    print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))
-    for layer, values in enumerate(quantile(calibration.distributions["input"], 0.5)):
-        print(f"{layer:6}" + "".join(f"{value:15.4f}" for value in values))
+
+    def add(calibration, tokens):
+        add_allocations(calibration, model, tokens, fisher=not arguments.no_fisher)
+        if not arguments.no_fisher:
+            add_priced(calibration, model, tokens)
+    write_calibration(arguments, path, model, tokenizer, add)
 
 
 if __name__ == "__main__":
