@@ -529,7 +529,7 @@ def load_calibration(model, name, path=None):
 
 
 def make_parser(description):
-    """Return the Parser of `python calibrate.py`, to which python -m beyond.allocate adds options."""
+    """Return the Parser of `python calibrate.py`; python -m beyond.allocate adds options to it."""
     parser = Parser(description=description)
     parser.add_model()
     parser.add_argument("--text", metavar="FILE",

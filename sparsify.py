@@ -79,16 +79,22 @@ class SparseLinear(nn.Module):
         prefix = state.dense_prefix if state.mode == "all" else 0
         rows = x.shape[0] * x.shape[1]
         few = rows <= kernel.MAX_ROWS and not prefix
-        if state.counting or not few:
-            keep = kernel.kept(x, self.threshold)                               # (B, T, in)
-            counted = keep[:, prefix:] if prefix else keep
-            self.kept.add_(counted.sum())
-            self.seen.add_(counted.numel())
         if few:
+            if state.counting:
+                self.count(x)
             return self.product(x.view(rows, -1)).view(*x.shape[:-1], -1)
         # Many tokens: the same function as a dense product with zeros in it.
+        keep = self.count(x, prefix)
         keep[:, :prefix] = True
         return self.dense(x * keep)
+
+    def count(self, x, prefix=0):
+        """Return what is kept of x (B, T, in), bool, and count it from position `prefix` on."""
+        keep = kernel.kept(x, self.threshold)
+        counted = keep[:, prefix:] if prefix else keep
+        self.kept.add_(counted.sum())
+        self.seen.add_(counted.numel())
+        return keep
 
     def product(self, x):
         """Return the sparse product of x (B, in), B at most MAX_ROWS: (B, out)."""
@@ -276,26 +282,25 @@ def perplexity(model, tokens, context=None, dense_prefix=0):
 def quality(model, windows, settings):
     """Return, for each of several thresholds, how far the sparse model is from the dense one.
 
-    windows: (W, T + 1) int64; settings: a list of thresholds as `sparsify` takes them, all of the
-    same linears. Returns (settings + 1, 4) float64, the dense model first: perplexity; KL from the
-    dense model's distributions, in nats a token; agreement, how often the likeliest token is the
-    same; realised sparsity.
+    windows: (W, T + 1) int64; settings: a list of thresholds as `sparse_mode` takes them, all of
+    the same linears, which are sparse afterwards. Returns (settings + 1, 4) float64, the dense
+    model first: perplexity; KL from the dense model's distributions, in nats a token; agreement,
+    how often the likeliest token is the same; realised sparsity.
     """
     require(all(each.keys() == settings[0].keys() for each in settings),
             "settings of different linears: one not named would keep the threshold it had")
+    if settings:
+        sparsify(model, settings[0])
     sums = torch.zeros(len(settings) + 1, 4, dtype=torch.float64)
     parts = windows.to(model.device).split(4)
     for part in progress(parts, f"{len(settings)} settings"):
         tokens, targets = part[:, :-1], part[:, 1:].flatten()
-        with sparse_mode(model, "off"):
-            dense = model(tokens).flatten(0, 1).log_softmax(-1)                 # (w * T, vocab)
         for i, thresholds in enumerate([None, *settings]):
-            log_p = dense
             reset_counts(model)
-            if thresholds is not None:
-                sparsify(model, thresholds)
-                with sparse_mode(model, "all"):
-                    log_p = model(tokens).flatten(0, 1).log_softmax(-1)
+            with sparse_mode(model, "all" if i else "off", thresholds):
+                log_p = model(tokens).flatten(0, 1).log_softmax(-1)             # (w * T, vocab)
+            if i == 0:
+                dense = log_p
             sums[i] += torch.tensor([
                 F.nll_loss(log_p, targets, reduction="sum").item(),
                 F.kl_div(log_p, dense, reduction="sum", log_target=True).item(),

@@ -227,8 +227,7 @@ def joint_product(linears, x, gated=False):
     """Return joint_gemv of linears with x (B, T, in), as (B, T, out); count what they keep."""
     for linear in linears:
         if linear.state.counting:
-            linear.kept.add_(kernel.kept(x, linear.threshold).sum())
-            linear.seen.add_(x.numel())
+            linear.count(x)
     y = joint_gemv(x.flatten(0, 1).contiguous(), [linear.weight_t for linear in linears],
                    [linear.threshold for linear in linears], gated)
     return y.view(*x.shape[:-1], -1)
@@ -303,13 +302,11 @@ REPLACED = {
             prefix = state.dense_prefix if state.mode == "all" else 0
             rows = x.shape[0] * x.shape[1]
             few = rows <= kernel.MAX_ROWS and not prefix
-            if state.counting or not few:
-                keep = kernel.kept(x, self.threshold)
-                counted = keep[:, prefix:] if prefix else keep
-                self.kept.add_(counted.sum())
-                self.seen.add_(counted.numel())
             if few:
+                if state.counting:
+                    self.count(x)
                 return self.product(x.view(rows, -1)).view(*x.shape[:-1], -1)
+            keep = self.count(x, prefix)
             keep[:, :prefix] = True
             return self.dense(x * keep)
 
