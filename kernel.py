@@ -174,52 +174,61 @@ def torch_gemv(x, weight_t, threshold):
 #     float16    two: sign, exponent and mantissa moved to their places in a float32; that is the
 #                value / 2^112, and the input is multiplied by 2^112 to make up for it
 
-C_SOURCE = r"""
+C_NUMBERS = r"""
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
+// Floats and the bits that stand for them in memory; rounding is to nearest, ties to even.
 static inline float number(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
-#if defined FLOAT32
-typedef uint32_t type;
-enum { LANES = 1 };
-#define FACTOR 1.0f
-#define LANE(word, k) number(word)
-static inline float to_float(type x) { return number(x); }
-static inline type from_float(float x) { return bits_of(x); }
-
-#elif defined BFLOAT16
-typedef uint16_t type;
-enum { LANES = 2 };
-#define FACTOR 1.0f
-#define LANE(word, k) number(k ? (word) & 0xffff0000u : (word) << 16)
-static inline float to_float(type x) { return number((uint32_t)x << 16); }
-static inline type from_float(float x) {                        // to nearest, ties to even
+static inline float of_bfloat16(uint16_t bits) { return number((uint32_t)bits << 16); }
+static inline uint16_t bfloat16_of(float x) {
     uint32_t bits = bits_of(x);
     return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-
-#elif defined FLOAT16
-typedef uint16_t type;
-enum { LANES = 2 };
-#define FACTOR 0x1p112f
-#define LANE(word, k) number((uint32_t)((int32_t)(k ? (word) : (word) << 16) >> 3) & 0x8fffe000u)
-static inline float to_float(type x) {
-    uint32_t exponent = x & 0x7c00, rest = (x & 0x7fffu) << 13;
+static inline float of_float16(uint16_t bits) {
+    uint32_t exponent = bits & 0x7c00, rest = (bits & 0x7fffu) << 13;
     float size = exponent == 0x7c00 ? number(0x7f800000 | rest)                  // infinity, NaN
-               : exponent ? 0x1p112f * number(rest) : 0x1p-24f * (x & 0x3ff);    // steps of 2^-24
-    return x & 0x8000 ? -size : size;
+               : exponent ? 0x1p112f * number(rest) : 0x1p-24f * (bits & 0x3ff); // steps of 2^-24
+    return bits & 0x8000 ? -size : size;
 }
-static inline type from_float(float x) {
+static inline uint16_t float16_of(float x) {
     float size = fabsf(x);
     uint32_t sign = bits_of(x) >> 16 & 0x8000, bits = bits_of(0x1p-112f * size);
     if (!(size < 65520.0f)) return sign | (x == x ? 0x7c00 : 0x7e00);            // infinity, NaN
     if (size < 0x1p-14f) return sign | (bits_of(size + 0.5f) - bits_of(0.5f));   // steps of 2^-24
     return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
 }
+"""
+
+C_SOURCE = C_NUMBERS + r"""
+#include <stdlib.h>
+
+#if defined FLOAT32
+typedef uint32_t type;
+enum { LANES = 1 };
+#define FACTOR 1.0f
+#define LANE(word, k) number(word)
+#define to_float number
+#define from_float bits_of
+
+#elif defined BFLOAT16
+typedef uint16_t type;
+enum { LANES = 2 };
+#define FACTOR 1.0f
+#define LANE(word, k) number(k ? (word) & 0xffff0000u : (word) << 16)
+#define to_float of_bfloat16
+#define from_float bfloat16_of
+
+#elif defined FLOAT16
+typedef uint16_t type;
+enum { LANES = 2 };
+#define FACTOR 0x1p112f
+#define LANE(word, k) number((uint32_t)((int32_t)(k ? (word) : (word) << 16) >> 3) & 0x8fffe000u)
+#define to_float of_float16
+#define from_float float16_of
 #endif
 
 #ifdef __clang__

@@ -35,14 +35,8 @@ from generate import GraphStep, StaticCache, plain_step
 from model import check_tokens
 from sparsify import note_tokens
 
-C_SOURCE = r"""
+C_SOURCE = kernel.C_NUMBERS + r"""
 #include <float.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-static inline float number(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
 // e^x in operations that make vectors: 2^n e^f with |f| <= ln(2) / 2, and e^f by its series.
 static inline float exponential(float x) {
@@ -57,27 +51,10 @@ static inline float exponential(float x) {
 // Numbers are computed with in float32, and lie in memory in one of three types.
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
-static inline uint16_t bfloat16_of(float x) {                    // to nearest, ties to even
-    uint32_t bits = bits_of(x);
-    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-static inline uint16_t float16_of(float x) {
-    float size = fabsf(x);
-    uint32_t sign = bits_of(x) >> 16 & 0x8000, bits = bits_of(0x1p-112f * size);
-    if (!(size < 65520.0f)) return sign | (x == x ? 0x7c00 : 0x7e00);
-    if (size < 0x1p-14f) return sign | (bits_of(size + 0.5f) - bits_of(0.5f));
-    return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
-}
-static inline float of_float16(uint32_t x) {
-    uint32_t exponent = x & 0x7c00, rest = (x & 0x7fffu) << 13;
-    float size = exponent == 0x7c00 ? number(0x7f800000 | rest)                  // infinity, NaN
-               : exponent ? 0x1p112f * number(rest) : 0x1p-24f * (x & 0x3ff);    // steps of 2^-24
-    return x & 0x8000 ? -size : size;
-}
 static void load(const void *from, long type, long at, long n, float *restrict to) {
     const uint16_t *half = (const uint16_t *)from + at;
     if (type == FLOAT32) memcpy(to, (const float *)from + at, n * sizeof(float));
-    else if (type == BFLOAT16) for (long i = 0; i < n; i++) to[i] = number((uint32_t)half[i] << 16);
+    else if (type == BFLOAT16) for (long i = 0; i < n; i++) to[i] = of_bfloat16(half[i]);
     else for (long i = 0; i < n; i++) to[i] = of_float16(half[i]);
 }
 static void store(void *to, long type, long at, long n, const float *restrict from) {
