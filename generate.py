@@ -397,7 +397,7 @@ def verdict(logits, guesses, q, sampling, generator):
 
 def generate_speculative(model, prompt_ids, max_new_tokens, draft="sparse", draft_thresholds=None,
                          draft_tokens=None, temperature=0.0, top_k=None, top_p=None, seed=None,
-                         eos_ids=(), sparse_verifier=False, make_step=fast_step, **more):
+                         eos_ids=(), sparse_verifier=False, make_step=fast_step, kind=None, **more):
     """Return the text of `generate` in fewer passes: an iterator of token ids, with .statistics.
 
     The text is the dense model's, whatever is sparse: that of `generate` in sparse_mode "off". With
@@ -410,16 +410,17 @@ def generate_speculative(model, prompt_ids, max_new_tokens, draft="sparse", draf
            a Llama with the same vocabulary, on the same device
            an object with guess(ids, n) -> (up to n tokens, q (n, vocab) that they were drawn from,
                or None if they were not drawn)
-    draft_tokens: how many tokens to guess a pass; None: a few. Everything else as for `generate`.
+    draft_tokens: how many tokens to guess a pass; None: a few. kind: the class of the iterator;
+    None: Speculation. Everything else as for `generate`.
     """
     sampling = Sampling(temperature, top_k, top_p, **more)
     sampling.check()
     prompt = check_prompt(model, prompt_ids, max_new_tokens)
     require(draft_tokens is None or draft_tokens >= 1,
             f"draft_tokens is {draft_tokens}, expected at least 1")
-    return Speculation(model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens,
-                       sampling, random_source(model, seed), frozenset(eos_ids), sparse_verifier,
-                       make_step)
+    return (kind or Speculation)(
+        model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens, sampling,
+        random_source(model, seed), frozenset(eos_ids), sparse_verifier, make_step)
 
 
 class Speculation:

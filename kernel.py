@@ -628,27 +628,45 @@ def copies_of(inputs, outputs, dtype, device):
     return [first.roll(i, 0) for i in range(max(2, -(-512_000_000 // first.nbytes)))]
 
 
+def inputs_like(weights_t, rows):
+    """Return eight inputs (rows, in), which keep other channels each; the rows of one the same."""
+    channels, device, dtype = len(weights_t[0]), weights_t[0].device, weights_t[0].dtype
+    return [(torch.randn(1, channels, device=device) * torch.randn(rows, 1, device=device).sign())
+            .to(dtype) for _ in range(8)]
+
+
 def time_shape(inputs, outputs, dtype, device, levels, rows):
     """Print, and return, the times of one shape: {"dense": seconds, each of levels: seconds}."""
     weights = copies_of(inputs, outputs, dtype, device)
-    n, size = len(weights), weights[0].nbytes
-    # Eight inputs, which keep other channels each; the rows of one keep the same.
-    xs = [(torch.randn(1, inputs, device=device) * torch.randn(rows, 1, device=device).sign())
-          .to(dtype) for _ in range(8)]
+    size = weights[0].nbytes
+    xs = inputs_like(weights, rows)
     ways = {name: median_time(call, device) for name, call in dense_ways(xs[0], weights).items()}
+    print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB, "
+          f"{rows} row{'s' * (rows > 1)}; dense: {listed(ways)}")
+    return time_levels(xs, weights, ways, size, levels)
+
+
+def listed(ways):
+    """Return {name: seconds} as text."""
+    return ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in ways.items())
+
+
+def time_levels(xs, weights, ways, dense_size, levels, product=sparse_gemv):
+    """Print, and return as time_shape does, the times of product(x, weight, threshold) at levels.
+
+    ways: {name: seconds} of the dense ways beside it; dense_size: the bytes that they read.
+    """
+    n, size, device = len(weights), weights[0].nbytes, xs[0].device
     best = min(ways, key=ways.get)
     timed = {"dense": ways[best]}
-    rate = size / ways[best]
-    print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB, "
-          f"{rows} row{'s' * (rows > 1)}; dense: "
-          + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in ways.items()))
+    rate = dense_size / ways[best]
     print(f"{'sparsity':>10} {'ms':>9} {'GB/s':>8} {'share':>7} {'ratio':>8}")
     print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {rate / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
     for sparsity in levels:
         thresholds = [threshold_dropping(x, sparsity) for x in xs]
         read = kept(xs[0], thresholds[0]).any(0).float().mean().item() * size
         seconds = median_time(
-            lambda i: sparse_gemv(xs[i % 8], weights[i % n], thresholds[i % 8]), device)
+            lambda i: product(xs[i % 8], weights[i % n], thresholds[i % 8]), device)
         timed[sparsity] = seconds
         print(f"{sparsity:10.0%} {seconds * 1e3:9.3f} {read / seconds / 1e9:8.1f} "
               f"{read / seconds / rate:7.0%} {ways[best] / seconds:7.2f}x   {best_backend(xs[0])}",

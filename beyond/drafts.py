@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 
 import generate
-from generate import Sampling, check_prompt, fast_step, from_guess, random_source
+from generate import from_guess
 from model import KVCache, Llama, require
 from sparsify import sparse_mode
 
@@ -299,23 +299,20 @@ PART = 256               # tokens of a prompt that are read at once where all lo
 
 
 def speculate(model, prompt_ids, max_new_tokens, draft="sparse", draft_thresholds=None,
-              draft_tokens=None, temperature=0.0, top_k=None, top_p=None, seed=None, eos_ids=(),
-              sparse_verifier=False, make_step=fast_step, **more):
+              draft_tokens=None, *arguments, **named):
     """Return what generate.generate_speculative does, with more kinds of draft.
 
     draft: as there, or "recycle": no model, Token Recycling. A draft object may have `shapes` and
         `learn`, as RecycleDraft does.
     draft_tokens: how many tokens to guess a pass; None: what is fastest here, by what was accepted
         and by the clock. Only with a fixed number is sampled text repeatable from a seed.
+    arguments, named: all the others, as there.
     """
-    sampling = Sampling(temperature, top_k, top_p, **more)
-    sampling.check()
-    prompt = check_prompt(model, prompt_ids, max_new_tokens)
     require(draft_tokens is None or 1 <= draft_tokens <= MOST,
             f"draft_tokens is {draft_tokens}, expected 1 to {MOST}")
-    return TreeSpeculation(model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens,
-                           sampling, random_source(model, seed), frozenset(eos_ids),
-                           sparse_verifier, make_step)
+    return generate.generate_speculative(
+        model, prompt_ids, max_new_tokens, draft, draft_thresholds, draft_tokens, *arguments,
+        kind=TreeSpeculation, **named)
 
 
 class TreeSpeculation(generate.Speculation):

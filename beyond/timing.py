@@ -29,8 +29,8 @@ from beyond import drafts, quantize, record
 from beyond.allocate import add_quantize, check_figure, load, pyplot
 from calibrate import load_calibration
 from generate import Sampling, plain_step, random_source
-from kernel import (MAX_ROWS, copies_of, dense_ways, kept, median_time, memory_bandwidth,
-                    threshold_dropping, time_shape)
+from kernel import (MAX_ROWS, copies_of, dense_ways, inputs_like, listed, median_time,
+                    memory_bandwidth, time_levels, time_shape)
 from model import (DEMO, PRESETS, Parser, block_linears, command_line, find_device, load_model,
                    natural, progress, read_tokens, require, share)
 from sparsify import sparse_mode, sparsify
@@ -61,30 +61,15 @@ def time_codes(inputs, outputs, kind, device, levels, rows):
     """
     floats = copies_of(inputs, outputs, torch.bfloat16, device)
     whole = floats[0].nbytes
-    xs = [(torch.randn(1, inputs, device=device) * torch.randn(rows, 1, device=device).sign())
-          .bfloat16() for _ in range(8)]                   # the rows of one keep the same
+    xs = inputs_like(floats, rows)
     ways = {name: median_time(call, device) for name, call in dense_ways(xs[0], floats).items()}
-    best = min(ways, key=ways.get)
     n = len(floats) * 16 // BITS[kind]                     # more than any cache holds of codes, too
     del floats
     weights = [random_codes(inputs, outputs, BITS[kind], device) for _ in range(n)]
     size = weights[0].nbytes
-    rate = whole / ways[best]
     print(f"\n{inputs} x {outputs} {kind}, {size / 1e6:.0f} MB, {rows} row{'s' * (rows > 1)}; "
-          f"dense in bfloat16, {whole / 1e6:.0f} MB: "
-          + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in ways.items()))
-    print(f"{'sparsity':>10} {'ms':>9} {'GB/s':>8} {'share':>7} {'ratio':>8}")
-    print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {rate / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
-    timed = {"dense": ways[best]}
-    for sparsity in levels:
-        thresholds = [threshold_dropping(x, sparsity) for x in xs]
-        read = kept(xs[0], thresholds[0]).any(0).float().mean().item() * size
-        seconds = timed[sparsity] = median_time(
-            lambda i: quantize.codes_gemv(xs[i % 8], weights[i % n], thresholds[i % 8]), device)
-        print(f"{sparsity:10.0%} {seconds * 1e3:9.3f} {read / seconds / 1e9:8.1f} "
-              f"{read / seconds / rate:7.0%} {ways[best] / seconds:7.2f}x   "
-              f"{kernel.best_backend(xs[0])}", flush=True)
-    return timed, size
+          f"dense in bfloat16, {whole / 1e6:.0f} MB: {listed(ways)}")
+    return time_levels(xs, weights, ways, whole, levels, quantize.codes_gemv), size
 
 
 def draw_speed(timed, levels, bandwidth, path):
