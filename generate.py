@@ -590,8 +590,12 @@ def stream(tokens, decoder, show):
 PROMPT = 'class Stack:\n    """A last-in, first-out stack of items."""\n\n    def __init__(self'
 
 
-def make_parser():
-    """Return the Parser of `python generate.py`, to which python -m beyond adds options."""
+DRAFT_HELP = ("speculate: sparse (guesses by the model itself, sparser), demo, or the folder of a "
+              "smaller model (default: no speculation)")
+
+
+def make_parser(draft_help=DRAFT_HELP, draft_tokens_default=str(DRAFT_TOKENS)):
+    """Return the Parser of `python generate.py`; python -m beyond adds options to it."""
     parser = Parser(description="Writes text with a Llama. Without arguments: the demo model, "
                                 "dense and then sparse.")
     parser.add_model()
@@ -601,13 +605,11 @@ def make_parser():
                              "after a dense run to compare; 0 with --draft)")
     parser.add_argument("--head-sparsity", type=share, metavar="S",
                         help="share of the head's weights to skip (default: 0, as in the paper)")
-    parser.add_argument("--draft", metavar="KIND",
-                        help="speculate: sparse (guesses by the model itself, sparser), demo, or "
-                             "the folder of a smaller model (default: no speculation)")
+    parser.add_argument("--draft", metavar="KIND", help=draft_help)
     parser.add_argument("--draft-sparsity", type=share, metavar="S",
                         help="of --draft sparse (default: 0.75)")
     parser.add_argument("--draft-tokens", type=natural, metavar="N",
-                        help=f"guesses a pass (default: {DRAFT_TOKENS})")
+                        help=f"guesses a pass (default: {draft_tokens_default})")
     parser.add_argument("--compare", action="store_true",
                         help="with --draft: decode plainly too (default: no)")
     parser.add_argument("--max-new-tokens", type=natural, default=128, metavar="N",

@@ -13,7 +13,7 @@ fastest here unless --draft-tokens says how many (drafts.py); --chat (chat.py); 
 (parallel.py).
 """
 import generate
-from beyond import chat, drafts, fused, parallel, quantize, record, timing
+from beyond import allocate, chat, drafts, fused, parallel, quantize, record, timing
 from kernel import best_backend
 from model import Llama, load_model, require
 from sparsify import realised_sparsity, sparse_mode, sparsify
@@ -45,23 +45,17 @@ def realised(model):
 
 def make_parser():
     """Return generate.py's Parser with the options of the chapters."""
-    parser = generate.make_parser()
-    parser.add_argument("--quantize", choices=["int8", "int4"],
-                        help="round the blocks' weights first (default: as they are)")
+    parser = generate.make_parser(
+        "speculate, and lose nothing: sparse (guesses by the model itself, sparser), recycle (Token "
+        "Recycling, no model), demo, or the folder of a smaller model (default: no speculation); "
+        "with a random: model, a table of what guesses cost",
+        "what is fastest, found while it decodes; then a seed does not repeat a sampled text")
+    allocate.add_quantize(parser)
     parser.add_argument("--chat", action="store_true",
                         help="talk: each line of input is a turn, in the checkpoint's own chat "
                              "format (default: no)")
     parser.add_argument("--system", metavar="TEXT",
                         help="with --chat: what the model is told first (default: nothing)")
-    for action in parser._actions:
-        if action.dest == "draft":
-            action.help = ("speculate, and lose nothing: sparse (guesses by the model itself, "
-                           "sparser), recycle (Token Recycling, no model), demo, or the folder of "
-                           "a smaller model (default: no speculation); with a random: model, a "
-                           "table of what guesses cost")
-        if action.dest == "draft_tokens":
-            action.help = ("guesses a pass (default: what is fastest, found while it decodes; then "
-                           "a seed does not repeat a sampled text)")
     return parser
 
 

@@ -6,6 +6,7 @@ import torch
 
 import kernel
 from beyond import drafts, record
+from beyond.conftest import random_llama
 from beyond.drafts import TreeCache, chain, draft_tree, speculate
 from generate import Sampling, generate, plain_step
 from model import Config, InputError, Llama, linear_names
@@ -16,21 +17,10 @@ KINDS = ["sparse", "recycle", "model"]
 
 
 def tiny_verifier(dtype=torch.float64, seed=0, **changes):
-    """Return a small Llama whose next tokens differ and whose activations matter."""
-    torch.manual_seed(seed)
-    config = Config(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=13,
-                    max_position_embeddings=64)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    model = Llama(config)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.ndim == 2:
-            parameter.copy_(torch.randn(parameter.shape) * 1.5 * parameter.shape[1] ** -0.5)
-        else:
-            parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
-    return model.to(dtype).eval()
+    """Return a small Llama, see conftest.py."""
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=8, vocab_size=13, max_position_embeddings=64)
+    return random_llama(dtype, seed, **shape | changes)
 
 
 def prompt_like(model, length, seed=0):

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from beyond import drafts, parallel, quantize, record
+from beyond.conftest import random_llama
 from generate import generate, generate_speculative
-from model import (Config, InputError, Llama, linear_names, load_tokenizer, read_safetensors,
+from model import (InputError, Llama, linear_names, load_tokenizer, read_safetensors,
                    write_safetensors)
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
 
@@ -105,17 +106,10 @@ def environment():
 
 
 def tiny_model(**changes):
-    """Return a small Llama whose next tokens differ and whose activations matter."""
-    config = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=12, vocab_size=61, max_position_embeddings=64)
-    model = Llama(Config(**config | changes)).requires_grad_(False).eval()
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.copy_(torch.randn(parameter.shape) * 1.5 * parameter.shape[1] ** -0.5)
-        else:
-            parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
-    return model
+    """Return a small Llama, see conftest.py."""
+    shape = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=12, vocab_size=61, max_position_embeddings=64)
+    return random_llama(torch.float32, **shape | changes)
 
 
 def close(result, expected, tolerance):

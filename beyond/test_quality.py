@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 import kernel
 from beyond import allocate, judge, quantize, record, timing
+from beyond.conftest import random_llama
 from calibrate import SINKS, SITE_OF, Calibration, Table, calibrate, histogram, quantile
 from demo import corpus
-from model import (DEMO, Config, InputError, Llama, linear_names, load_model, load_tokenizer,
+from model import (DEMO, Config, InputError, linear_names, load_model, load_tokenizer,
                    windows_of)
 from sparsify import perplexity, quality, realised_sparsity, reset_counts, sparse_mode, sparsify
 
@@ -24,21 +25,10 @@ ADDED = ["priced", "balanced", "fisher-channel", "fisher", "uniform", "wina"]
 
 
 def tiny_model(dtype=torch.float32, **changes):
-    """Return a small Llama whose next tokens differ and whose activations matter."""
-    torch.manual_seed(0)
-    config = Config(hidden_size=32, intermediate_size=56, num_hidden_layers=3,
-                    num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=61,
-                    max_position_embeddings=64)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    model = Llama(config)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.ndim == 2:
-            parameter.copy_(torch.randn(parameter.shape) * 1.5 * parameter.shape[1] ** -0.5)
-        else:
-            parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
-    return model.to(dtype).eval()
+    """Return a small Llama, see conftest.py."""
+    shape = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=12, vocab_size=61, max_position_embeddings=64)
+    return random_llama(dtype, **shape | changes)
 
 
 def tokens_like(model, *shape):

@@ -14,18 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"                   # read when triton is imported
-
-import generate                                                                     # noqa: E402
-import kernel                                                                       # noqa: E402
-import model as llama                                                               # noqa: E402
-from beyond import __main__ as fast                                                 # noqa: E402
-from beyond import allocate, folders, fused, judge, quantize, record, rotate        # noqa: E402
-from calibrate import calibrate                                                     # noqa: E402
-from model import (DEMO, Config, InputError, Llama, linear_names, load_model,       # noqa: E402
+import generate
+import kernel
+import model as llama
+from beyond import __main__ as fast
+from beyond import allocate, folders, fused, judge, quantize, record, rotate
+from beyond.conftest import random_llama
+from calibrate import calibrate
+from model import (DEMO, InputError, Llama, linear_names, load_model,
                    read_json, read_safetensors, windows_of, write_json, write_safetensors)
-from sparsify import (SparseLinear, realised_sparsity, reset_counts, sparse_mode,    # noqa: E402
+from sparsify import (SparseLinear, realised_sparsity, reset_counts, sparse_mode,
                       sparsify)
 
 ROOT = Path(__file__).parent.parent
@@ -37,21 +35,10 @@ BACKENDS = ["torch", pytest.param("c", marks=NO_COMPILER), pytest.param("triton"
 
 
 def tiny_model(dtype=torch.float32, **changes):
-    """Return a small Llama whose next tokens differ and whose activations matter."""
-    torch.manual_seed(0)
-    config = Config(hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-                    num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=61,
-                    max_position_embeddings=64)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    model = Llama(config)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.ndim == 2:
-            parameter.copy_(torch.randn(parameter.shape) * 1.5 * parameter.shape[1] ** -0.5)
-        else:
-            parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
-    return model.to(dtype).eval()
+    """Return a small Llama, see conftest.py."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16, vocab_size=61, max_position_embeddings=64)
+    return random_llama(dtype, **shape | changes)
 
 
 def tokens_like(model, *shape, seed=0):
