@@ -674,19 +674,24 @@ def time_levels(xs, weights, ways, dense_size, levels, product=sparse_gemv):
     return timed
 
 
-def main():
+def make_parser(more_kinds=()):
+    """Return the Parser of `python kernel.py`; python -m beyond.timing adds options, and dtypes."""
     parser = Parser(description="Times dense against sparse matrix-vector products, here.")
     parser.add_argument("--shapes", default="llama-2-7b", metavar="PRESET", choices=PRESETS,
                         help=f"whose linears: {', '.join(PRESETS)} (default: llama-2-7b)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"],
-                        choices=["float32", "bfloat16", "float16"],
+                        choices=["float32", "bfloat16", "float16", *more_kinds],
                         help="(default: float32 bfloat16)")
     parser.add_argument("--sparsity", nargs="+", type=share, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
                         help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
     parser.add_argument("--rows", nargs="+", type=int, default=[1],
                         help="tokens at a time, 1 to 8, which drop the same channels (default: 1)")
     parser.add_device()
-    arguments = parser.parse_args()
+    return parser
+
+
+def begin(arguments):
+    """Check the arguments, and print what is measured, where; return (device, bytes a second)."""
     for rows in arguments.rows:
         require(1 <= rows <= MAX_ROWS, f"--rows {rows} is outside 1 to {MAX_ROWS}")
     device = find_device(arguments.device)
@@ -695,10 +700,21 @@ def main():
         machine = torch.cuda.get_device_name(device)
     print(f"{machine}, torch {torch.__version__}. Random weights, more than a cache holds.")
     print("GB/s: bytes of kept weights over time; share: of the best dense way's GB/s.")
-    print(f"memory bandwidth: {memory_bandwidth(device) / 1e9:.1f} GB/s")
-    shapes = block_linears(PRESETS[arguments.shapes]).values()
+    bandwidth = memory_bandwidth(device)
+    print(f"memory bandwidth: {bandwidth / 1e9:.1f} GB/s")
+    return device, bandwidth
+
+
+def preset_shapes(preset):
+    """Return the different (inputs, outputs) of a preset's linears."""
+    return sorted({shape[::-1] for shape in block_linears(PRESETS[preset]).values()})
+
+
+def main():
+    arguments = make_parser().parse_args()
+    device, _ = begin(arguments)
     for dtype in arguments.dtype:
-        for inputs, outputs in sorted({(inputs, outputs) for outputs, inputs in shapes}):
+        for inputs, outputs in preset_shapes(arguments.shapes):
             for rows in arguments.rows:
                 time_shape(inputs, outputs, getattr(torch, dtype), device, arguments.sparsity, rows)
 

@@ -46,9 +46,9 @@ def realised(model):
 def make_parser():
     """Return generate.py's Parser with the options of the chapters."""
     parser = generate.make_parser(
-        "speculate, and lose nothing: sparse (guesses by the model itself, sparser), recycle (Token "
-        "Recycling, no model), demo, or the folder of a smaller model (default: no speculation); "
-        "with a random: model, a table of what guesses cost",
+        "speculate, and lose nothing: sparse (guesses by the model itself, sparser), recycle "
+        "(Token Recycling, no model), demo, or the folder of a smaller model (default: no "
+        "speculation); with a random: model, a table of what guesses cost",
         "what is fastest, found while it decodes; then a seed does not repeat a sampled text")
     allocate.add_quantize(parser)
     parser.add_argument("--chat", action="store_true",

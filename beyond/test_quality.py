@@ -543,7 +543,7 @@ def instantly(monkeypatch):
     for module in (kernel, timing):
         monkeypatch.setattr(module, "median_time", once)
         monkeypatch.setattr(module, "copies_of", two)
-    monkeypatch.setattr(timing, "memory_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(kernel, "memory_bandwidth", lambda device: 1e9)
     small = Config(128, 256, 1, 2, 1, 64, 61, 64)
     monkeypatch.setitem(timing.PRESETS, "small", small)
 

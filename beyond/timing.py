@@ -29,10 +29,9 @@ from beyond import drafts, quantize, record
 from beyond.allocate import add_quantize, check_figure, load, pyplot
 from calibrate import load_calibration
 from generate import Sampling, plain_step, random_source
-from kernel import (MAX_ROWS, copies_of, dense_ways, inputs_like, listed, median_time,
-                    memory_bandwidth, time_levels, time_shape)
-from model import (DEMO, PRESETS, Parser, block_linears, command_line, find_device, load_model,
-                   natural, progress, read_tokens, require, share)
+from kernel import (begin, copies_of, dense_ways, inputs_like, listed, make_parser, median_time,
+                    preset_shapes, time_levels, time_shape)
+from model import (DEMO, Parser, command_line, load_model, natural, progress, read_tokens, share)
 from sparsify import sparse_mode, sparsify
 
 BITS = {"int8": 8, "int4": 4}
@@ -106,45 +105,25 @@ def draw_speed(timed, levels, bandwidth, path):
 
 def time_products():
     """The command line without --steps."""
-    parser = Parser(description="Times dense against sparse matrix-vector products, here.")
+    parser = make_parser(BITS)
     parser.add_argument("--steps", action="store_true",
                         help="instead: time a step of decoding; its own options are in "
                              "--steps --help (default: no)")
-    parser.add_argument("--shapes", default="llama-2-7b", metavar="PRESET", choices=PRESETS,
-                        help=f"whose linears: {', '.join(PRESETS)} (default: llama-2-7b)")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"],
-                        choices=["float32", "bfloat16", "float16", *BITS],
-                        help="(default: float32 bfloat16)")
-    parser.add_argument("--sparsity", nargs="+", type=share, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
-                        help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1],
-                        help="tokens at a time, 1 to 8, which drop the same channels (default: 1)")
     parser.add_argument("--figure", metavar="FILE",
                         help="draw the ratios, and what the bandwidth allows, as a PNG; of several "
                              "--rows the first (default: no figure)")
-    parser.add_device()
     arguments = parser.parse_args()
     levels = arguments.sparsity
-    for rows in arguments.rows:
-        require(1 <= rows <= MAX_ROWS, f"--rows {rows} is outside 1 to {MAX_ROWS}")
     if arguments.figure:
         check_figure(arguments.figure)
-    device = find_device(arguments.device)
-    machine = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    print(f"{machine}, torch {torch.__version__}. Random weights, more than a cache holds.")
-    print("GB/s: bytes of kept weights over time; share: of the best dense way's GB/s.")
-    bandwidth = memory_bandwidth(device)
-    print(f"memory bandwidth: {bandwidth / 1e9:.1f} GB/s")
+    device, bandwidth = begin(arguments)
     if device.type == "cuda":
         nothing = torch.zeros(2, device=device)
         launch = median_time(lambda i: nothing[:1].copy_(nothing[1:]), device)
         print(f"a launch that does nothing: {launch * 1e6:.1f} us")
-    shapes = block_linears(PRESETS[arguments.shapes]).values()
     timed = {}
     for kind in arguments.dtype:
-        for inputs, outputs in sorted({(inputs, outputs) for outputs, inputs in shapes}):
+        for inputs, outputs in preset_shapes(arguments.shapes):
             for rows in arguments.rows:
                 if kind in BITS:
                     result = time_codes(inputs, outputs, kind, device, levels, rows)
