@@ -466,7 +466,9 @@ class Config:
             refuse("quantization_config", "floating point; with `python -m beyond` also what "
                                           "beyond/quantize.py writes")
         mistral = raw["model_type"] == "mistral"     # some keys mean something for one kind alone
-        window = raw.get("sliding_window", 4096)     # where it is absent transformers takes that
+        window = None
+        if mistral and raw.get("sliding_window", 4096) is not None:
+            window = number("sliding_window", default=4096)          # absent: as in transformers
         heads = number("num_attention_heads")
         rope, rope_scaling = Config._read_rope(path, raw, number, refuse)
         config = Config(
@@ -485,8 +487,7 @@ class Config:
             hidden_act=raw.get("hidden_act", "silu"),
             attention_bias=raw.get("attention_bias", False) and not mistral,
             mlp_bias=raw.get("mlp_bias", False) and not mistral,
-            sliding_window=None if window is None or not mistral
-            else number("sliding_window", default=window),
+            sliding_window=window,
             rope_scaling=rope_scaling,
             quantization_config=quantized or None,
         )
