@@ -419,10 +419,10 @@ class Tape(TorchFunctionMode):
     def note_scaled_dot_product_attention(self, y, q, k, v, attn_mask=None, dropout_p=0.0,
                                           is_causal=False, scale=None, enable_gqa=False):
         mask = attn_mask
-        if (is_causal or dropout_p or mask is None or mask.dtype != torch.bool or mask.ndim != 2 or q.ndim != 4
-                or q.shape[0] != 1 or q.shape[1] != k.shape[1] or y.dtype not in C_TYPES
-                or not k.dtype == v.dtype == q.dtype == y.dtype or not y.is_contiguous()
-                or q.shape[-1] != v.shape[-1]
+        if (is_causal or dropout_p or mask is None or mask.dtype != torch.bool or mask.ndim != 2
+                or q.ndim != 4 or q.shape[0] != 1 or q.shape[1] != k.shape[1]
+                or y.dtype not in C_TYPES or not k.dtype == v.dtype == q.dtype == y.dtype
+                or not y.is_contiguous() or q.shape[-1] != v.shape[-1]
                 or not all(x.stride(-1) == 1 for x in (q, k, v, mask))):
             return False
         _, G, R, D = q.shape
