@@ -545,7 +545,7 @@ def instantly(monkeypatch):
         monkeypatch.setattr(module, "copies_of", two)
     monkeypatch.setattr(kernel, "memory_bandwidth", lambda device: 1e9)
     small = Config(128, 256, 1, 2, 1, 64, 61, 64)
-    monkeypatch.setitem(timing.PRESETS, "small", small)
+    monkeypatch.setitem(kernel.PRESETS, "small", small)
 
 
 def test_products_are_timed_and_drawn(monkeypatch, capsys, instantly, tmp_path):
