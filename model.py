@@ -829,7 +829,7 @@ def checkpoint_dtype(folder):
 #     "def walk"  ─►  ▁def  ▁walk        "Ω"  ─►  <0xCE>  <0xA9>          ▁ stands for a space
 
 class SentencePieceTokenizer:
-    """The tokenizer in a folder's tokenizer.model (Llama-2, Mistral)."""
+    """The tokenizer in a folder's tokenizer.model (Llama-2, Mistral), where `fits` says so."""
 
     def __init__(self, folder):
         import sentencepiece                               # needed only where there is text
@@ -853,21 +853,66 @@ class SentencePieceTokenizer:
         """Return what each token stands for, a list by id."""
         return [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
 
+    def fits(self, folder):
+        """Return whether the folder's other files add no token, and begin a text as this does."""
+        def read(name):
+            path = Path(folder) / name
+            return read_json(path) if path.exists() else {}
+
+        def content(token):
+            return token["content"] if isinstance(token, dict) else token
+
+        settings, whole = read("tokenizer_config.json"), read("tokenizer.json")
+        bos = self.processor.id_to_piece(self.bos_id) if self.bos_id >= 0 else None
+        usual = {"bos_token": bos, "add_bos_token": bos is not None, "add_eos_token": False,
+                 "add_prefix_space": True}
+        try:
+            same = all(content(settings.get(key)) in (None, value) for key, value in usual.items())
+            if whole:
+                parts = [list(part.values())[0]["id"] for part in whole["post_processor"]["single"]]
+                same &= parts == [bos] * (bos is not None) + ["A"]
+                same &= len(whole["model"]["vocab"]) == self.vocab_size
+            added = [(token["content"], token["id"]) for token in whole.get("added_tokens", [])]
+            added += [(content(token), int(i))
+                      for i, token in settings.get("added_tokens_decoder", {}).items()]
+            added += read("added_tokens.json").items()
+            return same and all(self.is_own(text, i) for text, i in added)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            return False                                   # transformers says what is wrong
+
+    def is_own(self, text, i):
+        """Return whether `text` is the token i, to tokenizer.model too."""
+        processor = self.processor
+        return 0 <= i < self.vocab_size and processor.id_to_piece(i) == text and (
+            processor.is_control(i) or processor.is_unknown(i) or i in processor.encode(text))
+
 
 class HubTokenizer:
     """Every other kind of tokenizer, through transformers."""
 
     def __init__(self, folder):
         try:
-            from transformers import AutoTokenizer, logging
+            from transformers import AutoTokenizer, LlamaTokenizer, logging
         except ImportError:
             raise InputError(f"{folder}: this kind of tokenizer needs the package transformers: "
                              f"pip install transformers") from None
         logging.set_verbosity_error()    # it warns of every kind of file that it tries in vain
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")    # else a file is what its path once held
+        kind, options = AutoTokenizer, {}
+        if not (Path(folder) / "tokenizer.json").exists() and is_sentencepiece(folder):
+            try:
+                import google.protobuf                     # noqa: F401
+            except ImportError:
+                raise InputError(f"{folder}: tokenizer.model without tokenizer.json needs the "
+                                 f"package protobuf: pip install protobuf") from None
+            # AutoTokenizer would take another class for Mistral, which begins no text with a blank.
+            kind = LlamaTokenizer
+            path = Path(folder) / "tokenizer_config.json"
+            settings = read_json(path) if path.exists() else {}
+            options = {"add_bos_token": settings.get("add_bos_token") is not False}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True,
-                                                           trust_remote_code=False)
+            self.tokenizer = kind.from_pretrained(str(folder), local_files_only=True,
+                                                  trust_remote_code=False, **options)
         except Exception as error:                         # of many kinds
             raise InputError(f"{folder}: no tokenizer that can be read: "
                              f"{(str(error) or type(error).__name__).splitlines()[0]}") from None
@@ -894,22 +939,29 @@ class HubTokenizer:
 def load_tokenizer(folder):
     """Return a tokenizer: .encode(text, bos=True) -> list[int], .decode(ids) -> str, .eos_ids.
 
-    It is SentencePiece's own where tokenizer.model is such a file, else what transformers finds.
+    It is SentencePiece's own where tokenizer.model says all there is to say of a text, else what
+    transformers makes of the folder.
     """
     path = Path(folder) / "tokenizer.model"
-    require(path.exists() or (Path(folder) / "tokenizer.json").exists(),
-            f"{folder}: no tokenizer: neither tokenizer.model nor tokenizer.json is there")
-    if path.exists():
+    settings = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    if is_sentencepiece(folder):
         try:
-            return SentencePieceTokenizer(folder)
-        except (RuntimeError, OSError):                    # Llama-3 has a file of that name, too
-            if path.read_bytes()[:1] == b"\n":             # where SentencePiece's begin
-                raise InputError(f"{path}: not a SentencePiece model: it is damaged") from None
-            settings = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
-            require(any(each.exists() for each in settings),
-                    f"{path}: not SentencePiece, and neither tokenizer.json nor "
-                    f"tokenizer_config.json names its special tokens")
+            tokenizer = SentencePieceTokenizer(folder)
+        except (RuntimeError, OSError):
+            raise InputError(f"{path}: not a SentencePiece model: it is damaged") from None
+        return tokenizer if tokenizer.fits(folder) else HubTokenizer(folder)
+    require(path.exists() or settings[0].exists(),
+            f"{folder}: no tokenizer: neither tokenizer.model nor tokenizer.json is there")
+    require(any(each.exists() for each in settings),
+            f"{path}: not SentencePiece, and neither tokenizer.json nor tokenizer_config.json names "
+            f"its special tokens")
     return HubTokenizer(folder)
+
+
+def is_sentencepiece(folder):
+    """Return whether the folder has a tokenizer.model of SentencePiece: Llama-3's is another."""
+    path = Path(folder) / "tokenizer.model"
+    return path.exists() and path.read_bytes()[:1] == b"\n"
 
 
 def end_ids(folder):

@@ -54,7 +54,7 @@ def chat_template(folder):
         require(settings.exists() and read_json(settings).get("chat_template"),
                 f"{folder}: no chat template: neither {path.name} nor one in {settings.name}; a "
                 f"chat needs a model made for it")
-    tokenizer = hub_tokenizer(folder)
+    tokenizer = HubTokenizer(folder).tokenizer
 
     def template(messages):
         for message in messages:
@@ -66,19 +66,6 @@ def chat_template(folder):
             said = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"{folder}: the chat template: {said}") from None
     return template
-
-
-def hub_tokenizer(folder):
-    """Return what transformers.AutoTokenizer reads in a folder; InputError says what is missing."""
-    model = folder / "tokenizer.model"
-    if not (folder / "tokenizer.json").exists() and model.exists():
-        if model.read_bytes()[:1] == b"\n":                # SentencePiece, stored by protobuf
-            try:
-                import google.protobuf                     # noqa: F401
-            except ImportError:
-                raise InputError(f"{folder}: a chat without tokenizer.json needs the package "
-                                 f"protobuf: pip install protobuf") from None
-    return HubTokenizer(folder).tokenizer
 
 
 def read_line():

@@ -13,7 +13,8 @@ import generate
 from beyond import chat
 from calibrate import calibrate
 from generate import StreamDecoder
-from model import Config, InputError, Llama, load_tokenizer
+from model import (Config, InputError, Llama, SentencePieceTokenizer, load_tokenizer,
+                   read_tokens)
 
 DEMO = Path(__file__).parent.parent / "demo"
 TEXTS = [
@@ -164,6 +165,139 @@ def test_tiktoken_is_read_as_the_reference_reads_it(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines[:50] + [b"!!! x"]))
     with pytest.raises(InputError, match="no tokenizer that can be read: .*!!! x"):
         load_tokenizer(tmp_path)
+
+
+def sentencepiece_folder(folder, settings=None, added=None):
+    """Write the demo's tokenizer.model with settings and added tokens, as Llama-2's kin have it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").symlink_to(DEMO / "tokenizer.model")
+    for name, value in [("tokenizer_config.json", settings), ("added_tokens.json", added)]:
+        if value is not None:
+            (folder / name).write_text(json.dumps(value))
+    return folder
+
+
+def added(text, special=True):
+    return {"content": text, "special": special, "lstrip": False, "rstrip": False,
+            "normalized": False, "single_word": False}
+
+
+USUAL = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+         "unk_token": "<unk>", "add_bos_token": True, "add_prefix_space": False}
+
+
+@pytest.mark.parametrize("settings, fits", [
+    ({"bos_token": {"content": "<s>"}, "add_eos_token": None, "legacy": False}, True),
+    ({"added_tokens_decoder": {"0": added("<unk>"), "1": added("<s>"), "2": added("</s>")}}, True),
+    ({"add_bos_token": False}, False),
+    ({"add_eos_token": True}, False),
+    ({"add_prefix_space": False}, False),
+    ({"bos_token": "<|im_start|>"}, False),
+    ({"added_tokens_decoder": {"4096": added("<|im_start|>")}}, False),
+    ({"added_tokens_decoder": {"7": added("<|im_start|>")}}, False),
+    ({"added_tokens_decoder": {"x": 1}}, False),
+])
+def test_sentencepiece_reads_what_its_file_says_alone(tmp_path, settings, fits):
+    folder = sentencepiece_folder(tmp_path, settings)
+    assert SentencePieceTokenizer(folder).fits(folder) == fits
+
+
+@pytest.mark.parametrize("settings, bos, eos", [
+    ({}, [1], []),
+    ({"add_bos_token": False}, [], []),
+    ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
+])
+def test_a_sentencepiece_text_begins_and_ends_as_its_settings_say(tmp_path, settings, bos, eos):
+    pytest.importorskip("google.protobuf")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(sentencepiece_folder(tmp_path, USUAL | settings))
+    plain = load_tokenizer(DEMO)
+    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == bos + plain.encode(text, bos=False) + eos
+        assert ids == theirs.encode(text, split_special_tokens=True)
+        assert tokenizer.encode(text, bos=False) == plain.encode(text, bos=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("special", [None, True, False])
+def test_tokens_that_a_folder_adds_are_tokens(tmp_path, kind, special):
+    """In added_tokens.json (special: None) or tokenizer_config.json, without a tokenizer.json."""
+    pytest.importorskip("google.protobuf")
+    pytest.importorskip("transformers")
+    marks = {"<|im_start|>": 4096, "<|im_end|>": 4097}
+    settings = USUAL
+    if special is not None:
+        settings = settings | {"added_tokens_decoder": {
+            str(i): added(text, special) for text, i in marks.items()}}
+    sentencepiece_folder(tmp_path, settings, marks if special is None else None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}<|im_start|>{{ messages[0].content }}<|im_end|>")
+    plain = load_tokenizer(DEMO)
+    tokenizer = load_tokenizer(tmp_path)
+    words = plain.encode("import os", bos=False)
+    assert chat.chat_template(tmp_path)([{"content": "import os"}]) == [1, 4096, *words, 4097]
+    text = tokenizer.decode([1, 4096, *words, 4097])
+    assert text == ("import os" if special else "<|im_start|>import os<|im_end|>")
+    marked = tokenizer.encode("<|im_start|>import os<|im_end|>")
+    assert marked == ([1, *plain.encode("<|im_start|>import os<|im_end|>", bos=False)] if special
+                      else [1, 4096, *words, 4097])
+    assert tokenizer.pieces()[4096:] == list(marks)
+
+
+@pytest.mark.parametrize("rule", [True, False])            # SmolLM2-Instruct has none
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": True}])
+def test_a_text_begins_with_the_token_that_a_rule_adds(tmp_path, settings, rule):
+    """Not with the one that is named: of tokenizer.json its rule counts, in transformers too."""
+    bpe = json_folder(tmp_path)
+    if not rule:
+        bpe.post_processor = None
+        bpe.save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    import transformers
+    tokenizer = load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS[:5]:
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text)
+        assert ids == [0] * rule + tokenizer.encode(text, bos=False)
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    tokens, _ = read_tokens(tokenizer, tmp_path / "text.txt", None)      # calibration, perplexity
+    assert tokens.tolist() == tokenizer.encode(TEXTS[0])
+
+
+def metaspace_folder(folder):
+    """Write a tokenizer.json of Mistral's kind: words begin with a blank, the first one too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    marks = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    pieces = [*marks, "▁", "H", "i", "Hi", "▁Hi", "<|tool|>"]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab={piece: i for i, piece in enumerate(pieces[:-1])},
+        merges=[("H", "i"), ("▁", "Hi")], unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", "first", split=False)
+    bpe.decoder = tokenizers.decoders.Metaspace("▁", "first")
+    bpe.add_special_tokens(marks)
+    bpe.add_tokens([tokenizers.AddedToken("<|tool|>", special=False, normalized=False)])
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "legacy": False,
+        "chat_template": "<s>[INST] {{ messages[0].content }}[/INST]{{ messages[0].content }}"}))
+
+
+def test_only_the_first_word_of_a_text_is_given_a_blank(tmp_path):
+    metaspace_folder(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("Hi") == [1, 9]
+    assert chat.chat_template(tmp_path)([{"content": "Hi"}]) == [1, 3, 9, 4, 8]
+    assert tokenizer.encode("Hi<|tool|>Hi") == [1, 9, 10, 8]             # no special token
+    assert tokenizer.decode([1, 9, 10, 8, 4]) == "Hi<|tool|>Hi"
 
 
 # --------------------------------------------------------------------------------------------------
