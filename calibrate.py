@@ -45,10 +45,10 @@ from typing import NamedTuple
 import torch
 
 from kernel import kept
-from model import (Config, InputError, Parser, block_linears, check_output, check_tokens,
-                   command_line, default_context, linear_names, load_model, natural, progress,
-                   read_header, read_safetensors, read_tokens, require, shard_paths, windows_of,
-                   write_safetensors)
+from model import (EMBEDDING, HEAD, Config, InputError, Parser, block_linears, check_output,
+                   check_tokens, command_line, default_context, linear_names, load_model, natural,
+                   progress, read_header, read_safetensors, read_tokens, require, tensor_paths,
+                   windows_of, write_safetensors)
 
 SITES = ("attention in", "attention out", "MLP in", "MLP middle")
 SITE_OF = {                  # where each of the seven linears of a block reads
@@ -601,11 +601,10 @@ def main():
 
 def embedding_of(folder):
     """Return the embedding (vocab, hidden) of a checkpoint folder, without loading the rest."""
-    for path in shard_paths(folder):
-        tensors = read_safetensors(path)
-        if "model.embed_tokens.weight" in tensors:
-            return tensors["model.embed_tokens.weight"]
-    raise InputError(f"{folder}: tensor model.embed_tokens.weight is missing from the checkpoint")
+    paths = tensor_paths(folder)
+    name = EMBEDDING if EMBEDDING in paths else HEAD       # a tied head may be stored alone
+    require(name in paths, f"{folder}: tensor {EMBEDDING} is missing from the checkpoint")
+    return read_safetensors(paths[name])[name]
 
 
 if __name__ == "__main__":

@@ -482,7 +482,7 @@ class Config:
             max_position_embeddings=number("max_position_embeddings", default=2048),
             rope_theta=number("rope_theta", float, default=10000.0, source=raw | rope),
             rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False) and not has_own_head(folder),
             model_type=raw["model_type"],
             hidden_act=raw.get("hidden_act", "silu"),
             attention_bias=raw.get("attention_bias", False) and not mistral,
@@ -759,11 +759,13 @@ def read_json(path):
 # --------------------------------------------------------------------------------------------------
 # The folder: one file of tensors, or several
 
+CHECKPOINTS = ("model.safetensors", "model.safetensors.index.json")
+
+
 def shard_paths(folder):
     """Return the safetensors files of a checkpoint folder, each checked to exist."""
     folder = Path(folder)
-    single = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
+    single, index = (folder / name for name in CHECKPOINTS)
     if single.exists():
         return [single]
     require(index.exists(),
@@ -778,20 +780,47 @@ def shard_paths(folder):
     return shards
 
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+def tensor_paths(folder):
+    """Return {name: path of its file} of all tensors of a checkpoint folder."""
+    return {name: path for path in shard_paths(folder) for name in read_header(path)[0]}
+
+
+def has_own_head(folder):
+    """Return whether a checkpoint holds a head that differs from its embedding.
+
+    Merged adapters may change one of the two, and config.json still says that they are tied. Then
+    what is stored counts, as in transformers.
+    """
+    if not any((Path(folder) / name).exists() for name in CHECKPOINTS):
+        return False                     # config.json is all there is
+    paths = tensor_paths(folder)
+    if not {EMBEDDING, HEAD} <= paths.keys():
+        return False
+    embedding, head = (read_safetensors(paths[name])[name] for name in (EMBEDDING, HEAD))
+    return embedding.dtype != head.dtype or not torch.equal(embedding, head)
+
+
 def checked_shards(folder, model):
     """Yield (path, {name: tensor}) of each file of a checkpoint, checked against a meta Llama.
 
     Every tensor is one of the model's, has its shape, stands once; at the end none is missing. What
     config.json defines anyway is left out: a tied head, and frequencies that older checkpoints
-    store. The dictionaries are the caller's: what is taken out of them is held by nobody else.
+    store. (A tied head that is stored alone is the embedding.) The dictionaries are the caller's: what is taken out of them is held by nobody else.
     """
     missing = dict(model.named_parameters()) | dict(model.named_buffers())   # a tied head: once
     names = set(missing)
     tied = model.config.tie_word_embeddings
+    head_alone = tied and EMBEDDING not in tensor_paths(folder)
     for path in shard_paths(folder):
         tensors = read_safetensors(path)
+        if head_alone and HEAD in tensors:
+            tensors[EMBEDDING] = tensors[HEAD]
         for name in list(tensors):
-            if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
+            if name.endswith("rotary_emb.inv_freq") or name == HEAD and tied:
                 del tensors[name]
         for name in tensors:
             what = f"{path}: tensor {name}"

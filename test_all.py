@@ -523,6 +523,27 @@ def test_logits_are_those_of_transformers(tmp_path, settings):
     assert distance(again(tokens).logits, expected) < 1e-4
 
 
+@pytest.mark.parametrize("stored", ["both the same", "another head", "the head alone"])
+def test_a_tied_head_that_is_stored(tmp_path, stored):
+    """Merged adapters may leave a head that is not the embedding: then it counts."""
+    reference(tmp_path, tie_word_embeddings=True)
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
+    embedding = tensors["model.embed_tokens.weight"]
+    if stored == "the head alone":
+        del tensors["model.embed_tokens.weight"]
+    head = embedding.flip(1) if stored == "another head" else embedding
+    write_safetensors(path, tensors | {"lm_head.weight": head}, {"format": "pt"})
+    ours = Llama.from_pretrained(tmp_path)
+    tokens = tokens_of(ours, 1, 12)
+    theirs = read_by_transformers(tmp_path)
+    assert distance(ours(tokens), theirs(tokens).logits) < 1e-4
+    tied = stored != "another head"
+    assert ours.config.tie_word_embeddings == tied
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert torch.equal(calibrate.embedding_of(tmp_path), embedding)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sharded_checkpoints_of_transformers(tmp_path, dtype):
     theirs = reference(tmp_path, dtype, "60KB", num_key_value_heads=2)

@@ -62,7 +62,9 @@ def rewrite_checkpoint(folder, model, out, change, config_changes):
             settings = file.name in ("generation_config.json", "chat_template.jinja")
             if file.is_file() and (settings or "token" in file.name):
                 shutil.copy(file, unfinished)
-        write_json(unfinished / "config.json", read_json(folder / "config.json") | config_changes)
+        tied = {"tie_word_embeddings": model.config.tie_word_embeddings}    # not if the head differs
+        write_json(unfinished / "config.json",
+                   read_json(folder / "config.json") | tied | config_changes)
 
 
 def is_quantized(folder):

@@ -854,6 +854,23 @@ def test_a_rotated_checkpoint_is_the_same_in_transformers(tmp_path, what):
         assert close(again(tokens).logits, expected, 1e-4)
 
 
+@torch.no_grad()
+def test_a_head_that_is_tied_in_name_only_stays_what_it_is(tmp_path):
+    model = tiny_model()
+    plain = tmp_path / "plain"
+    model.save_pretrained(plain)
+    write_json(plain / "config.json",
+               read_json(plain / "config.json") | {"tie_word_embeddings": True})
+    windows = windows_of(tokens_like(model, 200), 20)
+    Q, R = map(rotate.principal_directions, rotate.covariances(model, windows))
+    rotate.rotate(plain, tmp_path / "turned", Q, R)
+    quantize.quantize_folder(plain, tmp_path / "small", 8)
+    tokens = tokens_like(model, 1, 12)
+    for folder, tolerance in [("turned", 1e-5), ("small", 0.1)]:
+        assert close(Llama.from_pretrained(tmp_path / folder)(tokens), model(tokens), tolerance)
+        assert read_json(tmp_path / folder / "config.json")["tie_word_embeddings"] is False
+
+
 def test_rotate_writes_a_folder_like_any_other(tmp_path, monkeypatch, capsys):
     out = tmp_path / "turned"
     command(monkeypatch, rotate.main, "--out", out, "--text", ROOT / "generate.py",
