@@ -12,9 +12,11 @@ import torch
 import generate
 from beyond import chat
 from calibrate import calibrate
+from demo import corpus, train
 from generate import StreamDecoder
-from model import (Config, InputError, Llama, SentencePieceTokenizer, load_tokenizer,
+from model import (Config, InputError, Llama, SentencePieceTokenizer, load_model, load_tokenizer,
                    read_tokens)
+from sparsify import perplexity
 
 DEMO = Path(__file__).parent.parent / "demo"
 TEXTS = [
@@ -93,12 +95,7 @@ def chat_folder(tmp_path_factory):
     """A checkpoint of a tiny model with a tokenizer.json, a chat template and a calibration."""
     folder = tmp_path_factory.mktemp("chat")
     tokens = json_folder(folder).get_vocab_size()
-    torch.manual_seed(0)
-    model = Llama(Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                         vocab_size=tokens, max_position_embeddings=256)).requires_grad_(False)
-    model.save_pretrained(folder)
-    model = Llama.from_pretrained(folder)
+    model = tiny_model(folder, tokens)
     calibrate(model, torch.randint(tokens, (300,))).save(folder / "calibration.safetensors")
     return folder
 
@@ -298,6 +295,53 @@ def test_only_the_first_word_of_a_text_is_given_a_blank(tmp_path):
     assert chat.chat_template(tmp_path)([{"content": "Hi"}]) == [1, 3, 9, 4, 8]
     assert tokenizer.encode("Hi<|tool|>Hi") == [1, 9, 10, 8]             # no special token
     assert tokenizer.decode([1, 9, 10, 8, 4]) == "Hi<|tool|>Hi"
+
+
+def tiny_model(folder, tokens, **changes):
+    """Save a tiny model of so many tokens beside a tokenizer, and return it as it is loaded."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
+    model = Llama(Config(vocab_size=tokens, **shape | changes)).requires_grad_(False)
+    model.save_pretrained(folder)
+    return Llama.from_pretrained(folder)
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path, monkeypatch, capsys):
+    metaspace_folder(tmp_path)
+    tiny_model(tmp_path, 10)                               # the last token of 11, <|tool|>, is 10
+    options = ["--model", tmp_path, "--sparsity", 0, "--max-new-tokens", 3]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, options), "--prompt", "HiHi"])
+    generate.main()
+    assert "3 tokens" in capsys.readouterr().out
+    refusal = "token id 10 is outside the vocabulary of 10"
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, options), "--prompt", "Hi<|tool|>"])
+    with pytest.raises(InputError, match=refusal):
+        generate.main()
+    with pytest.raises(InputError, match=refusal):
+        talk(monkeypatch, capsys, "Hi<|tool|>\n", *options)
+    model, tokenizer = load_model(tmp_path)
+    tokens = torch.tensor(tokenizer.encode("Hi<|tool|>" * 20))
+    for use in (calibrate, perplexity):
+        with pytest.raises(InputError, match=refusal):
+            use(model, tokens, 20)
+
+
+def test_a_folder_may_name_no_end(tmp_path, monkeypatch, capsys):
+    metaspace_folder(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items()
+                                if key != "eos_token"}))
+    tiny_model(tmp_path, 11)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_ids == ()
+    monkeypatch.setattr(corpus, "files", lambda part: [("a.py", "Hi"), ("b.py", "HiHi")])
+    tokens, _ = read_tokens(tokenizer, None, "train")
+    assert sorted(tokens.tolist()) == sorted([1, 9, 1, 9, 8])            # joined without
+    assert train.token_stream(["Hi", "HiHi"], tokenizer).tolist() == [1, 9, 1, 9, 8]
+    talk(monkeypatch, capsys, "Hi\n", "--model", tmp_path, "--max-new-tokens", 4)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -59,10 +59,10 @@ def train_tokenizer(path):
 
 
 def token_stream(texts, tokenizer):
-    """Return the texts as one row of tokens (N,) int32, each text between its bos and eos."""
+    """Return the texts as one row of tokens (N,) int32, each between its bos and eos, if any."""
     ids = []
     for text in texts:
-        ids += tokenizer.encode(text) + [tokenizer.eos_ids[0]]
+        ids += tokenizer.encode(text) + list(tokenizer.eos_ids[:1])
     return torch.tensor(ids, dtype=torch.int32)
 
 
