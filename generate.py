@@ -31,6 +31,7 @@ is distributed as p. (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 230
 """
 import contextlib
 import functools
+import math
 import time
 from dataclasses import dataclass, fields
 
@@ -52,6 +53,11 @@ class Sampling:
     temperature: float = 0.0         # 0 is greedy
     top_k: int | None = None         # None: all
     top_p: float | None = None       # None: all
+
+    @property
+    def greedy(self):
+        """Whether the likeliest token is taken: also where float32 cannot divide by so little."""
+        return self.temperature < torch.finfo(torch.float32).tiny
 
     def check(self):
         """Raise InputError for settings that define no distribution."""
@@ -85,7 +91,7 @@ class Sampling:
 
         That is the distributions (N, vocab), or None if greedy.
         """
-        if self.temperature == 0:
+        if self.greedy:
             return logits.argmax(-1, keepdim=True), None
         p = self.probabilities(logits)
         return draw(p, generator), p
@@ -100,6 +106,19 @@ def draw(p, generator):
     sums = p.cumsum(-1, dtype=torch.float64)
     uniform = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=torch.float64)
     return torch.searchsorted(sums, sums[:, -1:] * uniform, right=True).clamp(max=p.shape[-1] - 1)
+
+
+def checked(logits, position):
+    """Return logits (..., T, vocab) of T tokens, the first of which stands at `position`.
+
+    Raises InputError if they are no numbers: no token can be chosen then.
+    """
+    if not math.isfinite(logits.max().item()):             # NaN, too, is the largest
+        wrong = ~logits.flatten(0, -2).max(-1).values.isfinite()
+        raise InputError(f"the logits at position {position + wrong.nonzero()[0].item()} of the "
+                         f"text are NaN or infinite: numbers in the model are too large for its "
+                         f"dtype; try --dtype bfloat16 or float32")
+    return logits
 
 
 def random_source(model, seed):
@@ -267,6 +286,7 @@ def _generate(model, prompt, max_new_tokens, sampling, generator, eos_ids, make_
     logits = model(prompt, cache, last_only=True)[:, -1]                        # (1, vocab)
     step = make_step(model, cache)
     for left in reversed(range(length - prompt.shape[1])):
+        logits = checked(logits, cache.used - 1)
         tokens, _ = sampling.choose(logits, generator)                          # (1, 1)
         token = tokens.item()
         if token in eos_ids:
@@ -386,7 +406,7 @@ def verdict(logits, guesses, q, sampling, generator):
     """
     written = []
     for i in range(len(guesses) + 1):
-        if q is not None and sampling.temperature and i < len(guesses):
+        if q is not None and not sampling.greedy and i < len(guesses):
             token = from_guess(sampling.probabilities(logits[i]), q[i], guesses[i], generator)
         else:
             token = sampling.choose(logits[i:i + 1], generator)[0].item()
@@ -485,7 +505,7 @@ class Speculation:
     def run(self):
         ids = self.prompt[0].tolist()
         with self.reading():
-            logits = self.read_prompt()                                         # (1, vocab)
+            logits = checked(self.read_prompt(), len(ids) - 1)                  # (1, vocab)
         written = [self.sampling.choose(logits, self.generator)[0].item()]
         with self.verifying():
             self.verify = self.make_step(self.model, self.cache,
@@ -517,6 +537,7 @@ class Speculation:
         with self.verifying():
             logits = self.verify(torch.tensor([[ids[-1], *guesses]], device=self.model.device))[0]
         written = verdict(logits, guesses, q, self.sampling, self.generator)
+        checked(logits[:len(written)], start)              # what follows a wrong guess is no matter
         self.cache.used = start + len(written)
         self.statistics.record(len(guesses), len(written) - 1)
         self.statistics.draft_seconds += drafted - began
@@ -802,7 +823,7 @@ class Writer:
         same = first_difference(plain, ids)
         if same == len(plain) == len(ids):
             print(f"the same text, all {same} tokens")
-        elif arguments.temperature:
+        elif not sampling_of(arguments).greedy:
             print("sampled: another text of the same distribution")
         else:
             tokens = torch.tensor([prompt + plain[:same]], device=self.model.device)

@@ -1467,6 +1467,33 @@ def test_what_cannot_be_generated_is_refused_at_once(prompt, options, message):
             function(tiny_model(), prompt, **{"max_new_tokens": 3, **options})
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_end_a_text(value, temperature):
+    def spoiled(model, cache, tokens=1):
+        """Return a step whose logits at position 6 are no numbers."""
+        def step(tokens):
+            start = cache.used
+            logits = model(tokens, cache)
+            logits[:, torch.arange(start, cache.used) == 6] = value
+            return logits
+        return step
+
+    model = tiny_model()
+    settings = {"temperature": temperature, "seed": 3}
+    for function in (generate.generate,
+                     functools.partial(generate.generate_speculative, draft=tiny_model())):
+        tokens = function(model, [1, 2, 3], 9, make_step=spoiled, **settings)
+        text = []
+        with refused(match="position 6 of the text are NaN or .*bfloat16 or float32"):
+            text.extend(tokens)
+        assert len(text) == 4 or function is not generate.generate       # positions 3 to 6
+        poisoned = tiny_model()
+        poisoned.model.embed_tokens.weight[2] = value
+        with refused(match="position 2 of the text are NaN or infinite"):
+            next(function(poisoned, [1, 3, 2], 9, **settings))
+
+
 @pytest.mark.parametrize("temperature, top_k, top_p, expected", [
     (1.0, None, None, [0.5, 0.25, 0.15, 0.1]),
     (0.5, None, None, [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
@@ -1476,12 +1503,22 @@ def test_what_cannot_be_generated_is_refused_at_once(prompt, options, message):
     (1.0, None, 1e-46, [1.0, 0.0, 0.0, 0.0]),
     (1.0, 9, 1.0, [0.5, 0.25, 0.15, 0.1]),
     (1.0, 3, 0.6, [2 / 3, 1 / 3, 0.0, 0.0]),
-    (1e-38, None, None, [1.0, 0.0, 0.0, 0.0]),
+    (2**-126, None, None, [1.0, 0.0, 0.0, 0.0]),
 ])
 def test_probabilities(temperature, top_k, top_p, expected):
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
     p = Sampling(temperature, top_k, top_p).probabilities(logits)
     assert torch.allclose(p, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-50, 1e-39])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature):
+    model = tiny_model(torch.float32)
+    expected = greedy(model, [1, 2], 9)
+    assert greedy(model, [1, 2], 9, temperature=temperature, seed=0) == expected
+    draft = tiny_model(torch.float32, seed=1)
+    assert [*generate.generate_speculative(model, [1, 2], 9, draft, temperature=temperature,
+                                           seed=0)] == expected
 
 
 def test_probabilities_of_ties_and_of_many_tokens():

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 
 import generate
-from generate import from_guess
+from generate import checked, from_guess
 from model import KVCache, Llama, require
 from sparsify import sparse_mode
 
@@ -170,7 +170,7 @@ def walk(logits, tree, tokens, q, sampling, generator):
     while node is not None:
         path.append(node)
         children = tree.children[node]
-        if q is not None and sampling.temperature and children:
+        if q is not None and not sampling.greedy and children:
             guess = children[0]
             p = sampling.probabilities(logits[node])
             token = from_guess(p, q[guess - 1], tokens[guess], generator)
@@ -373,6 +373,7 @@ class TreeSpeculation(generate.Speculation):
         with self.verifying():
             logits = self.verify(tokens)[0]                                     # (nodes, vocab)
         written, path = walk(logits, tree, nodes, q, self.sampling, self.generator)
+        checked(logits[path], start)
         self.cache.keep(start, path)
         if hasattr(self.draft, "learn"):
             self.draft.learn(tokens[0], logits)

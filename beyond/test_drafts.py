@@ -522,6 +522,22 @@ def test_statistics_of_a_tree():
     assert did.times == {7: [3.0, 3.0]}
 
 
+def test_logits_that_are_no_numbers_end_a_text():
+    model = tiny_verifier()
+    model.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="position 1 of the text are NaN"):
+        next(speculate(model, [1, 2], 9, "recycle"))
+    model = tiny_verifier()
+
+    def spoiled(model, cache, tokens=1):
+        return lambda tokens: model(tokens, cache) * float("inf")
+
+    tokens = speculate(model, [1, 2], 9, "recycle", draft_tokens=3, make_step=spoiled)
+    next(tokens)                                           # the prompt's
+    with pytest.raises(InputError, match="position 2 of the text are NaN"):
+        next(tokens)
+
+
 def test_speculate_refuses_what_does_not_fit():
     model = tiny_verifier()
     cases = [
