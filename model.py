@@ -500,8 +500,9 @@ class Config:
     @staticmethod
     def _read_rope(path, raw, number, refuse):
         """Return config.json's rotary settings, and of them what is the Config's rope_scaling."""
-        # They stand in rope_theta and rope_scaling, or all together in the newer rope_parameters.
-        key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+        # They stand in rope_theta and rope_scaling, or all together in the newer rope_parameters. If
+        # both are there, transformers takes the older one.
+        key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
         rope = raw.get(key) or {}
         if not isinstance(rope, dict):
             refuse(key, "an object")

@@ -566,6 +566,15 @@ def test_every_spelling_of_rope(tmp_path):
         ours = Llama.from_pretrained(tmp_path)
         tokens = tokens_of(ours, 1, 60)
         assert distance(ours(tokens), theirs(tokens).logits) < 1e-4
+    linear = {"rope_type": "linear", "factor": 2.0}
+    for both in ({"rope_scaling": LLAMA3, "rope_parameters": linear | {"rope_theta": 5e5}},
+                 {"rope_scaling": linear, "rope_parameters": LLAMA3, "rope_theta": 777.0},
+                 {"rope_scaling": linear | {"rope_theta": 5e5}, "rope_parameters": LLAMA3},
+                 {"rope_scaling": {}, "rope_parameters": LLAMA3, "rope_theta": 5e5},
+                 {"rope_scaling": None, "rope_parameters": linear | {"rope_theta": 9.0}}):
+        llama.write_json(tmp_path / "config.json", raw | both)
+        theirs = read_by_transformers(tmp_path)
+        assert distance(Llama.from_pretrained(tmp_path)(tokens), theirs(tokens).logits) < 1e-4
 
 
 def test_random_preset(monkeypatch):
