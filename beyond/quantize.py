@@ -13,7 +13,7 @@ int8, one scale for each output (a row of W, a column of the transposed weight):
     scale = max|w| / 127        code = round(w / scale)              w ≈ scale * code
 
 int4 has sixteen values, too few for a whole row: each group of 128 inputs of an output has a range
-of its own.
+of its own. (Of 96, 64 or 32 where 128 does not divide the inputs of all linears.)
 
     scale = (high - low) / 15   code = round((w - low) / scale)      w ≈ scale * (code - zero)
 
@@ -58,6 +58,7 @@ from model import (DEMO, QUANTIZED, Config, Llama, Parser, block_linears, comman
                    require)
 from sparsify import SparseLinear, realised_sparsity, reset_counts, sparse_mode, sparsify
 
+GROUPS = (128, 96, 64, 32)                 # inputs that share a scale: the first that fits
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)     # of a group's range: those tried
 METHOD = "minteal"                         # what config.json calls a checkpoint of this file
 VERSION = 1
@@ -199,6 +200,13 @@ def check_weight(weight, bits, group, name):
 def is_group(group, inputs):
     """Return whether `inputs` can be quantized in groups of so many."""
     return group >= 1 and group % 32 == 0 and inputs % group == 0
+
+
+def fitting_group(model):
+    """Return the first of GROUPS that fits all linears of a Llama's blocks; if none does, 128."""
+    inputs = {model.get_submodule(name).weight.shape[1] for name in linear_names(model.config)}
+    return next((group for group in GROUPS if all(is_group(group, size) for size in inputs)),
+                GROUPS[0])
 
 
 def relative_error(weight, quantized):
@@ -473,15 +481,16 @@ fused.FUSABLE.add(QuantizedLinear)
 
 
 @torch.no_grad()
-def quantize(model, bits, group=128, clipping=CLIPPING):
+def quantize(model, bits, group=None, clipping=CLIPPING):
     """Quantize the linears of a Llama's blocks in place, one by one, and return the model, dense.
 
-    Raises InputError, and changes nothing, for a model that is sparse or quantized already, and for
+    group: of inputs, at 4 bits; None: `fitting_group`. Raises InputError, and changes nothing, for a model that is sparse or quantized already, and for
     weights that cannot be quantized.
     """
     names = linear_names(model.config)
     require(not any(isinstance(model.get_submodule(name), SparseLinear) for name in names),
             "the model is quantized or sparse already; quantize it first, then make it sparse")
+    group = group or fitting_group(model)
     for name in names:
         check_weight(model.get_submodule(name).weight, bits, group, name)
 
@@ -537,14 +546,15 @@ def shape_linears(model, folder):
 QUANTIZED[METHOD] = shape_linears
 
 
-def quantize_folder(folder, out, bits, group=128):
+def quantize_folder(folder, out, bits, group=None):
     """Write the checkpoint in `folder`, its blocks' linears quantized, to the new folder `out`.
 
-    It goes file by file. Returns {linear: (relative error, bytes before, bytes after)}.
+    It goes file by file. group: as for `quantize`. Returns {linear: (relative error, bytes before, bytes after)}.
     """
     require(not is_quantized(folder), f"{folder}: is quantized already")
-    config = Config.read(folder)
-    weights = {f"{name}.weight": name for name in linear_names(config)}
+    model = Llama.shapes(Config.read(folder))
+    group = group or fitting_group(model)
+    weights = {f"{name}.weight": name for name in linear_names(model.config)}
     measures = {}
 
     def change(path, tensors):
@@ -559,7 +569,7 @@ def quantize_folder(folder, out, bits, group=128):
             measures[weights[name]] = measured(tensor, quantized)
         return changed
 
-    rewrite_checkpoint(folder, Llama.shapes(config), out, change,
+    rewrite_checkpoint(folder, model, out, change,
                        {"quantization_config": quantization_config(bits, group)})
     return measures
 
@@ -580,8 +590,9 @@ def main(allocate=None, judge=None):
                         help="checkpoint folder (default: the demo model)")
     parser.add_argument("--bits", type=int, choices=[4, 8], default=4,
                         help="of a weight in --out (default: 4)")
-    parser.add_argument("--group", type=natural, default=128,
-                        help="inputs that share a scale at 4 bits (default: 128)")
+    parser.add_argument("--group", type=natural,
+                        help="inputs that share a scale at 4 bits (default: 128, or as many of "
+                             "96, 64 and 32 as divide the inputs of every linear)")
     parser.add_argument("--out", metavar="FOLDER",
                         help="folder to write, which must not exist (default: only measure)")
     parser.add_argument("--table", action="store_true",
@@ -590,11 +601,12 @@ def main(allocate=None, judge=None):
                         help="of the held-out text for --table (default: 50000)")
     arguments = parser.parse_args()
     folder, group = arguments.model, arguments.group
-    require(group % 32 == 0, f"--group is {group}, expected a multiple of 32")
+    require(group is None or group % 32 == 0, f"--group is {group}, expected a multiple of 32")
     require(not folder.startswith("random:"),
             f"{folder} has random weights: commands quantize it as they start, with --quantize")
     if Path(folder).is_dir():
         require(not is_quantized(folder), f"{folder}: is quantized already")
+        group = group or fitting_group(Llama.shapes(Config.read(folder)))
     if arguments.table:
         table(folder, group, arguments.tokens, allocate, judge)
         return

@@ -21,7 +21,7 @@ from beyond import __main__ as fast
 from beyond import allocate, folders, fused, judge, quantize, record, rotate
 from beyond.conftest import random_llama
 from calibrate import calibrate
-from model import (DEMO, InputError, Llama, linear_names, load_model,
+from model import (DEMO, Config, InputError, Llama, linear_names, load_model,
                    read_json, read_safetensors, windows_of, write_json, write_safetensors)
 from sparsify import (SparseLinear, realised_sparsity, reset_counts, sparse_mode,
                       sparsify)
@@ -166,7 +166,7 @@ def quantized_case(seed):
     bits = pick(8, 4)
     outputs = pick(1, 30, 64, 129, 200)
     dtype = pick(torch.float32, torch.bfloat16, torch.float16)
-    group = pick(32, 64, 128) if bits == 4 else None
+    group = pick(32, 64, 96, 128) if bits == 4 else None
     channels = group * pick(1, 2, 3) if group else pick(1, 37, 300, 600)
     codes = torch.randint(1, 1 << bits, (channels, outputs), generator=generator)
     codes = quantize.pack_codes(codes, bits)
@@ -321,6 +321,22 @@ def test_quantized_folder(tmp_path, bits):
     allocate.add_allocations(calibration, loaded, tokens_like(model, 400, seed=3), 32)  # backward
     sparsify(loaded, calibration.thresholds(0.5))
     assert next(generate.generate(loaded, [1, 2, 3], 4)) in range(model.config.vocab_size)
+
+
+@pytest.mark.parametrize("hidden, middle, group", [
+    (128, 384, 128), (96, 288, 96), (96, 160, 32), (64, 192, 64), (64, 96, 32), (288, 768, 96),
+])
+def test_groups_fit_the_inputs(tmp_path, hidden, middle, group):
+    model = tiny_model(hidden_size=hidden, intermediate_size=middle, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=hidden // 4, num_hidden_layers=1)
+    assert quantize.fitting_group(model) == group
+    model.save_pretrained(tmp_path / "plain")
+    quantize.quantize_folder(tmp_path / "plain", tmp_path / "small", 4)
+    assert Config.read(tmp_path / "small").quantization_config["group"] == group
+    quantize.quantize_now(model, "plain", "int4")
+    assert model.config.quantization_config["group"] == group
+    tokens = tokens_like(model, 1, 9)
+    assert torch.equal(Llama.from_pretrained(tmp_path / "small")(tokens), model(tokens))
 
 
 def test_what_quantized_folders_are_not_for(tmp_path):
