@@ -626,7 +626,8 @@ def read_header(path):
         raise InputError(f"{path}: no safetensors file: its header is not JSON ({error})") from None
     require(isinstance(header, dict),
             f"{path}: the header is a JSON {type(header).__name__}, expected an object")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata                  # null is none, too
     require(isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()),
             f"{path}: __metadata__ should map text to text")
 

@@ -208,6 +208,20 @@ def test_safetensors_unaligned_data(tmp_path):
     assert read_safetensors(tmp_path / "x")["x"].tolist() == [1.5, -2.0]
 
 
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, [], 0, "", {"a": None}])
+def test_safetensors_metadata_as_the_package_reads_it(tmp_path, metadata):
+    safetensors = pytest.importorskip("safetensors.torch")
+    write_raw(tmp_path / "x", {"__metadata__": metadata, "x": X}, struct.pack("<ff", 1.5, -2.0))
+    try:
+        expected = safetensors.load_file(tmp_path / "x")["x"]
+    except Exception:
+        with refused(match="__metadata__ should map text to text"):
+            read_header(tmp_path / "x")
+        return
+    assert torch.equal(read_safetensors(tmp_path / "x")["x"], expected)
+    assert read_header(tmp_path / "x")[1] == (metadata or {})
+
+
 @pytest.mark.parametrize("header, data, length, message", [
     ({"x": X}, bytes(4), None, "run past the 4 bytes of data: the file is truncated"),
     ({"x": X}, bytes(8), 10**12, "its header should be 1000000000000 bytes long"),
