@@ -551,6 +551,7 @@ def output_of(arguments):
     name = arguments.model
     require(not name.startswith("random:"), f"{name} has random weights: commands calibrate it on "
                                             f"random tokens as they start")
+    require(Path(name).is_dir(), f"{name}: no such folder")
     return arguments.out or Path(name) / "calibration.safetensors"
 
 

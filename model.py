@@ -500,8 +500,8 @@ class Config:
     @staticmethod
     def _read_rope(path, raw, number, refuse):
         """Return config.json's rotary settings, and of them what is the Config's rope_scaling."""
-        # They stand in rope_theta and rope_scaling, or all together in the newer rope_parameters. If
-        # both are there, transformers takes the older one.
+        # They stand in rope_theta and rope_scaling, or all together in the newer rope_parameters.
+        # If both are there, transformers takes the older one.
         key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
         rope = raw.get(key) or {}
         if not isinstance(rope, dict):
@@ -811,7 +811,8 @@ def checked_shards(folder, model):
 
     Every tensor is one of the model's, has its shape, stands once; at the end none is missing. What
     config.json defines anyway is left out: a tied head, and frequencies that older checkpoints
-    store. (A tied head that is stored alone is the embedding.) The dictionaries are the caller's: what is taken out of them is held by nobody else.
+    store. (A tied head that is stored alone is the embedding.) The dictionaries are the caller's:
+    what is taken out of them is held by nobody else.
     """
     missing = dict(model.named_parameters()) | dict(model.named_buffers())   # a tied head: once
     names = set(missing)
@@ -984,8 +985,8 @@ def load_tokenizer(folder):
     require(path.exists() or settings[0].exists(),
             f"{folder}: no tokenizer: neither tokenizer.model nor tokenizer.json is there")
     require(any(each.exists() for each in settings),
-            f"{path}: not SentencePiece, and neither tokenizer.json nor tokenizer_config.json names "
-            f"its special tokens")
+            f"{path}: not SentencePiece, and neither tokenizer.json nor tokenizer_config.json "
+            f"names its special tokens")
     return HubTokenizer(folder)
 
 
@@ -1118,7 +1119,8 @@ def load_model(name, device="cpu", dtype=None, maker=Llama):
 def check_output(path, option):
     """Raise InputError, before anything is computed, if no file can be written at `path`."""
     folder = Path(path).parent
-    require(str(path) and not Path(path).is_dir(), f"{path}: is no file to write; see {option}")
+    require(str(path) and (Path(path).is_file() or not Path(path).exists()),
+            f"{path}: is no file to write; see {option}")
     require(folder.is_dir(), f"{path}: cannot be written: {folder} is no folder; see {option}")
     require(os.access(folder, os.W_OK), f"{path}: cannot be written: {folder} is read-only; see "
                                         f"{option}")

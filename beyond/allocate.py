@@ -48,7 +48,7 @@ from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS,
                        output_of, quantile, write_calibration, write_imported)
 from kernel import kept
 from model import (InputError, check_output, command_line, default_context, linear_names,
-                   load_model, progress, require, windows_of)
+                   load_model, progress, replacing, require, windows_of)
 
 # Where a table is filled in. The shares of a level have it as their mean, and so have those on the
 # line between two levels: every sparsity in between is met exactly.
@@ -365,11 +365,18 @@ def pyplot():
     return pyplot
 
 
-def check_figure(path):
+def check_figure(path, option="--figure"):
     """Raise InputError, before anything is measured, if no PNG can be drawn at `path`."""
-    require(str(path).endswith(".png"), f"--figure is {path}, expected a name that ends in .png")
-    check_output(path, "--figure")
+    require(str(path).endswith(".png"), f"{option} is {path}, expected a name that ends in .png")
+    check_output(path, option)
     pyplot()
+
+
+def save_figure(figure, path):
+    """Write a figure of pyplot as a PNG, whole or not at all, and forget it."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
+    pyplot().close(figure)
 
 
 def refuse_beside(arguments, meaningless):
@@ -431,8 +438,7 @@ def draw_distributions(calibration, path):
             if row == 2:
                 axis.set_xlabel("activation x")
     axes[0, 3].legend(fontsize=7, loc="upper right")
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_allocations(calibration, path, sparsity=0.5):
@@ -456,8 +462,7 @@ def draw_allocations(calibration, path, sparsity=0.5):
         if place % 3 == 0:
             axis.set_ylabel(f"sparsity of each linear\nat {sparsity:.0%} of all (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main():
@@ -475,10 +480,11 @@ def main():
             "--quantize needs --out: calibration.safetensors in the folder is that of the weights "
             "as they are")
     if arguments.figures:
-        pyplot()
+        arguments.figures.mkdir(parents=True, exist_ok=True)
+        for name in ("distributions.png", "allocations.png"):
+            check_figure(arguments.figures / name, "--figures")
         model, _ = load(arguments)
         calibration = load_calibration(model, arguments.model, path)
-        arguments.figures.mkdir(parents=True, exist_ok=True)
         draw_distributions(calibration, arguments.figures / "distributions.png")
         draw_allocations(calibration, arguments.figures / "allocations.png")
         print(f"{arguments.figures}: distributions.png, allocations.png")

@@ -20,14 +20,23 @@ from pathlib import Path
 from model import InputError, checked_shards, read_json, require, write_json, write_safetensors
 
 
+def check_new_folder(out):
+    """Raise InputError, before anything is computed, if `out` exists or cannot be made."""
+    require(not os.path.lexists(out),
+            f"{out}: exists already; this is written to a new folder; see --out")
+    there = next(folder for folder in Path(out).absolute().parents if folder.exists())
+    require(there.is_dir(), f"{out}: cannot be written: {there} is no folder; see --out")
+    require(os.access(there, os.W_OK), f"{out}: cannot be written: {there} is read-only; see --out")
+
+
 @contextlib.contextmanager
 def new_folder(out):
     """Open a folder to fill: `with new_folder(out) as unfinished`. At the end it becomes `out`.
 
     Raises InputError if `out` exists, or cannot be written. What is not finished is removed.
     """
+    check_new_folder(out)
     out = Path(out)
-    require(not out.exists(), f"{out}: exists already; this is written to a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
@@ -62,7 +71,7 @@ def rewrite_checkpoint(folder, model, out, change, config_changes):
             settings = file.name in ("generation_config.json", "chat_template.jinja")
             if file.is_file() and (settings or "token" in file.name):
                 shutil.copy(file, unfinished)
-        tied = {"tie_word_embeddings": model.config.tie_word_embeddings}    # not if the head differs
+        tied = {"tie_word_embeddings": model.config.tie_word_embeddings}     # as it is, not as told
         write_json(unfinished / "config.json",
                    read_json(folder / "config.json") | tied | config_changes)
 

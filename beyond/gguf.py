@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from beyond.folders import new_folder
-from model import (Config, InputError, Parser, check_output, command_line,
+from beyond.folders import check_new_folder, new_folder
+from model import (Config, InputError, Parser, command_line,
                    progress, read_json, require, rope_tables, write_json, write_safetensors)
 
 NAMES = {                            # of a GGUF file's tensors, and the checkpoint's
@@ -205,7 +205,7 @@ def main():
     parser.add_argument("file", metavar="FILE.gguf")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
     arguments = parser.parse_args()
-    check_output(arguments.out, "--out")
+    check_new_folder(arguments.out)
     config = convert(arguments.file, arguments.out)
     print(f"{arguments.out}: {config.num_hidden_layers} blocks, hidden {config.hidden_size}, "
           f"{config.vocab_size} tokens, bfloat16")

@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from beyond.allocate import add_quantize, check_figure, load, pyplot, refuse_beside
+from beyond.allocate import add_quantize, check_figure, load, pyplot, refuse_beside, save_figure
 from calibrate import load_calibration, quantile
 from kernel import kept
 from model import (Parser, block_linears, check_tokens, command_line, default_context, linear_names,
@@ -321,8 +321,7 @@ def draw_quality(rows, path):
              ylabel=f"perplexity above the dense {dense:.2f} (%)", yscale="log", ylim=(0.05, None))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(ncols=2 if any(" " in name for name in names) else 1, fontsize=8)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def read_arguments():

@@ -50,7 +50,7 @@ from torch import nn
 
 import kernel
 from beyond import fused, record
-from beyond.folders import is_quantized, rewrite_checkpoint
+from beyond.folders import check_new_folder, is_quantized, rewrite_checkpoint
 from calibrate import calibrate
 from generate import generate
 from model import (DEMO, QUANTIZED, Config, Llama, Parser, block_linears, command_line,
@@ -484,8 +484,8 @@ fused.FUSABLE.add(QuantizedLinear)
 def quantize(model, bits, group=None, clipping=CLIPPING):
     """Quantize the linears of a Llama's blocks in place, one by one, and return the model, dense.
 
-    group: of inputs, at 4 bits; None: `fitting_group`. Raises InputError, and changes nothing, for a model that is sparse or quantized already, and for
-    weights that cannot be quantized.
+    group: of inputs, at 4 bits; None: `fitting_group`. Raises InputError, and changes nothing, for
+    a model that is sparse or quantized already, and for weights that cannot be quantized.
     """
     names = linear_names(model.config)
     require(not any(isinstance(model.get_submodule(name), SparseLinear) for name in names),
@@ -549,7 +549,8 @@ QUANTIZED[METHOD] = shape_linears
 def quantize_folder(folder, out, bits, group=None):
     """Write the checkpoint in `folder`, its blocks' linears quantized, to the new folder `out`.
 
-    It goes file by file. group: as for `quantize`. Returns {linear: (relative error, bytes before, bytes after)}.
+    It goes file by file. group: as for `quantize`. Returns {linear: (relative error, bytes before,
+    bytes after)}.
     """
     require(not is_quantized(folder), f"{folder}: is quantized already")
     model = Llama.shapes(Config.read(folder))
@@ -601,6 +602,8 @@ def main(allocate=None, judge=None):
                         help="of the held-out text for --table (default: 50000)")
     arguments = parser.parse_args()
     folder, group = arguments.model, arguments.group
+    if arguments.out:
+        check_new_folder(arguments.out)
     require(group is None or group % 32 == 0, f"--group is {group}, expected a multiple of 32")
     require(not folder.startswith("random:"),
             f"{folder} has random weights: commands quantize it as they start, with --quantize")

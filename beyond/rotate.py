@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from beyond.folders import is_quantized, rewrite_checkpoint
+from beyond.folders import check_new_folder, is_quantized, rewrite_checkpoint
 from calibrate import BATCH, SINKS
 from model import (DEMO, Config, Llama, Parser, checked_shards, checkpoint_dtype, command_line,
                    default_context, load_model, natural, progress, read_tokens, require, windows_of)
@@ -184,7 +184,7 @@ def main():
                         help="to write (default: the checkpoint's own)")
     arguments = parser.parse_args()
     folder, out, device = arguments.model, arguments.out, arguments.device
-    require(not Path(out).exists(), f"{out}: exists already; this is written to a new folder")
+    check_new_folder(out)
     require(not folder.startswith("random:"),
             f"{folder} has random weights, whose activations have no directions")
     if Path(folder).is_dir():

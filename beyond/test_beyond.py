@@ -16,10 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import calibrate
 import generate
 import kernel
-from beyond import record
-from model import Config, Llama, linear_names
+from beyond import allocate, folders, gguf, judge, quantize, record, rotate, timing
+from demo import train
+from model import Config, InputError, Llama, check_output, linear_names
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +85,61 @@ def test_chapters_import_each_other_without_circles():
 def test_lines_end_at_100_columns(path):
     lines = path.read_text().splitlines()
     assert not [number for number, line in enumerate(lines, start=1) if len(line) > 100]
+
+
+# --------------------------------------------------------------------------------------------------
+# Every command that writes
+
+TEXTS = ["--text", ROOT / "LICENSE"]
+
+
+@pytest.mark.parametrize("module, work, options", [
+    (calibrate, "load_model", ["--out", "{}/x", *TEXTS]),
+    (calibrate, "write_imported", ["--import-teal", "x", "--out", "{}/x"]),
+    (allocate, "load_model", ["--out", "{}/x", *TEXTS]),
+    (allocate, "load", ["--figures", "{}"]),
+    (rotate, "load_model", ["--out", "{}/x", *TEXTS]),
+    (quantize, "quantize_folder", ["--out", "{}/x"]),
+    (gguf, "convert", ["x.gguf", "--out", "{}/x"]),
+    (judge, "load", ["--figure", "{}/x.png"]),
+    (timing, "begin", ["--figure", "{}/x.png"]),
+    (train, "train_tokenizer", ["--out", "{}", "--state", "{}"]),
+], ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize("kind", ["read-only", "no folder"])
+def test_what_cannot_be_written_is_found_out_first(monkeypatch, tmp_path, module, work, options,
+                                                   kind):
+    folder = tmp_path / "folder"
+    if kind == "read-only":
+        folder.mkdir()
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: (
+            Path(path).resolve() != folder.resolve() and access(path, mode)))   # root may do all
+    else:
+        folder.write_text("a file")
+    monkeypatch.setattr(module, work, lambda *_: pytest.fail("something was computed"))
+    options = [str(option).format(folder) for option in options]
+    monkeypatch.setattr(sys, "argv", [module.__name__, *options])
+    with pytest.raises((InputError, OSError)) as refused:
+        module.main()
+    message = str(refused.value)
+    assert str(folder) in message and "tmp." not in message.replace(str(tmp_path), "")
+    if isinstance(refused.value, InputError):
+        assert kind in message and "see --" in message
+
+
+@pytest.mark.parametrize("out", ["link", "folder", ""])
+def test_a_new_folder_takes_the_place_of_nothing(tmp_path, out):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="exists already; .*; see --out"):
+        folders.check_new_folder(tmp_path / out)
+    assert folders.check_new_folder(tmp_path / "new" / "folder") is None        # it is made
+
+
+@pytest.mark.parametrize("path", ["/dev/null", ".", ""])
+def test_a_result_takes_the_place_of_files_alone(path):
+    with pytest.raises(InputError, match="is no file to write; see --out"):
+        check_output(path, "--out")
 
 
 # --------------------------------------------------------------------------------------------------

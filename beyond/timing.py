@@ -26,7 +26,7 @@ import torch
 
 import kernel
 from beyond import drafts, quantize, record
-from beyond.allocate import add_quantize, check_figure, load, pyplot
+from beyond.allocate import add_quantize, check_figure, load, pyplot, save_figure
 from calibrate import load_calibration
 from generate import Sampling, plain_step, random_source
 from kernel import (begin, copies_of, dense_ways, inputs_like, listed, make_parser, median_time,
@@ -99,8 +99,7 @@ def draw_speed(timed, levels, bandwidth, path):
     axes[0, 0].set_ylabel("speed over the best dense way")
     axes[0, 0].legend(fontsize=7, title="dotted: what reading the\nkept bytes would allow",
                       title_fontsize=7)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def time_products():

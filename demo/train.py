@@ -24,8 +24,8 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from demo import corpus                                                     # noqa: E402
-from model import (Config, Llama, Parser, command_line, find_device, load_tokenizer,    # noqa: E402
-                   progress, read_header, read_safetensors, replacing, require,
+from model import (Config, Llama, Parser, check_output, command_line, find_device,      # noqa: E402
+                   load_tokenizer, progress, read_header, read_safetensors, replacing, require,
                    write_safetensors)
 
 CONFIG = Config(hidden_size=256, intermediate_size=768, num_hidden_layers=7, num_attention_heads=8,
@@ -147,6 +147,8 @@ def main():
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.state.mkdir(parents=True, exist_ok=True)
+    check_output(arguments.out / "model.safetensors", "--out")
+    check_output(arguments.state / "state.safetensors", "--state")
     if not (arguments.out / "tokenizer.model").exists():
         train_tokenizer(arguments.out / "tokenizer.model")
     tokenizer = load_tokenizer(arguments.out)
