@@ -894,7 +894,8 @@ class SentencePieceTokenizer:
         def content(token):
             return token["content"] if isinstance(token, dict) else token
 
-        settings, whole = read("tokenizer_config.json"), read("tokenizer.json")
+        settings = read("special_tokens_map.json") | read("tokenizer_config.json")
+        whole = read("tokenizer.json")
         bos = self.processor.id_to_piece(self.bos_id) if self.bos_id >= 0 else None
         usual = {"bos_token": bos, "add_bos_token": bos is not None, "add_eos_token": False,
                  "add_prefix_space": True}

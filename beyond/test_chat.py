@@ -395,13 +395,28 @@ def test_chat_templates_that_fail_say_so(chat_folder, tmp_path, source):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_chat_templates_may_use_what_transformers_gives_them(tmp_path):
+@pytest.mark.parametrize("template, expected", [
+    ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+     "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}", '{"content": "é<"}'),
+    ("a {% generation %} b {% endgeneration %} c", "a  b  c"),           # without blanks of its own
+    ("{% generation %}\n  b\n{% endgeneration %}\nc", "  b\nc"),
+    ("{{ tools is none }} {{ documents is none }}{% if tools %} tools{% endif %}", "True True"),
+    ("{{ messages[0] | tojson(indent=1) }}", '{\n "content": "é<"\n}'),
+    ('{{ {"b": 1, "a": 2} | tojson(sort_keys=True, separators=(",", ":")) }}', '{"a":2,"b":1}'),
+    ("{{ 'é' | tojson(ensure_ascii=True) }}", '"\\u00e9"'),
+    ("{{ strftime_now('%%') }}{{ bos_token }}{{ eos_token }}", "%<s></s>"),
+])
+def test_chat_templates_may_use_what_transformers_gives_them(tmp_path, template, expected):
     bpe = json_folder(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
-        "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}")
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    names = {key: settings.pop(key) for key in ("bos_token", "eos_token")}
+    del settings["added_tokens_decoder"]                   # older folders have none
+    path.write_text(json.dumps(settings))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))       # but this
+    (tmp_path / "chat_template.jinja").write_text(template)
     ids = chat.chat_template(tmp_path)([{"content": "é<"}, {"content": "b"}])
-    assert bpe.decode(ids) == '{"content": "é<"}'
+    assert bpe.decode(ids, skip_special_tokens=False) == expected
 
 
 def test_what_a_chat_needs(chat_folder, tmp_path, monkeypatch):
