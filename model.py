@@ -1153,26 +1153,37 @@ def progress(items, label):
         left = (now - began) / done * (len(items) - done)
         text = f"{label}: {done} of {len(items)}, {left / 60:.1f} minutes left"
         if watched:
-            print(f"\r\033[K{text}" if left else "\r\033[K", end="", file=sys.stderr, flush=True)
+            note(f"\r\033[K{text}" if left else "\r\033[K", end="")
         elif done == 1 and left > 10 or now - said > 60:
-            print(text, file=sys.stderr, flush=True)
+            note(text)
             said = now
+
+
+def note(text, end="\n"):
+    """Write text to standard error. Where it cannot be written, the work goes on without."""
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")
 
 
 def command_line(main):
     """Run a file's `main`. Input that it cannot use ends it with one line and exit status 2."""
     path = Path(sys.argv[0])
     name = path.parent.name if path.name == "__main__.py" else path.name     # python -m FOLDER
-    sys.stdout.reconfigure(errors="backslashreplace")      # for terminals that lack a character
+    if sys.stderr is None:               # closed; its number is not to become that of a file
+        sys.stderr = open(os.devnull, "w")
     try:
+        require(sys.stdout is not None, "standard output is closed")
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
         main()
     except BrokenPipeError:                                # our reader is gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
-        print(f"{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        note(f"{name}: error: {' '.join(str(error).splitlines())}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        note(f"{name}: interrupted")
         sys.exit(130)
 
 

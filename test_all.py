@@ -2120,6 +2120,29 @@ def test_a_command_works_from_another_folder(tmp_path):
     assert ended.stderr == "sparsify.py: error: absent: cannot be read: No such file or directory\n"
 
 
+@pytest.mark.parametrize("redirection, status, said", [
+    (">&-", 2, "model.py: error: standard output is closed\n"),
+    (">/dev/full", 2, "model.py: error: [Errno 28] No space left on device\n"),
+    ("2>&-", 0, ""),
+    ("<&-", 0, ""),
+])
+def test_closed_streams(redirection, status, said):
+    ended = subprocess.run(f"{sys.executable} {HERE / 'model.py'} {redirection}", shell=True,
+                           capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (status, said)
+    assert bool(ended.stdout) == (status == 0)
+
+
+def test_what_nobody_can_read_stops_no_work(monkeypatch):
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stderr", full)
+    monkeypatch.setattr(llama.time, "perf_counter", iter(range(0, 900, 100)).__next__)
+    assert list(llama.progress([1, 2, 3], "a line after each")) == [1, 2, 3]
+    assert sys.stderr is not full
+    with contextlib.suppress(OSError):
+        full.close()
+
+
 def test_a_draft_model_needs_the_same_tokenizer(monkeypatch):
     class Tokenizer:
         eos_ids = ()

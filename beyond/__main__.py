@@ -103,7 +103,8 @@ def write(arguments):
     with sparse_mode(model, writer.mode):
         chat.chat(tokenizer, template, arguments.system,
                   lambda prompt: writer.text(prompt, speculative=bool(arguments.draft)),
-                  from_first=parallel.from_first)
+                  from_first=parallel.from_first,
+                  longest=chat.longest_prompt(model, arguments.max_new_tokens))
 
 
 def main():

@@ -13,7 +13,8 @@ run by transformers, in a sandbox, and transformers cuts the text into tokens: t
 tokens, which a prompt of generate.py never becomes, and the template itself writes the token that
 begins a text. A turn that spells out a mark becomes that mark, as everywhere on the hub.
 
-A model remembers nothing. Every turn is a new text, which begins with all that was said before.
+A model remembers nothing. Every turn is a new text, which begins with all that was said before. Of
+a conversation that is longer than the model's context, the oldest turns are left out.
 
 The seam: `chat` is given a function that continues a prompt; `load_tokenizer` gives the text of
 what it writes. The template's tokens need the package transformers.
@@ -26,7 +27,7 @@ from pathlib import Path
 import generate
 from beyond import record
 from generate import StreamDecoder, Writer, stream
-from model import (HubTokenizer, InputError, check_text, command_line, load_model, read_json,
+from model import (HubTokenizer, InputError, check_text, command_line, load_model, note, read_json,
                    require)
 from sparsify import sparse_mode
 
@@ -70,18 +71,47 @@ def chat_template(folder):
 
 def read_line():
     """Return a line of input, None at its end."""
+    require(sys.stdin is not None, "standard input is closed: the turns of a chat come from there")
     try:
         return input("\n> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8 text: {error.reason}") from None
 
 
-def chat(tokenizer, template, system, text_of, read_line=read_line, from_first=lambda ask: ask()):
+def prompt_of(messages, template, longest=None):
+    """Return the tokens of a conversation, and make it one of at most `longest` tokens, if given.
+
+    From `messages` the oldest turns are taken, with their answers; not what the system says, nor
+    the last turn.
+    """
+    prompt = template(messages)
+    first = int(messages[0]["role"] == "system")
+    forgotten = 0
+    while longest and len(prompt) > longest and len(messages) > first + 1:
+        del messages[first:first + 2]
+        forgotten += 1
+        prompt = template(messages)
+    if forgotten:
+        note(f"[forgotten, to make room: the oldest {forgotten} turns of the conversation]")
+    return prompt
+
+
+def longest_prompt(model, max_new_tokens):
+    """Return how many tokens of a conversation leave room for an answer, or a quarter for it."""
+    context = model.config.max_position_embeddings
+    return context - min(max_new_tokens, context // 4 + 1)
+
+
+def chat(tokenizer, template, system, text_of, read_line=read_line, from_first=lambda ask: ask(),
+         longest=None):
     """Hold a conversation on standard output: each line of input is a turn, until it ends.
 
     tokenizer: gives the text of tokens. template: of `chat_template`. system: what the model is
     told first, or None. text_of(ids) returns an iterator of the token ids that follow a prompt.
     from_first(ask) returns what ask() is in the first of several processes: see parallel.py.
+    longest: how many tokens a prompt may have; beyond, the oldest turns are forgotten.
     """
     messages = [{"role": "system", "content": system}] if system else []
     while True:
@@ -91,7 +121,7 @@ def chat(tokenizer, template, system, text_of, read_line=read_line, from_first=l
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        prompt = from_first(lambda: template(messages))    # it may hold the time
+        prompt = from_first(lambda: prompt_of(messages, template, longest))    # may hold the time
         ids, *_ = stream(text_of(prompt), StreamDecoder(tokenizer, prompt),
                          lambda text: print(text, end="", flush=True))
         print(flush=True)
@@ -120,7 +150,8 @@ def main():
     writer.prepare()
     with sparse_mode(model, writer.mode):
         chat(tokenizer, template, arguments.system,
-             lambda prompt: writer.text(prompt, speculative=bool(arguments.draft)))
+             lambda prompt: writer.text(prompt, speculative=bool(arguments.draft)),
+             longest=longest_prompt(model, arguments.max_new_tokens))
 
 
 if __name__ == "__main__":

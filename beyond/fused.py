@@ -21,14 +21,13 @@ sparsify.py do, so it looks at their code first: where that has changed it says 
 """
 import ast
 import inspect
-import sys
 import textwrap
 
 import torch
 
 import kernel
 from kernel import triton
-from model import MLP, Attention
+from model import MLP, Attention, note
 from sparsify import SparseLinear
 
 if triton is not None:
@@ -269,8 +268,8 @@ def fuse(model):
         return model
     changed = what_changed(model)
     if changed:
-        print(f"fused.py steps aside, each linear has a launch of its own: {changed} is not what "
-              f"it was written for", file=sys.stderr)
+        note(f"fused.py steps aside, each linear has a launch of its own: {changed} is not what "
+             f"it was written for")
         return model
     for block in model.model.layers:
         block.self_attn.__class__ = FusedAttention         # the same module, with another qkv

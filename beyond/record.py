@@ -25,14 +25,13 @@ import contextlib
 import ctypes
 import functools
 import struct
-import sys
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 import kernel
 from generate import GraphStep, StaticCache, plain_step
-from model import check_tokens
+from model import check_tokens, note
 from sparsify import note_tokens
 
 C_SOURCE = kernel.C_NUMBERS + r"""
@@ -547,7 +546,7 @@ class RecordedStep:
         """Say once why the model runs itself, unless that is expected."""
         if self.reason and self.reason not in self.said:
             self.said.add(self.reason)
-            print(f"record.py steps aside, the model runs itself: {self.reason}", file=sys.stderr)
+            note(f"record.py steps aside, the model runs itself: {self.reason}")
 
     @torch.no_grad()
     def __call__(self, tokens):

@@ -3,6 +3,9 @@ import base64
 import builtins
 import io
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -474,6 +477,70 @@ def test_a_conversation_tells_all_that_was_said_before(capsys):
         "system: Count. user: one assistant:  number 1 user: two",
     ]
     assert capsys.readouterr().out == " number 1\n number 2\n"
+
+
+def test_a_conversation_longer_than_the_context_forgets_its_oldest_turns(capsys):
+    def template(messages):
+        return [token for message in messages for token in message["content"]]
+
+    def conversation(*sizes):
+        return [{"role": role, "content": [i] * size} for i, (role, size) in enumerate(
+            zip(["system", *["user", "assistant"] * 9], sizes))]
+
+    for longest, kept, turns in [(None, [0, 1, 2, 3, 4, 5], 0), (21, [0, 1, 2, 3, 4, 5], 0),
+                                 (20, [0, 3, 4, 5], 1), (12, [0, 5], 2), (2, [0, 5], 2)]:
+        messages = conversation(1, 4, 4, 4, 4, 4)
+        prompt = chat.prompt_of(messages, template, longest)
+        assert prompt == template(messages)
+        assert [message["content"][0] for message in messages] == kept
+        said = f"[forgotten, to make room: the oldest {turns} turns of the conversation]\n"
+        assert capsys.readouterr().err == (said if turns else "")
+    messages = conversation(1, 4, 4, 4, 4, 4)[1:]          # without a system
+    assert chat.prompt_of(messages, template, 12) == template(messages) == [3] * 4 + [4] * 4 + [
+        5] * 4
+
+
+def test_a_chat_goes_on_beyond_the_context(chat_folder, tmp_path, monkeypatch, capsys):
+    for path in chat_folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((chat_folder / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 96}))
+    options = ["--model", tmp_path, "--max-new-tokens", 4]
+    talk(monkeypatch, capsys, "walk on\n", *options)       # the templates of one turn fit
+    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, options)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("walk on\n" * 9))
+    chat.main()
+    written, said = capsys.readouterr()
+    assert written.count("\n") >= 9                        # an answer to each
+    assert "[forgotten, to make room: the oldest 1 turns" in said
+    with pytest.raises(InputError, match="the model's context holds 96"):
+        talk(monkeypatch, capsys, "walk on " * 99 + "\n", *options)
+
+
+@pytest.mark.parametrize("redirection, status, said", [
+    ("<&-", 2, "chat.py: error: standard input is closed: the turns of a chat come from there\n"),
+    (">&-", 2, "chat.py: error: standard output is closed\n"),
+    ("2>&-", 0, ""),
+    ("2>/dev/full", 0, ""),
+    (">/dev/full", 2, "chat.py: error: [Errno 28] No space left on device\n"),
+])
+def test_closed_streams(chat_folder, redirection, status, said):
+    command = f"{sys.executable} -m beyond.chat --model {chat_folder} --max-new-tokens 3"
+    ended = subprocess.run(f"{command} {redirection}", shell=True, input="one\n" * 60, text=True,
+                           capture_output=True, cwd=DEMO.parent)
+    assert (ended.returncode, ended.stderr) == (status, said)
+    assert bool(ended.stdout) == (status == 0)
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])       # Python reads them in two ways
+def test_a_byte_that_is_not_utf8_ends_a_chat_with_one_line(chat_folder, locale):
+    command = [sys.executable, "-m", "beyond.chat", "--model", chat_folder, "--max-new-tokens", "3"]
+    ended = subprocess.run(command, input=b"one\nt\xffwo\n", capture_output=True, cwd=DEMO.parent,
+                           env=os.environ | {"LC_ALL": locale})
+    assert ended.returncode == 2
+    assert ended.stdout.count(b"\n") >= 1                  # the first answer
+    assert re.fullmatch(rb"chat.py: error: [^\n]*(not UTF-8|no UTF-8)[^\n]*\n", ended.stderr)
 
 
 def test_python_m_beyond_chat(chat_folder, monkeypatch, capsys):
