@@ -31,12 +31,15 @@ A calibration belongs to a model, so it says what it was made from, and is refus
 statistics that TEAL's authors publish for Llama-2, Llama-3 and Mistral can be read in its place.
 
     python calibrate.py [--model FOLDER] [--text FILE]      writes FOLDER/calibration.safetensors
-    python calibrate.py --greedy                            with the greedy allocation, in minutes
+    python calibrate.py --greedy                            with the greedy allocation, too
+
+Interrupted, both go on where they were: what is done so far lies in calibration.safetensors.partial.
 """
 import contextlib
 import csv
 import hashlib
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +50,8 @@ import torch
 from kernel import kept
 from model import (EMBEDDING, HEAD, Config, InputError, Parser, block_linears, check_output,
                    check_tokens, command_line, default_context, linear_names, load_model, natural,
-                   progress, read_header, read_safetensors, read_tokens, require, tensor_paths,
-                   windows_of, write_safetensors)
+                   note, progress, read_header, read_safetensors, read_tokens, require,
+                   tensor_paths, windows_of, write_safetensors)
 
 SITES = ("attention in", "attention out", "MLP in", "MLP middle")
 SITE_OF = {                  # where each of the seven linears of a block reads
@@ -60,6 +63,7 @@ LINEARS = tuple(SITE_OF)
 FORMAT = "minTEAL calibration 3"         # what the file says it is
 SINKS = 4                                # tokens left out at the start of each window
 BATCH = 4                                # windows that run together
+TOKENS = 16_000                          # that the commands take if they are not told
 
 # Magnitudes are counted on a logarithmic scale that needs no look at the data first: 32 bins an
 # octave, 2.2 % wide, from 2^-20 (what is smaller falls into bin 0, zeros too) to 2^12.
@@ -156,15 +160,16 @@ class Calibration:
 
     def thresholds_at(self, shares, weights=""):
         """Return the thresholds that drop given shares (layers, 7), of |x| times the `weights`."""
-        if weights:
-            counts = self.distributions[weights]                     # (layers, 7, BINS)
-        else:
-            counts = self.distributions["input"][:, list(SITE_OF.values())]
         names = linear_names(SimpleNamespace(**self.shapes))
-        values = dict(zip(names, quantile(counts, shares).flatten()))
+        values = dict(zip(names, quantile(self.counts_of(weights), shares).flatten()))
         if weights:
             values = {name: value / self.weights[weights][name] for name, value in values.items()}
         return {name: value.float() for name, value in values.items()}
+
+    def counts_of(self, weights):
+        """Return the distributions (layers, 7, BINS) of |x| times the `weights`; "": of |x|."""
+        return self.distributions[weights] if weights else (
+            self.distributions["input"][:, list(SITE_OF.values())])
 
     def head_threshold(self, sparsity):
         """Return the threshold () at which the head drops `sparsity` of its inputs.
@@ -285,46 +290,81 @@ def fingerprint_of(weight):
 # --------------------------------------------------------------------------------------------------
 # Making one
 
-@torch.no_grad()
-def count(model, windows, watched, label):
-    """Run windows (W, T + 1) through the dense model, and add up what is watched.
+class Partial:
+    """What long work has computed so far, from where it goes on if it was killed.
 
-    watched: a list of (module, function(input, output) -> values (B, T, ...), counts (BINS,)); the
-    histogram of the values is added to the counts, int64.
+    It is a dictionary of tensors, and a safetensors file written anew with each `keep`. What is
+    found in the file counts if it was made from the same `origin`, a text. path None: no file.
     """
+
+    def __init__(self, path=None, origin=""):
+        self.path = path
+        self.origin = origin
+        self.tensors = {}
+        if path and path.exists() and read_header(path)[1].get("origin") == origin:
+            self.tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
+
+    def keep(self, tensors):
+        """Add tensors {name: tensor}, or put them in the place of those there are."""
+        self.tensors |= tensors
+        if self.path:
+            write_safetensors(self.path, self.tensors, {"origin": self.origin})
+
+    def rest(self, items, label, sums):
+        """Yield those of a list's items that are not done yet; what they come to is in `sums`.
+
+        sums: a tensor that the caller adds to, in place; it begins as far as the work was. As long
+        as nothing else is called `label`, and the items are the same.
+        """
+        done = 0
+        if label in self.tensors:
+            sums += self.tensors[label].to(sums.device)
+            done = int(self.tensors[f"{label}: done"])
+        for item in progress(items[done:], label):
+            yield item
+            done += 1
+            self.keep({label: sums, f"{label}: done": torch.tensor(done)})
+
+
+@torch.no_grad()
+def count(model, windows, watched, label, partial=None):
+    """Run windows (W, T + 1) through the dense model; return the counts (watched, BINS) int64.
+
+    watched: a list of (module, function(input, output) -> values (B, T, ...)), whose magnitudes are
+    counted, except at the first tokens of a window.
+    """
+    counts = torch.zeros(len(watched), BINS, dtype=torch.int64)
     hooks = contextlib.ExitStack()       # a handle is a context manager, which takes its hook away
-    for module, values, counts in watched:
-        def add(module, inputs, output, values=values, counts=counts):
-            counts += histogram(values(inputs[0], output)[:, SINKS:]).to(counts.device)
+    for (module, values), of in zip(watched, counts):
+        def add(module, inputs, output, values=values, of=of):
+            of += histogram(values(inputs[0], output)[:, SINKS:]).to(of.device)
         hooks.enter_context(module.register_forward_hook(add))
     with hooks:
-        for part in progress(windows.split(BATCH), label):
-            model(part[:, :-1].to(model.device))
+        for part in (partial or Partial()).rest(windows.split(BATCH), label, counts):
+            model(part[:, :-1].to(model.device), last_only=True)
+    return counts
 
 
-def calibrate(model, tokens, context=None, source="unknown text"):
+def calibrate(model, tokens, context=None, source="unknown text", partial=None):
     """Return the Calibration of a dense model on `tokens` (N,) int64, with the uniform allocation.
 
     context: tokens a window; None: the model's own, at most 2048. Memory does not grow with the
-    number of tokens.
+    number of tokens. partial: a Partial, from where the work goes on.
     """
     check_dense(model)
     check_tokens(tokens, model.config)
     context = context or default_context(model)
     require(context > SINKS, f"a window of {context} tokens leaves none after the first {SINKS}")
     windows = windows_of(tokens, context)
-    layers = model.config.num_hidden_layers
-    inputs = torch.zeros(layers, len(SITES), BINS, dtype=torch.int64)
-    head = torch.zeros(BINS, dtype=torch.int64)
-    watched = [(model.lm_head, lambda x, y: x, head)]
-    for layer, block in enumerate(model.model.layers):
+    watched = [(model.model.layers[-1], lambda x, y: model.model.norm(y))]     # what the head reads
+    for block in model.model.layers:
         for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
-            counts = inputs[layer, SITE_OF[linear]]        # the first that reads there
-            watched.append((block.get_submodule(linear), lambda x, y: x, counts))
-    count(model, windows, watched, "calibrating")
+            watched.append((block.get_submodule(linear), lambda x, y: x))      # SITES, in order
+    head, *inputs = count(model, windows, watched, "calibrating", partial)
     return Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}",
                        fingerprint_of(model.model.embed_tokens.weight.detach()),
-                       {"input": inputs, "head": head}, {"uniform": even_table(layers)})
+                       {"input": torch.stack(inputs).view(-1, len(SITES), BINS), "head": head},
+                       {"uniform": even_table(len(model.model.layers))})
 
 
 def check_dense(model):
@@ -335,6 +375,8 @@ def check_dense(model):
 
 STEP = 0.01              # of a block's weights, dropped in one step of the greedy path
 END = 0.9                # of a block's weights, where its path ends
+GREEDY = (2, 256)        # windows, and tokens of each at most, on which errors are measured
+GREEDY_COST = 100_000    # tokens a forward pass has in the same time: two trials a step
 
 
 @torch.no_grad()
@@ -342,9 +384,13 @@ def greedy_path(block, x, context, counts, size):
     """Return the path (steps, 7) of the shares that a block's linears drop, from none to END.
 
     x: (B, T, hidden), inputs of the block in the dense model; context: theirs; counts: (4, BINS),
-    its distributions; size: (7,), shares of the block's weights. In each step every linear is tried
-    with STEP more of the block's weights dropped, in it alone; the one that adds least to the error
-    of the block's output keeps it. All seven have their own threshold.
+    its distributions; size: (7,), shares of the block's weights. In each step the linear that adds
+    least to the error of the block's output drops STEP more of the block's weights. All seven have
+    their own threshold.
+
+    TEAL tries all seven in every step. Here errors of earlier steps are bounds: an error grows as
+    more is dropped elsewhere. So the linear with the smallest one is tried anew, until the smallest
+    is new: two trials a step instead of seven.
     """
     linears = [block.get_submodule(name) for name in LINEARS]
     counts = counts[list(SITE_OF.values())]                          # (7, BINS)
@@ -357,24 +403,27 @@ def greedy_path(block, x, context, counts, size):
     late = slice(x.shape[1] // 4, None)                              # far from the sinks
     exact = block(x, context)[:, late].float()
     path = [torch.zeros(len(LINEARS), dtype=torch.float64)]
+    errors = torch.zeros(len(LINEARS))                               # of one step more, or less
+    new = torch.zeros(len(LINEARS), dtype=torch.bool)                # measured in this step
     with contextlib.ExitStack() as hooks:
         for linear in linears:
             hooks.enter_context(linear.register_forward_pre_hook(drop))
         while path[-1] @ size < END - STEP / 2:
             raised = path[-1] + STEP / size
-            errors = torch.full((len(LINEARS),), float("inf"))
-            tried = quantile(counts, raised.clamp(max=1 - 1e-9)).float()
-            for i in (raised < 1).nonzero().flatten():
-                before = thresholds[i].clone()
-                thresholds[i] = tried[i]
-                errors[i] = (block(x, context)[:, late].float() - exact).norm()
-                thresholds[i] = before
-            best = errors.argmin()
+            errors[raised >= 1] = float("inf")
+            best = int(errors.argmin())
             if errors[best] == float("inf"):
                 break
-            path.append(path[-1].clone())
-            path[-1][best] = raised[best]
-            thresholds[best] = tried[best]
+            before = thresholds[best].clone()
+            thresholds[best] = quantile(counts[best], raised[best]).float()
+            if new[best]:
+                path.append(path[-1].clone())
+                path[-1][best] = raised[best]
+                new[:] = False
+            else:
+                errors[best] = (block(x, context)[:, late].float() - exact).norm()
+                thresholds[best] = before
+                new[best] = True
     return torch.stack(path)
 
 
@@ -397,35 +446,29 @@ def table_of(paths, size):
 
 
 @torch.no_grad()
-def add_greedy(calibration, model, tokens, partial_path=None):
-    """Add the greedy allocation to a calibration of the model, from four windows of `tokens` (N,).
+def add_greedy(calibration, model, tokens, partial=None):
+    """Add the greedy allocation to a calibration of the model, from the beginning of `tokens` (N,).
 
-    The block inputs are computed once, in the dense model, and handed from block to block. After
-    each block what is done is written to `partial_path`, from where a run that was killed goes on;
-    the caller removes it when all is saved.
+    The block inputs are computed once, in the dense model, and handed from block to block. partial:
+    a Partial, from where the work goes on after the last block that was done.
     """
     check_dense(model)
-    windows = windows_of(tokens, default_context(model))[:BATCH, :-1].to(model.device)
+    partial = partial or Partial()
+    number, context = GREEDY
+    windows = windows_of(tokens, min(context, default_context(model)))[:number, :-1]
     _, size = calibration.sizes()
-    # A path belongs to one model in one dtype, and to these tokens.
-    origin = torch.cat((calibration.fingerprint.double(), windows.flatten().double().cpu()))
-    origin = f"{hashlib.sha256(origin.numpy().tobytes()).hexdigest()} {model.dtype}"
-    done = {}
-    resumed = partial_path and partial_path.exists()
-    if resumed and read_header(partial_path)[1].get("origin") == origin:
-        done = {int(layer): path.clone() for layer, path in read_safetensors(partial_path).items()}
-    x = model.embed(windows)
-    context = model.context(windows)
+    x = model.embed(windows.to(model.device))
+    context = model.context(windows.to(model.device))
+    paths = []
     for layer in progress(range(len(model.model.layers)), "greedy allocation, blocks"):
         block = model.model.layers[layer]
-        if layer not in done:
+        name = f"greedy {layer}"
+        if name not in partial.tensors:
             counts = calibration.distributions["input"][layer]
-            done[layer] = greedy_path(block, x, context, counts, size)
-            if partial_path:
-                tensors = {str(number): path for number, path in done.items()}
-                write_safetensors(partial_path, tensors, {"origin": origin})
+            partial.keep({name: greedy_path(block, x, context, counts, size)})
+        paths.append(partial.tensors[name])
         x = block(x, context)
-    calibration.tables["greedy"] = table_of([done[layer] for layer in sorted(done)], size)
+    calibration.tables["greedy"] = table_of(paths, size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -534,8 +577,10 @@ def make_parser(description):
     parser.add_model()
     parser.add_argument("--text", metavar="FILE",
                         help="UTF-8 text to run (default: the standard library's held-in part)")
-    parser.add_argument("--tokens", type=natural, default=100_000,
-                        help="how many tokens of it at most (default: 100000)")
+    parser.add_argument("--tokens", type=natural, default=TOKENS,
+                        help=f"how many tokens of it at most (default: {TOKENS})")
+    parser.add_argument("--context", type=natural,
+                        help="tokens a window (default: the model's own, at most 2048)")
     parser.add_argument("--greedy", action="store_true",
                         help="with the greedy allocation, which takes minutes (default: no)")
     parser.add_argument("--import-teal", metavar="DIR",
@@ -555,6 +600,23 @@ def output_of(arguments):
     return arguments.out or Path(name) / "calibration.safetensors"
 
 
+def origin_of(model, tokens, context):
+    """Return what a Partial depends on, as a text: the model, its dtype, and the text's windows."""
+    fingerprint = fingerprint_of(model.model.embed_tokens.weight.detach())
+    values = torch.cat((fingerprint.double(), tokens.double()))
+    return f"{hashlib.sha256(values.numpy().tobytes()).hexdigest()} {model.dtype} {context}"
+
+
+def announce(model, tokens, context, cost):
+    """Say on standard error how long a forward pass of `cost` tokens takes: one window is timed."""
+    window = windows_of(tokens, context)[:1, :-1].to(model.device)
+    model(window[:, :8], last_only=True)
+    began = time.perf_counter()
+    model(window, last_only=True)
+    minutes = (time.perf_counter() - began) / context * cost / 60
+    note(f"calibrating on {len(tokens):,} tokens: this takes about {minutes:.1f} minutes")
+
+
 def write_imported(arguments, path):
     """Write the calibration that --import-teal asks for."""
     name = arguments.model
@@ -564,21 +626,29 @@ def write_imported(arguments, path):
     print(f"{path}: {calibration.source}; allocations: {', '.join(calibration.allocations)}")
 
 
-def write_calibration(arguments, path, model, tokenizer, add=lambda calibration, tokens: None):
+def write_calibration(arguments, path, model, tokenizer, add=None, cost=0):
     """Calibrate a model as the command line asks for, write the calibration, and print what it is.
 
-    add(calibration, tokens (N,)) adds to it before it is written.
+    add(calibration, tokens (N,), partial) adds to it before it is written, which takes as long as a
+    forward pass of `cost` tokens. What is done is kept in a file, PATH.partial, as long as it may
+    be needed.
     """
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
     tokens = tokens[:arguments.tokens]
-    calibration = calibrate(model, tokens, source=source)
-    partial_path = path.with_name(f"{path.name}.greedy")
+    context = arguments.context or default_context(model)
+    longest = model.config.max_position_embeddings
+    require(context <= longest,
+            f"--context {context} does not fit the model's context of {longest}")
+    partial_path = path.with_name(f"{path.name}.partial")
+    partial = Partial(partial_path, origin_of(model, tokens, context))
+    announce(model, tokens, context, 1.3 * len(tokens) + arguments.greedy * GREEDY_COST + cost)
+    calibration = calibrate(model, tokens, context, source, partial)
     if arguments.greedy:
-        add_greedy(calibration, model, tokens, partial_path)
-    add(calibration, tokens)
+        add_greedy(calibration, model, tokens, partial)
+    if add:
+        add(calibration, tokens, partial)
     calibration.save(path)
-    if arguments.greedy:
-        partial_path.unlink(missing_ok=True)               # not before the whole is safe
+    partial_path.unlink(missing_ok=True)                   # not before the whole is safe
     print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
     print("median of |x| where linears read, by block:")
     print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))

@@ -35,6 +35,7 @@ generate.py for one, then has these allocations too, the last one as its default
     python -m beyond.allocate --figures figures                draws what the calibration holds
 """
 import contextlib
+import functools
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -43,9 +44,9 @@ import torch
 import torch.nn.functional as F
 
 from beyond import quantize              # with it, load_model reads quantized folders too
-from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITE_OF, SITES,
-                       Table, check_dense, count, even_table, load_calibration, make_parser,
-                       output_of, quantile, write_calibration, write_imported)
+from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITES,
+                       Partial, Table, check_dense, count, even_table, histogram, load_calibration,
+                       make_parser, output_of, quantile, write_calibration, write_imported)
 from kernel import kept
 from model import (InputError, check_output, command_line, default_context, linear_names,
                    load_model, progress, replacing, require, windows_of)
@@ -70,10 +71,11 @@ def share_below(counts, value):
 # Fisher information: what a small change of an input does to the loss
 
 def backpropagate(model, tokens, loss):
-    """Run tokens (B, T), and take the gradient of loss(logits (B * T, vocab)) back to every block.
+    """Run tokens (B, T), and take the gradient of the loss back to every block.
 
     Forward without a graph, keeping the input of each block, then back through one block at a time,
-    whose graph alone is in memory. The caller's hooks see the gradients. Returns the loss, a float.
+    whose graph alone is in memory; the head goes text by text. loss(logits (T, vocab), i) is that
+    of text i. The caller's hooks see the gradients. Returns the sum of the losses, a float.
     """
     context = model.context(tokens)
     with torch.no_grad():
@@ -82,44 +84,48 @@ def backpropagate(model, tokens, loss):
         for block in model.model.layers:
             inputs.append(x)
             x = block(x, context)
+    total = 0.0
+    gradients = []
     with torch.enable_grad():
-        x.requires_grad_()
-        logits = model.lm_head(model.model.norm(x)).float()
-        value = loss(logits.flatten(0, 1))
-        gradient, = torch.autograd.grad(value, x)
+        for i, text in enumerate(x):
+            text = text.detach().requires_grad_()
+            value = loss(model.lm_head(model.model.norm(text)).float(), i)
+            gradients += torch.autograd.grad(value, text)
+            total += value.item()
+        gradient = torch.stack(gradients)
         for block, x in zip(reversed(model.model.layers), reversed(inputs)):
             x.requires_grad_()
             gradient, = torch.autograd.grad(block(x, context), x, gradient)
-    return value.item()
+    return total
 
 
-def fisher_information(model, windows, names):
+def fisher_information(model, windows, names, partial=None):
     """Return {name: F (in,) float32} of the named linears, from windows (W, T + 1).
 
     F is the mean square of the gradient of the log-likelihood at each input of a linear, through
     that linear alone (grad_output @ weight): q, k and v share an input, but not a gradient.
     """
-    sums = {}
+    sizes = [model.get_submodule(name).in_features for name in names]
+    sums = torch.zeros(sum(sizes), device=model.device)
     hooks = contextlib.ExitStack()       # a handle is a context manager, which takes its hook away
-    for name in names:
-        linear = model.get_submodule(name)
-        sums[name] = torch.zeros(linear.in_features, device=model.device)
+    for name, of in zip(names, sums.split(sizes)):
+        def add(module, grad_input, grad_output, of=of):
+            of += grad_input[0][:, SINKS:].float().square().sum((0, 1))
+        hooks.enter_context(model.get_submodule(name).register_full_backward_hook(add))
+    generator = torch.Generator(model.device)
 
-        def add(module, grad_input, grad_output, total=sums[name]):
-            total += grad_input[0][:, SINKS:].float().square().sum((0, 1))
-        hooks.enter_context(linear.register_full_backward_hook(add))
-    generator = torch.Generator(model.device).manual_seed(0)
-
-    def loss(logits):
+    def loss(logits, i):
         p = logits.detach().softmax(-1)
         labels = torch.multinomial(p, 1, generator=generator)[:, 0]
         return F.cross_entropy(logits, labels, reduction="sum")
 
     with hooks:
-        for part in progress(windows.split(BATCH), "calibrating, gradients"):
+        parts = list(enumerate(windows.split(BATCH)))
+        for number, part in (partial or Partial()).rest(parts, "calibrating, gradients", sums):
+            generator.manual_seed(number)
             backpropagate(model, part[:, :-1].to(model.device), loss)
     positions = len(windows) * (windows.shape[1] - 1 - SINKS)
-    return {name: (total / positions).cpu() for name, total in sums.items()}
+    return dict(zip(names, (sums / positions).cpu().split(sizes)))
 
 
 def one_price(counts, fisher, outputs, size, level):
@@ -147,12 +153,13 @@ def relative(values):
     return (values / values.square().mean().sqrt().clamp(min=1e-30)).clamp(min=2**-10)
 
 
-def add_allocations(calibration, model, tokens, context=None, fisher=True):
+def add_allocations(calibration, model, tokens, context=None, fisher=True, partial=None):
     """Add to a calibration the allocations wina, fisher, fisher-channel and balanced.
 
     model: the dense model, and tokens (N,) int64 and context the text, that it was made of. fisher:
     False leaves the backward pass out, and adds wina alone. The distribution "gate" (layers, BINS)
-    is added too: of |activation(gate)|, which CATS (judge.py) thresholds.
+    is added too: of |activation(gate)|, which CATS (peers.py) thresholds. partial: a Partial, from
+    where the work goes on.
     """
     check_dense(model)
     windows = windows_of(tokens, context or default_context(model))
@@ -163,40 +170,38 @@ def add_allocations(calibration, model, tokens, context=None, fisher=True):
         norms = model.get_submodule(name).weight.detach().float().norm(dim=0)             # (in,)
         weights["wina"][name] = relative(norms).cpu()
     if fisher:
-        information = fisher_information(model, windows, names)
+        information = fisher_information(model, windows, names, partial)
         weights["fisher-channel"] = {name: relative(of.sqrt()) for name, of in information.items()}
     calibration.weights |= weights
-    calibration.distributions |= count_weighted(model, windows, weights)
+    calibration.distributions |= count_weighted(model, windows, weights, partial)
     calibration.tables = {"wina": even_table(layers, "wina")} | calibration.tables
     if fisher:
         means = torch.stack([of.mean() for of in information.values()]).view(layers, len(LINEARS))
         add_fisher(calibration, means)
 
 
-def count_weighted(model, windows, weights):
+def count_weighted(model, windows, weights, partial=None):
     """Return the distributions {"gate": (layers, BINS), each of weights: (layers, 7, BINS)}."""
-    layers = len(model.model.layers)
-    counts = {name: torch.zeros(layers, len(LINEARS), BINS, dtype=torch.int64) for name in weights}
-    counts["gate"] = torch.zeros(layers, BINS, dtype=torch.int64)
     watched = []
-    for layer, block in enumerate(model.model.layers):
-        for kind, of in weights.items():
-            for place, linear in enumerate(LINEARS):
-                weight = of[f"model.layers.{layer}.{linear}"].to(model.device)
-                watched.append((block.get_submodule(linear), lambda x, y, weight=weight: x * weight,
-                                counts[kind][layer, place]))
+    for block in model.model.layers:
         activation = block.mlp.activation
-        watched.append((block.mlp.gate_proj, lambda x, y, activation=activation: activation(y),
-                        counts["gate"][layer]))
-    count(model, windows, watched, "calibrating, weighted")
-    return counts
+        watched.append((block.mlp.gate_proj, lambda x, y, activation=activation: activation(y)))
+    for of in weights.values():
+        for name, weight in of.items():
+            weight = weight.to(model.device)
+            watched.append((model.get_submodule(name), lambda x, y, weight=weight: x * weight))
+    layers = len(model.model.layers)
+    gate, *counts = count(model, windows, watched, "calibrating, weighted", partial).split(
+        [layers] + [layers * len(LINEARS)] * len(weights))
+    counts = [of.view(layers, len(LINEARS), BINS) for of in counts]
+    return {"gate": gate} | dict(zip(weights, counts))
 
 
 def add_fisher(calibration, fisher):
     """Add fisher, fisher-channel and balanced, given the mean F of each linear (layers, 7)."""
     outputs, size = calibration.sizes()
-    plain = calibration.distributions["input"][:, list(SITE_OF.values())]       # (layers, 7, BINS)
-    weighted = calibration.distributions["fisher-channel"]
+    plain = calibration.counts_of("")                                           # (layers, 7, BINS)
+    weighted = calibration.counts_of("fisher-channel")
 
     def shares_of(counts, layers=slice(None)):
         return torch.stack([one_price(counts[layers], fisher[layers], outputs, size, level)
@@ -210,10 +215,103 @@ def add_fisher(calibration, fisher):
 
 
 # --------------------------------------------------------------------------------------------------
+# In the sparse model: thresholds that drop what they are to drop, and what that costs
+
+WINDOWS = (8, 512)       # of text that runs in the sparse model, and tokens of each at most
+SETTLED_AT = (0.25, 0.5, 0.65, 0.8)      # sparsities at which an allocation's table is settled
+
+
+def sparse_windows(model, tokens):
+    """Return windows (W, T) from the beginning of tokens (N,), on the model's device."""
+    number, context = WINDOWS
+    windows = windows_of(tokens, min(context, default_context(model)))
+    return windows[:number, :-1].to(model.device)
+
+
+class Dropping:
+    """Makes a dense model drop given shares of its inputs inside a `with`.
+
+    The first tokens of each window stay as they are, as those of a prompt do.
+
+    shares: (layers, 7). weights: {linear: (in,)}, with which |x| is multiplied, or None. The first
+    forward pass finds the thresholds: each linear's is the quantile of what the linear is given
+    there, with all inputs dropped before it that are to be. `values` (layers, 7) are those on |x|
+    times its weight, and `thresholds` {linear: () or (in,)} those on |x|.
+    """
+
+    def __init__(self, model, shares, weights=None):
+        self.model = model
+        self.names = linear_names(model.config)
+        self.shares = dict(zip(self.names, shares.flatten()))
+        self.weights = weights
+        self.thresholds = {}
+        self.hooks = contextlib.ExitStack()
+
+    def __enter__(self):
+        for name in self.names:
+            hook = functools.partial(self.drop, name)
+            linear = self.model.get_submodule(name)
+            self.hooks.enter_context(linear.register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.close()
+
+    def weight(self, name, device):
+        return self.weights[name].to(device) if self.weights else 1.0
+
+    def drop(self, name, module, inputs):
+        x = inputs[0]
+        if name not in self.thresholds:
+            weight = self.weight(name, x.device)
+            counts = histogram(x[:, SINKS:].detach() * weight).cpu()
+            value = quantile(counts, self.shares[name]).float()
+            self.thresholds[name] = value.to(x.device) / weight
+        keep = kept(x, self.thresholds[name])
+        keep[:, :SINKS] = True
+        return x * keep
+
+    @property
+    def values(self):
+        values = [(self.thresholds[name] * self.weight(name, self.model.device)).mean()
+                  for name in self.names]
+        return torch.stack(values).view(-1, len(LINEARS)).cpu()
+
+
+def shares_at(calibration, values, weights=""):
+    """Return the shares (layers, 7) of |x| times the `weights` that lie below values (layers, 7)."""
+    return share_below(calibration.counts_of(weights), values).clamp(max=MOST)
+
+
+@torch.no_grad()
+def settle(calibration, model, tokens):
+    """Make all allocations of a calibration drop, in the sparse model, the shares they are to drop.
+
+    Distributions are those of the dense model, and where inputs are dropped others come later: the
+    uniform allocation at 50 % drops 52 % of SmolLM2. So each table is filled in anew, with the
+    shares of the dense model's inputs that have the right thresholds for the sparse one's.
+    """
+    check_dense(model)
+    windows = sparse_windows(model, tokens)
+    work = [(name, level) for name in calibration.tables if name != "priced"
+            for level in SETTLED_AT]
+    settled = {}
+    for name, level in progress(work, "calibrating, thresholds in the sparse model"):
+        weights = calibration.tables[name].weights
+        wanted = calibration.sparsities(level, name)
+        with Dropping(model, wanted, calibration.weights.get(weights)) as dropping:
+            model(windows, last_only=True)
+        settled.setdefault(name, []).append(shares_at(calibration, dropping.values, weights))
+    levels = torch.tensor(SETTLED_AT, dtype=torch.float64)
+    for name, shares in settled.items():
+        weights = calibration.tables[name].weights
+        calibration.tables[name] = Table(levels, torch.stack(shares), weights)
+
+
+# --------------------------------------------------------------------------------------------------
 # The priced allocation
 
-PRICED_AT = (0.3, 0.5, 0.65, 0.75)       # model-wide sparsities at which prices are measured
-PRICED_WINDOWS = 32
+PRICED_AT = (0.3, 0.5, 0.7)              # model-wide sparsities at which prices are measured
 MOVES = 2                # how often the shares are moved against the prices, at each of them
 NEAR = 1.25              # inputs up to this factor above and below a threshold tell its price
 # A linear whose price is e times the mean one has the log-odds of its share lowered by STRIDE in
@@ -223,61 +321,56 @@ FARTHEST = 2.0
 
 
 @torch.no_grad()
-def prices(model, windows, thresholds):
+def prices(model, windows, dense, dropping):
     """Return what one weight less costs in each linear of a sparse model, and what all of it costs.
 
-    thresholds: {linear: () or (in,)}, put in force by hooks on the dense model. Returns the prices
-    (layers, 7) float64 and a float, both in KL to the dense model, summed over the tokens of
-    windows (W, T + 1). A linear without inputs near its threshold has NaN. Prices of early layers
-    are a little too low: a gradient does not see that what is dropped here moves inputs further on
-    across their own thresholds.
+    windows (W, T); dense (W, T, hidden): what the dense model's head reads there; dropping: a
+    Dropping of the model. Returns the prices (layers, 7) float64 and a float, both in KL to the
+    dense model, summed over the tokens. A linear without inputs near its threshold has NaN. Prices
+    of early layers are a little too low: a gradient does not see that what is dropped here moves
+    inputs further on across their own thresholds.
     """
-    sums = {}
-    for name in thresholds:
-        sums[name] = torch.zeros(2, 2, dtype=torch.float64, device=model.device)
-    total = 0.0
-    for part in windows.split(BATCH):
-        tokens = part[:, :-1].to(model.device)
-        dense = model(tokens).flatten(0, 1).log_softmax(-1)
+    def loss(logits, i):
+        with torch.no_grad():
+            exact = model.lm_head(dense[i]).float().log_softmax(-1)             # (T, vocab)
+        return F.kl_div(logits.log_softmax(-1), exact, reduction="sum", log_target=True)
 
-        def loss(logits, dense=dense):
-            return F.kl_div(logits.log_softmax(-1), dense, reduction="sum", log_target=True)
-
-        with contextlib.ExitStack() as hooks:
-            for name, threshold in thresholds.items():
-                watch(model.get_submodule(name), threshold.to(model.device), sums[name], hooks)
-            total += backpropagate(model, tokens, loss)
+    sums = []
+    with dropping, contextlib.ExitStack() as hooks:
+        for name in dropping.names:
+            sums.append(torch.zeros(2, 2, dtype=torch.float64, device=model.device))
+            watch(model.get_submodule(name), name, dropping, sums[-1], hooks)
+        total = backpropagate(model, windows, loss)
     # On either side of the threshold the gradient is that of a model with the input and without it;
     # the truth lies between.
-    costs = torch.stack([(of[:, 0] / of[:, 1]).mean() for of in sums.values()]).cpu()
-    outputs = [model.get_submodule(name).out_features for name in thresholds]
+    costs = torch.stack([(of[:, 0] / of[:, 1]).mean() for of in sums]).cpu()
+    outputs = [model.get_submodule(name).out_features for name in dropping.names]
     return (costs / torch.tensor(outputs, dtype=torch.float64)).view(-1, len(LINEARS)), total
 
 
-def watch(linear, threshold, sums, hooks):
-    """Make a linear drop inputs, and add up what those near the threshold cost, until `hooks` end.
+def watch(linear, name, dropping, sums, hooks):
+    """Add up what the inputs near a linear's threshold cost, until `hooks` end.
 
     sums (2, 2): the costs of inputs just dropped and just kept, and how many there are of each.
     Dropping x_i moves the KL by - x_i · gradient.
     """
-    x = None                             # what the linear was last given, (B, T, in)
+    x = None                             # what the linear was last given, (W, T, in)
 
-    def drop(module, inputs):
+    def note(module, inputs):
         nonlocal x
         x = inputs[0].detach()
-        return inputs[0] * kept(inputs[0], threshold)
 
     def add(module, grad_input, grad_output):
         late = x[:, SINKS:].float()
         gradient = grad_input[0][:, SINKS:].float()
-        distance = late.abs() / threshold                  # 1 at the threshold
+        distance = late.abs() / dropping.thresholds[name]  # 1 at the threshold
         cost = -gradient * late / distance                 # of dropping it, if it stood there
         near = (distance > 1 / NEAR) & (distance < NEAR)
-        keep = kept(late, threshold)
+        keep = distance > 1
         for side, chosen in zip(sums, (near & ~keep, near & keep)):
             side += torch.stack((cost[chosen].double().sum(), chosen.sum().double()))
 
-    hooks.enter_context(linear.register_forward_pre_hook(drop))
+    hooks.enter_context(linear.register_forward_pre_hook(note, prepend=True))
     hooks.enter_context(linear.register_full_backward_hook(add))
 
 
@@ -285,37 +378,37 @@ class Attempt(NamedTuple):
     """Shares that were tried. The smallest of several has the smallest KL."""
     kl: float
     number: int
-    shares: torch.Tensor                 # (layers, 7)
+    values: torch.Tensor                 # (layers, 7): the thresholds
     moved: torch.Tensor                  # (layers, 7): by how much their log-odds are off balanced
     price: torch.Tensor                  # (layers, 7)
 
 
-def add_priced(calibration, model, tokens):
-    """Add the priced allocation to a calibration that holds balanced, by 32 windows of tokens (N,).
+@torch.no_grad()
+def add_priced(calibration, model, tokens, partial=None):
+    """Add the priced allocation to a calibration that holds balanced, by a few windows of `tokens`.
 
     Starts from the balanced shares, moves their log-odds against the logarithm of the prices, and
     hands what was moved on to the next level. Of all shares that were tried at a level, those with
-    the smallest KL stay.
+    the smallest KL stay. partial: a Partial, from where the work goes on.
     """
     check_dense(model)
-    windows = windows_of(tokens, default_context(model))[:PRICED_WINDOWS]
+    partial = partial or Partial()
+    windows = sparse_windows(model, tokens)
+    x = model.embed(windows)
+    context = model.context(windows)
+    for block in model.model.layers:
+        x = block(x, context)
+    dense = model.model.norm(x)
     _, size = calibration.sizes()
-    moved = None
-    shares = []
-    for level in progress(PRICED_AT, "calibrating, prices"):
-        start = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit()
-        attempts = []
-
-        def attempt(moved):
-            shares = at_level(start + moved, size, level)
-            thresholds = calibration.thresholds_at(shares, "fisher-channel")
-            price, kl = prices(model, windows, thresholds)
-            attempts.append(Attempt(kl, len(attempts), shares, moved, price))
-
-        attempt(torch.zeros_like(start))
-        if moved is not None:
-            attempt(moved)
-        for _ in range(MOVES):
+    moved = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
+    values = []
+    # All moves but the last of a level lead to shares at which prices are asked again.
+    work = [(level, move) for level in PRICED_AT for move in range(MOVES + 1)]
+    for level, move in progress(work, "calibrating, prices"):
+        if not move:
+            start = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit()
+            attempts = []
+        else:
             best = min(attempts)
             above = best.price[best.price > 0]
             typical = above.median() if len(above) else torch.tensor(1.0)
@@ -323,10 +416,21 @@ def add_priced(calibration, model, tokens):
             price = best.price.nan_to_num(typical.item()).clamp(min=0.03 * typical).log()
             beside_mean = (price - (price @ size).mean()).clamp(-FARTHEST, FARTHEST)
             astray = len(attempts) - 1 - best.number       # attempts since the best: step shorter
-            attempt(best.moved - STRIDE / 2 ** astray * beside_mean)
-        best = min(attempts)
-        moved = best.moved
-        shares.append(best.shares)
+            moved = best.moved - STRIDE / 2 ** astray * beside_mean
+        name = f"priced {level} {move}"
+        if name not in partial.tensors:
+            shares = at_level(start + moved, size, level)
+            dropping = Dropping(model, shares, calibration.weights["fisher-channel"])
+            price, kl = prices(model, windows, dense, dropping)
+            kl = torch.full_like(price, kl)
+            partial.keep({name: torch.stack((kl, dropping.values.double(), price))})
+        kl, of, price = partial.tensors[name]
+        attempts.append(Attempt(kl[0, 0].item(), move, of, moved, price))
+        if move == MOVES:
+            best = min(attempts)
+            moved = best.moved
+            values.append(best.values)
+    shares = [shares_at(calibration, of, "fisher-channel") for of in values]
     levels = torch.tensor(PRICED_AT, dtype=torch.float64)
     calibration.tables["priced"] = Table(levels, torch.stack(shares), "fisher-channel")
 
@@ -495,11 +599,19 @@ def main():
         return
     model, tokenizer = load(arguments)
 
-    def add(calibration, tokens):
-        add_allocations(calibration, model, tokens, fisher=not arguments.no_fisher)
-        if not arguments.no_fisher:
-            add_priced(calibration, model, tokens)
-    write_calibration(arguments, path, model, tokenizer, add)
+    fisher = not arguments.no_fisher
+
+    def add(calibration, tokens, partial):
+        add_allocations(calibration, model, tokens, arguments.context, fisher, partial)
+        if fisher:
+            add_priced(calibration, model, tokens, partial)
+        settle(calibration, model, tokens)
+
+    # In forward passes: 2 a token for weighted counts, 4 for gradients, and what follows from
+    # WINDOWS, for 5 to 9 prices and 16 to 24 thresholds.
+    cost = 2 * arguments.tokens + 60_000
+    write_calibration(arguments, path, model, tokenizer, add,
+                      cost + fisher * (4 * arguments.tokens + 240_000))
 
 
 if __name__ == "__main__":

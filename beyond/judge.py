@@ -10,7 +10,8 @@ For each setting, over the same windows of tokens:
     functions    the share of functions, begun by a person and completed by the model, that Python
                  can parse (demo model)
 
-`python sparsify.py` prints some of this. Here are more protocols, CATS, and two other questions:
+`python sparsify.py` prints some of this. Here are more protocols, other people's ways to skip
+weights (peers.py), and two other questions:
 where the loss comes from, and what is left to skip where several texts are decoded at once.
 
 The seam: `sparsify` gives other thresholds to a model that is sparse already, so one model takes
@@ -28,13 +29,14 @@ import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 
 from beyond.allocate import add_quantize, check_figure, load, pyplot, refuse_beside, save_figure
-from calibrate import load_calibration, quantile
+from beyond.peers import PEERS, peer_maker
+from calibrate import load_calibration
 from kernel import kept
 from model import (Parser, block_linears, check_tokens, command_line, default_context, linear_names,
                    natural, progress, read_tokens, require, share, windows_of)
@@ -45,12 +47,13 @@ from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
 class Setting:
     """One way to make the model sparse, a row of the table.
 
-    thresholds: as sparsify takes them; None: dense. gate_thresholds: (layers,) for CATS.
+    thresholds: as sparsify takes them; None: dense. peer(model, mode, prefix): another way to skip
+    weights instead, of peers.py.
     """
     name: str
     target: float
     thresholds: dict | None = None
-    gate_thresholds: torch.Tensor | None = None
+    peer: Callable | None = None
     dense_prefix: int = 0
 
     @contextlib.contextmanager
@@ -59,10 +62,9 @@ class Setting:
 
         Yields a function that returns the share of the blocks' weights that was not read inside.
         """
-        if self.gate_thresholds is not None:
+        if self.peer is not None:
             prefix = self.dense_prefix if mode == "all" else 0
-            with (sparse_mode(model, "off"),
-                  cats(model, self.gate_thresholds, mode, prefix) as realised):
+            with sparse_mode(model, "off"), self.peer(model, mode, prefix) as realised:
                 yield realised
             return
         if self.thresholds is None:
@@ -72,43 +74,6 @@ class Setting:
         reset_counts(model)
         with sparse_mode(model, mode, dense_prefix=self.dense_prefix):
             yield lambda: realised_sparsity(model)
-
-
-@contextlib.contextmanager
-def cats(model, thresholds, mode, prefix):
-    """Make the MLPs of a dense model sparse as CATS does (arXiv 2404.08763), inside a `with`.
-
-    It drops channels with a small |activation(gate)|, and skips what up and down need for them.
-    thresholds (layers,); prefix: positions that stay dense. Yields what `Setting.applied` does.
-    """
-    counts = torch.zeros(2, dtype=torch.int64, device=model.device)        # channels kept, seen
-
-    def watch(mlp, threshold):
-        def drop(module, inputs, gate):                                    # (B, T, middle)
-            if mode == "decode" and gate.shape[1] > 1:
-                return gate
-            keep = kept(mlp.activation(gate), threshold)
-            keep[:, :prefix] = True
-            counted = keep[:, prefix:]
-            counts[0] += counted.sum()
-            counts[1] += counted.numel()
-            return gate * keep           # an activation of 0 is 0: the channel's product is gone
-        return mlp.gate_proj.register_forward_hook(drop)
-
-    def realised():
-        channels, seen = counts.tolist()
-        return cats_part(model.config) * (1 - channels / seen) if seen else 0.0
-
-    with contextlib.ExitStack() as hooks:
-        for block, threshold in zip(model.model.layers, thresholds.to(model.device)):
-            hooks.enter_context(watch(block.mlp, threshold))
-        yield realised
-
-
-def cats_part(config):
-    """Return the share of a block's weights that CATS acts on: those of up and down."""
-    sizes = {name: math.prod(shape) for name, shape in block_linears(config).items()}
-    return (sizes["mlp.up_proj"] + sizes["mlp.down_proj"]) / sum(sizes.values())
 
 
 @torch.no_grad()
@@ -234,24 +199,23 @@ def share_of_functions(model, tokenizer, beginnings, setting, new_tokens=96):
 # --------------------------------------------------------------------------------------------------
 # What is measured
 
-def table_settings(calibration, allocations, levels, dense_prefix=0):
-    """Return a Setting for each allocation and level; "cats" for levels that it can reach."""
+def table_settings(model, calibration, allocations, levels, dense_prefix=0, windows=None):
+    """Return a Setting for each allocation and level, of peers for levels that they can reach.
+
+    model: the dense one; windows: held-in text (W, T + 1), from which peers.py makes larosa.
+    """
     settings = []
     for allocation in allocations:
+        make = None
+        if allocation in PEERS:
+            make = peer_maker(allocation, model, calibration, windows)
         for level in levels:
-            if allocation != "cats":
+            if make is None:
                 thresholds = calibration.thresholds(level, allocation)
                 settings.append(Setting(allocation, level, thresholds, None, dense_prefix))
-                continue
-            require("gate" in calibration.distributions,
-                    f"this calibration holds no distribution of the gate, which cats needs: it is "
-                    f"{calibration.source}; python -m beyond.allocate makes one that does")
-            dropped = level / cats_part(SimpleNamespace(**calibration.shapes))
-            if dropped < 0.99:
-                gate_thresholds = quantile(calibration.distributions["gate"], dropped).float()
-                settings.append(Setting("cats", level, None, gate_thresholds, dense_prefix))
-    require(settings, "nothing to measure: cats, which thins out two of the seven linears, reaches "
-                      "none of the levels")
+            elif peer := make(level):
+                settings.append(Setting(allocation, level, None, peer, dense_prefix))
+    require(settings, f"nothing to measure: {' and '.join(allocations)} reach none of the levels")
     return settings
 
 
@@ -340,7 +304,11 @@ def read_arguments():
     parser.add_argument("--sparsity", nargs="+", type=share,
                         help="levels to measure (default: 0.25 0.4 0.5 0.6 0.65 0.75)")
     parser.add_argument("--allocation", nargs="+",
-                        help="of those in the calibration, or cats (default: all of them)")
+                        help=f"of those in the calibration, or {', '.join(PEERS)} (default: all of "
+                             f"the calibration, and cats)")
+    parser.add_argument("--held-in", metavar="FILE",
+                        help="UTF-8 text from which larosa takes its directions (default: the "
+                             "standard library's held-in part)")
     parser.add_argument("--beside", metavar="FOLDER",
                         help="another checkpoint with the same tokenizer, calibrated, whose rows "
                              "follow under its folder's name (default: none)")
@@ -400,7 +368,7 @@ def check_windows(arguments, model):
             f"--dense-prefix is {arguments.dense_prefix}, expected 0 to {context - 1}")
 
 
-def judge_table(arguments, model, calibration, tokens, name=""):
+def judge_table(arguments, model, tokenizer, calibration, tokens, name=""):
     """Return the Settings that the command line asks for, and the rows of one checkpoint.
 
     name: what stands before those of the allocations.
@@ -411,7 +379,12 @@ def judge_table(arguments, model, calibration, tokens, name=""):
     everything = [*calibration.allocations, *["cats"] * ("gate" in calibration.distributions)]
     allocations = arguments.allocation or everything
     levels = sorted(arguments.sparsity)
-    settings = table_settings(calibration, allocations, levels, arguments.dense_prefix)
+    windows = None
+    if "larosa" in allocations:
+        held_in = read_tokens(tokenizer, arguments.held_in, "train")[0]
+        windows = windows_of(held_in, min(512, default_context(model)))[:32]
+    settings = table_settings(model, calibration, allocations, levels,
+                              arguments.dense_prefix, windows)
     rows = judge(model, tokens, settings, arguments.context, arguments.scored)
     for allocation in allocations:
         at_target([rows[0], *(row for row in rows if row["allocation"] == allocation)])
@@ -453,14 +426,14 @@ def main():
         for count in arguments.batch:
             print(f"{count:20} {share_read(model, thresholds, tokens, count):36.1%}", flush=True)
         return
-    settings, rows = judge_table(arguments, model, calibration, tokens)
+    settings, rows = judge_table(arguments, model, tokenizer, calibration, tokens)
     if arguments.beside:
         other, other_tokenizer = load(arguments, arguments.beside)
         require(other_tokenizer.pieces() == tokenizer.pieces(),
                 f"--beside {arguments.beside}: its tokenizer is not that of {arguments.model}")
         other_calibration = load_calibration(other, arguments.beside)
         prefix = f"{Path(arguments.beside).name} "
-        rows += judge_table(arguments, other, other_calibration, tokens, prefix)[1]
+        rows += judge_table(arguments, other, tokenizer, other_calibration, tokens, prefix)[1]
     if arguments.functions:
         from demo import corpus
         beginnings = function_beginnings(tokenizer, corpus.files("held-out"), arguments.functions)
