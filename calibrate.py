@@ -33,7 +33,7 @@ statistics that TEAL's authors publish for Llama-2, Llama-3 and Mistral can be r
     python calibrate.py [--model FOLDER] [--text FILE]      writes FOLDER/calibration.safetensors
     python calibrate.py --greedy                            with the greedy allocation, too
 
-Interrupted, both go on where they were: what is done so far lies in calibration.safetensors.partial.
+Interrupted, both go on where they were, from FOLDER/calibration.safetensors.partial.
 """
 import contextlib
 import csv

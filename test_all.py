@@ -1169,7 +1169,7 @@ def test_shares_between_the_levels_of_a_table():
 def test_the_greedy_path_is_monotone_and_each_step_is_the_best(calibrated):
     model, tokens, calibration = calibrated
     _, sizes = calibration.sizes()
-    windows = windows_of(tokens, 64)[:calibrate.BATCH, :-1]
+    windows = windows_of(tokens, 64)[:calibrate.GREEDY[0], :-1]
     x = model.embed(windows)
     context = model.context(windows)
     block = model.model.layers[0]

@@ -279,7 +279,7 @@ class Dropping:
 
 
 def shares_at(calibration, values, weights=""):
-    """Return the shares (layers, 7) of |x| times the `weights` that lie below values (layers, 7)."""
+    """Return the shares (layers, 7) of |x| times the `weights` below values (layers, 7)."""
     return share_below(calibration.counts_of(weights), values).clamp(max=MOST)
 
 

@@ -4,9 +4,11 @@
                     (arXiv 2404.08763, section 3)
     wina-turned     WINA with its orthogonal transformation: q, k, v and gate, up read their input
                     in the basis of the right singular vectors of k and gate, where columns are
-                    orthogonal, and keep the largest |x_i| · ‖column i‖ (arXiv 2505.19427, section 3)
+                    orthogonal; each linear keeps the largest |x_i| · ‖column i‖
+                    (arXiv 2505.19427, section 3)
     larosa          q, k, v, gate and up read their input in the principal directions of their
-                    layer's inputs; each linear keeps the largest |x_i| (arXiv 2507.01299, section 3)
+                    layer's inputs; each linear keeps the largest |x_i|
+                    (arXiv 2507.01299, section 3)
     rsparse         what is dropped goes through the strongest singular directions of the weight
                     instead of through none (arXiv 2504.19449, section 3)
 
@@ -182,7 +184,7 @@ def larosa_basis(model, windows):
 
 @torch.no_grad()
 def low_ranks(model):
-    """Return {linear: (U (r, out), V (in, r))} with U and V of the strongest singular directions."""
+    """Return {linear: (U (r, out), V (in, r))} of its strongest singular directions."""
     ranks = {}
     for name in progress(linear_names(model.config), "rsparse, singular directions"):
         weight = model.get_submodule(name).weight.float()                       # (out, in)

@@ -198,7 +198,8 @@ def test_backpropagation_by_blocks_is_that_of_the_whole():
         gradients.append(grad_output[0])
 
     with model.model.layers[0].self_attn.v_proj.register_full_backward_hook(see):
-        value = allocate.backpropagate(model, tokens, lambda y, i: F.cross_entropy(y, targets[i], reduction="sum"))
+        value = allocate.backpropagate(
+            model, tokens, lambda y, i: F.cross_entropy(y, targets[i], reduction="sum"))
         x = model.embed(tokens).requires_grad_()
         model.embed = lambda tokens: x
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
@@ -215,7 +216,7 @@ def test_fisher_drops_by_one_price(calibrated, information):
         thresholds = calibration.thresholds(level, "fisher").values()
         scalar = torch.stack(list(thresholds)).view(3, 7).double()
         price = information.double() * scalar.square() / outputs
-        assert torch.allclose(price, price.mean().expand(3, 7), rtol=0.05)      # an empty bin, twice
+        assert torch.allclose(price, price.mean().expand(3, 7), rtol=0.05)    # an empty bin, twice
     name = "model.layers.2.mlp.down_proj"
     vector = calibration.thresholds(0.5, "fisher-channel")[name]
     weight = calibration.weights["fisher-channel"][name]
@@ -407,7 +408,8 @@ def test_cats_drops_channels_with_a_small_gate():
     model = tiny_model(torch.float64)
     tokens = tokens_like(model, 70)
     thresholds = torch.tensor([0.1, 0.2, 0.05])
-    cats = judge.judge(model, tokens, [judge.Setting("cats", 0.3, None, functools.partial(peers.cats, thresholds))], 8)[1]
+    setting = judge.Setting("cats", 0.3, None, functools.partial(peers.cats, thresholds))
+    cats = judge.judge(model, tokens, [setting], 8)[1]
     dropped = []
 
     def drop(module, inputs, output, threshold):
@@ -423,6 +425,83 @@ def test_cats_drops_channels_with_a_small_gate():
     skipped = sum(size for name, size in sizes.items() if "up_proj" in name or "down_proj" in name)
     expected = sum(dropped) / len(dropped) * skipped / sum(sizes.values())
     assert cats["sparsity"] == pytest.approx(expected)
+
+
+@torch.no_grad()
+def test_peers_that_drop_nothing_are_dense(calibrated):
+    """Their bases are orthogonal, and what they read beside the linears is set off."""
+    model, tokens, calibration = calibrated
+    inputs = tokens[None, :30]
+    dense = model(inputs)
+    total = sum(model.get_submodule(name).weight.numel() for name in linear_names(model.config))
+    ranks = peers.low_ranks(model)
+    nothing = dict.fromkeys(linear_names(model.config), torch.tensor(0.0))
+    bases, weights = peers.wina_basis(model)
+    directions = peers.larosa_basis(model, windows_of(tokens, 16)[:20])
+    for peer, more in (
+        (functools.partial(peers.turned, bases, weights, 0.0, 500), 500),
+        (functools.partial(peers.turned, directions, {}, 0.0, 700), 700),
+        (functools.partial(peers.rsparse, ranks, nothing),
+         sum(part.numel() for pair in ranks.values() for part in pair)),
+    ):
+        with peer(model, "all") as sparsity:
+            assert torch.allclose(model(inputs), dense, atol=1e-4)
+            assert sparsity() == pytest.approx(-more / total)
+        assert torch.equal(model(inputs), dense)           # no hook is left
+
+
+@torch.no_grad()
+def test_a_peer_keeps_the_largest_in_its_basis(calibrated):
+    model, tokens, calibration = calibrated
+    name = "model.layers.1.mlp.up_proj"
+    linear = model.get_submodule(name)
+    bases, weights = peers.wina_basis(model)
+    first = model.get_submodule("model.layers.1.mlp.gate_proj").weight
+    gram = (first @ bases[name]).T @ (first @ bases[name])
+    assert (gram - gram.diagonal().diag()).abs().max() < 1e-4 * gram.max()      # orthogonal columns
+    seen = []
+    with linear.register_forward_hook(lambda module, x, y: seen.append((x[0], y))):
+        model(tokens[None, :8])
+        with peers.turned(bases, weights, 0.25, 0, model, "all") as sparsity:
+            hook = linear.register_forward_hook(lambda module, x, y: seen.append((x[0], y)))
+            model(tokens[None, :8])
+            hook.remove()
+    z = seen[-1][0] @ bases[name]                          # what was read, in the basis
+    assert ((z.abs() < 1e-5).sum(-1) == 8).all()           # a quarter of 32
+    assert sparsity() == pytest.approx(0.25, abs=0.01)
+    # In the first block nothing was dropped before q, k and v: the smallest |z| · ‖column‖ are.
+    name = "model.layers.0.self_attn.v_proj"
+    linear = model.get_submodule(name)
+    x = model.model.layers[0].input_layernorm(model.embed(tokens[None, :8]))
+    z = x @ bases[name]
+    size = z.abs() * (linear.weight @ bases[name]).norm(dim=0)
+    expected = (z * (size > size.sort(-1).values[..., 7:8])) @ bases[name].T @ linear.weight.T
+    with peers.turned(bases, weights, 0.25, 0, model, "all"):
+        outputs = []
+        with linear.register_forward_hook(lambda module, x, y: outputs.append(y)):
+            model(tokens[None, :8])
+    assert torch.allclose(outputs[0], expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rsparse_sends_what_is_dropped_through_a_low_rank(calibrated):
+    model, tokens, calibration = calibrated
+    name = "model.layers.0.self_attn.q_proj"
+    linear = model.get_submodule(name)
+    ranks = peers.low_ranks(model)
+    U, V = ranks[name]
+    left, S, right = torch.linalg.svd(linear.weight)
+    assert U.shape[0] == round(0.1 * linear.weight.numel() / sum(linear.weight.shape))
+    low = (left[:, :len(U)] * S[:len(U)]) @ right[:len(U)]
+    x = model.model.layers[0].input_layernorm(model.embed(tokens[None, :8]))
+    keep = x.abs() > 0.5
+    expected = (x * keep) @ linear.weight.T + (x * ~keep) @ low.T
+    thresholds = dict.fromkeys(linear_names(model.config), torch.tensor(0.5))
+    outputs = []
+    with peers.rsparse(ranks, thresholds, model, "all"):
+        with linear.register_forward_hook(lambda module, x, y: outputs.append(y)):
+            model(tokens[None, :8])
+    assert torch.allclose(outputs[0], expected, atol=1e-5)
 
 
 def test_the_papers_protocol():
