@@ -1196,13 +1196,11 @@ def test_the_greedy_path_is_monotone_and_each_step_is_the_best(calibrated):
             hook.remove()
         return error
 
-    best = 0
-    for step in range(0, 80, 8):         # tried by hand, all seven
+    for step in range(0, 60, 6):         # tried by hand, all seven
         errors = [error_of(shares) for shares in path[step] + torch.diag(0.01 / sizes)]
         taken = errors[steps[step].argmax()]
-        assert taken < 1.05 * min(errors)
-        best += taken == min(errors)
-    assert best > 7                      # of 10
+        assert taken < 1.02 * min(errors)
+        assert taken < sorted(errors)[3]
 
 
 def test_a_calibration_goes_on_where_it_was_killed(monkeypatch, tmp_path):
