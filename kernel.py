@@ -484,9 +484,9 @@ if triton is not None:
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
     @triton.jit
-    def list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, first, rows, channels,
+    def list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, first, end, rows, channels,
                   STEP: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
-        """List the channels [first, first + SPAN) that any row keeps; return how many there are.
+        """List the channels [first, end), at most SPAN, that any row keeps; return their number.
 
         channel (SPAN,) int32: the kept ones in their order, then -1. input (rows, SPAN) in x's
         dtype: what each row keeps of the listed channels, 0 for what it drops. x (rows, channels);
@@ -495,7 +495,7 @@ if triton is not None:
         row = tl.arange(0, ROWS)                                                # (ROWS,)
         index = tl.arange(0, SPAN)                                              # (SPAN,)
         channel = first + index
-        exists = channel < channels
+        exists = channel < end
         inside = (row < rows)[:, None] & exists[None, :]                        # (ROWS, SPAN)
         x = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0)
         threshold = tl.load(threshold_ptr + channel * STEP, mask=exists, other=0.0)
@@ -557,7 +557,7 @@ if triton is not None:
         program = split * tl.num_programs(0) + tile
         channel_ptr += program * SPAN
         input_ptr += program * SPAN * rows
-        count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, split * SPAN, rows,
+        count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, split * SPAN, channels, rows,
                           channels, STEP, ROWS, SPAN)
         padded = tl.arange(0, 16)[:, None]                                      # rows, and zeros
         output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                     # (BLOCK_OUT,)

@@ -10,7 +10,8 @@ only four inputs. So those that share one share a launch:
 
 The kernel is that of kernel.py for up to three linears side by side: the first tiles belong to the
 first linear, the next ones to the second. Each has its own threshold. Their weights may also be
-codes of 8 or 4 bits, which quantize.py explains; it uses this kernel for single linears, too.
+codes of 8 or 4 bits, which quantize.py explains; it uses this kernel for single linears, too. The
+matrix units multiply the codes themselves, which 16 bits hold exactly.
 
     tiles of outputs    │ q  q  q  q │ k  k │ v  v │         tile 5 is the second one of k
     splits of channels  │ q  q  q  q │ k  k │ v  v │
@@ -27,31 +28,38 @@ import textwrap
 import torch
 
 import kernel
-from kernel import triton
+from kernel import is_interpreted, triton
 from model import MLP, Attention
 from sparsify import SparseLinear
 
 if triton is not None:
     import triton.language as tl
 
-    @triton.jit
-    def joint_sums_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
-                          scale0_ptr, scale1_ptr, scale2_ptr, zero0_ptr, zero1_ptr, zero2_ptr,
-                          threshold0_ptr, threshold1_ptr, threshold2_ptr, partial_ptr,
-                          rows, channels, outputs0, outputs1, outputs2, step0, step1, step2,
-                          channels_per_split, ROWS: tl.constexpr, BLOCK_IN: tl.constexpr,
-                          BLOCK_OUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-        """partial[s, row, j] = sum over the channels of split s of kept x[row, i] * weight[i, j].
+    from kernel import add_parts, add_product, is_last, list_kept
 
-        grid (tiles of all linears, splits). x (rows, channels); partial float32 (splits, rows,
-        outputs0 + outputs1 + outputs2). threshold_l float32 (channels,), or () with step_l 0.
+    @triton.jit
+    def joint_product_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
+                             scale0_ptr, scale1_ptr, scale2_ptr, zero0_ptr, zero1_ptr, zero2_ptr,
+                             threshold0_ptr, threshold1_ptr, threshold2_ptr, channel_ptr, input_ptr,
+                             partial_ptr, ticket_ptr, y_ptr, rows, channels, outputs0, outputs1,
+                             outputs2, channels_per_split, STEP: tl.constexpr, ROWS: tl.constexpr,
+                             SPAN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+                             STAGES: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr):
+        """y[row, j] = sum over channels of kept x[row, i] * weight[i, j], for linears side by side.
+
+        grid (tiles of all linears, splits). y (rows, outputs0 + outputs1 + outputs2); GATED:
+        (rows, outputs0), silu(first) * second. x, thresholds, and what is room for each program:
+        as in kernel.sparse_product_kernel; partial float32 (splits, rows, outputs of all).
         BITS 0: weight_l (channels, outputs_l), scale_l and zero_l not read. BITS 8 or 4: they are
-        the codes, scales and zeros of a QuantizedWeight, GROUP its group, a multiple of BLOCK_IN.
+        the codes, scales and zeros of a QuantizedWeight; for 4 a split is a group. The zero point
+        and the scale are applied to a sum: scale * (sum of x * code - zero * sum of x).
         """
         LANES: tl.constexpr = 32 // BITS if BITS else 1    # weights in a word
         WORDS: tl.constexpr = BLOCK_OUT // LANES
         tile = tl.program_id(0)
         split = tl.program_id(1)
+        splits = tl.num_programs(1)
+        program = split * tl.num_programs(0) + tile
         # Which of the linears is this tile's?
         tiles0 = tl.cdiv(outputs0, BLOCK_OUT)
         tiles1 = tl.cdiv(outputs1, BLOCK_OUT)
@@ -59,86 +67,85 @@ if triton is not None:
         first_output = 0
         outputs = outputs0
         weight_ptr, scale_ptr, zero_ptr = weight0_ptr, scale0_ptr, zero0_ptr
-        threshold_ptr, step = threshold0_ptr, step0
+        threshold_ptr = threshold0_ptr
         if tile >= tiles0 + tiles1:
             first_tile = tiles0 + tiles1
             first_output = outputs0 + outputs1
             outputs = outputs2
             weight_ptr, scale_ptr, zero_ptr = weight2_ptr, scale2_ptr, zero2_ptr
-            threshold_ptr, step = threshold2_ptr, step2
+            threshold_ptr = threshold2_ptr
         elif tile >= tiles0:
             first_tile = tiles0
             first_output = outputs0
             outputs = outputs1
             weight_ptr, scale_ptr, zero_ptr = weight1_ptr, scale1_ptr, zero1_ptr
-            threshold_ptr, step = threshold1_ptr, step1
-        row = tl.arange(0, ROWS)                                                # (ROWS,)
-        word = tl.arange(0, WORDS)                                              # (WORDS,)
-        lane = tl.arange(0, LANES)                                              # (LANES,)
-        start_out = (tile - first_tile) * BLOCK_OUT
+            threshold_ptr = threshold1_ptr
+        tile -= first_tile
+        channel_ptr += program * SPAN
+        input_ptr += program * SPAN * rows
+        first = split * channels_per_split
+        end = tl.minimum(first + channels_per_split, channels)
+        count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, first, end, rows, channels,
+                          STEP, ROWS, SPAN)
+        padded = tl.arange(0, 16)[:, None]                                      # rows, and zeros
+        column = tl.arange(0, BLOCK_OUT)
+        word = tile * WORDS + tl.arange(0, WORDS)                               # (WORDS,)
         if BITS == 0:
-            output = start_out + word[None, :] + lane[:, None]                  # (1, WORDS)
+            output = tile * BLOCK_OUT + column                                  # (BLOCK_OUT,)
             pitch = outputs                                                     # words of a row
-        else:                                  # 16 words hold LANES runs of 16 outputs
-            block = word // 16 * 16 * LANES + word % 16
-            output = start_out + block[None, :] + 16 * lane[:, None]            # (LANES, WORDS)
+        else:                            # 16 words hold LANES runs of 16 outputs
+            block = column // (16 * LANES) * 16 * LANES + column // LANES % 16
+            output = tile * BLOCK_OUT + block + column % LANES * 16
             pitch = tl.cdiv(outputs, 16 * LANES) * 16
-        column = (tile - first_tile) * WORDS + word                             # (WORDS,)
-        sums = tl.zeros((ROWS, BLOCK_IN, LANES, WORDS), tl.float32)    # added up at the end
-        for start in range(split * channels_per_split, (split + 1) * channels_per_split, BLOCK_IN):
-            channel = start + tl.arange(0, BLOCK_IN)                            # (BLOCK_IN,)
-            exists = channel < channels
-            inside = (row < rows)[:, None] & exists[None, :]                    # (ROWS, BLOCK_IN)
-            x = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0)
-            x = x.to(tl.float32)
-            threshold = tl.load(threshold_ptr + channel * step, mask=exists, other=0.0)
-            keep = ((tl.abs(x) <= threshold[None, :]) == 0) & inside            # NaN is kept
-            needed = tl.max(keep.to(tl.int32), axis=0) > 0                      # by any row
-            words = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * pitch + column[None, :],
-                            mask=needed[:, None] & (column < pitch)[None, :], other=0)
-            if BITS == 0:                                              # (BLOCK_IN, LANES, WORDS)
-                weight = words[:, None, :].to(tl.float32)
-            else:
-                codes = words[:, None, :] >> (BITS * lane)[None, :, None] & (1 << BITS) - 1
-                if BITS == 8:
-                    weight = (codes - 128).to(tl.float32)
-                else:                          # the channels of a block lie in one group
-                    place = tl.minimum(start, channels - 1) // GROUP * outputs + output
-                    scale = tl.load(scale_ptr + place, mask=output < outputs, other=0.0)
-                    zero = tl.load(zero_ptr + place, mask=output < outputs, other=0).to(tl.int32)
-                    weight = (codes - zero[None, :, :]).to(tl.float32)
-                    weight *= scale.to(tl.float32)[None, :, :]
-            sums += tl.where(keep, x, 0.0)[:, :, None, None] * weight[None, :, :, :]
-        total = tl.sum(sums, axis=1)                                          # (ROWS, LANES, WORDS)
+        sums = tl.zeros((16, BLOCK_OUT), tl.float32)
+        total = tl.zeros((16,), tl.float32)                                     # of x
+        for start in tl.range(0, count, BLOCK_IN, num_stages=STAGES):
+            index = start + tl.arange(0, BLOCK_IN)
+            channel = tl.load(channel_ptr + index)                              # (BLOCK_IN,)
+            x = tl.load(input_ptr + padded * SPAN + index[None, :], mask=padded < rows, other=0.0)
+            weight = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * pitch + word[None, :],
+                             mask=(channel >= 0)[:, None] & (word < pitch)[None, :], other=0)
+            if BITS:                                                # (BLOCK_IN, WORDS, LANES)
+                codes = weight[:, :, None] >> BITS * tl.arange(0, LANES)[None, None, :]
+                codes = tl.reshape(codes & (1 << BITS) - 1, (BLOCK_IN, BLOCK_OUT))
+                weight = codes.to(tl.float32).to(x.dtype)
+                total += tl.sum(x.to(tl.float32), axis=1)
+            sums = add_product(sums, x, weight)                                 # (16, BLOCK_OUT)
+        real = output < outputs
         if BITS == 8:
-            total *= tl.load(scale_ptr + output, mask=output < outputs, other=0.0)[None, :, :]
+            scale = tl.load(scale_ptr + output, mask=real, other=0.0)
+            sums = scale[None, :] * (sums - 128 * total[:, None])
+        if BITS == 4:
+            group = split * outputs + output
+            scale = tl.load(scale_ptr + group, mask=real, other=0.0).to(tl.float32)
+            zero = tl.load(zero_ptr + group, mask=real, other=0).to(tl.float32)
+            sums = scale[None, :] * (sums - zero[None, :] * total[:, None])
         width = outputs0 + outputs1 + outputs2
-        place = (split * rows + row[:, None, None]) * width + first_output + output[None, :, :]
-        tl.store(partial_ptr + place, total,
-                 mask=(row < rows)[:, None, None] & (output < outputs)[None, :, :])
-
-    @triton.jit
-    def add_gated_kernel(partial_ptr, y_ptr, rows, outputs, splits,
-                         SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-        """y (rows, outputs) = silu(gate) * up, each the sum of its splits, in a fixed order.
-
-        partial (splits, rows, 2 * outputs): gate, then up.
-        """
-        row = tl.program_id(1)
-        output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)                 # (BLOCK,)
-        split = tl.arange(0, SPLITS)                                            # (SPLITS,)
-        place = (split[:, None] * rows + row) * 2 * outputs + output[None, :]
-        mask = (split < splits)[:, None] & (output < outputs)[None, :]
-        gate = tl.sum(tl.load(partial_ptr + place, mask=mask, other=0.0), axis=0)
-        up = tl.sum(tl.load(partial_ptr + place + outputs, mask=mask, other=0.0), axis=0)
-        y = gate / (1.0 + tl.exp(-gate)) * up
-        tl.store(y_ptr + row * outputs + output, y.to(y_ptr.dtype.element_ty),
-                 mask=output < outputs)
+        tl.store(partial_ptr + (split * rows + padded) * width + first_output + output[None, :],
+                 sums, mask=(padded < rows) & real[None, :])
+        # Gate and up have the same outputs: the last of both adds up both.
+        number = tile if GATED else tile + first_tile
+        if is_last(ticket_ptr + number, 2 * splits if GATED else splits):
+            row = tl.arange(0, ROWS)[:, None]
+            final = tile * BLOCK_OUT + column[None, :]
+            inside = (row < rows) & (final < outputs)                           # (ROWS, BLOCK_OUT)
+            if GATED:
+                place = row * width + final
+                gate = add_parts(partial_ptr, place, inside, splits, rows * width, ROWS, BLOCK_OUT)
+                up = add_parts(partial_ptr, place + outputs0, inside, splits, rows * width, ROWS,
+                               BLOCK_OUT)
+                y = gate / (1.0 + tl.exp(-gate)) * up
+                place = row * outputs + final
+            else:
+                place = row * width + first_output + final
+                y = add_parts(partial_ptr, place, inside, splits, rows * width, ROWS, BLOCK_OUT)
+            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def is_interpreted():
-    """Return whether Triton's kernels run in its interpreter, without a GPU."""
-    return not isinstance(kernel.partial_sums_kernel, triton.runtime.JITFunction)
+# By the bits of a code. A row of a tile has 256 bytes, or 128; the turns are short, since unpacked
+# codes fill registers, and more of them are on their way.
+TILE = {8: {"BLOCK_IN": 16, "BLOCK_OUT": 256, "STAGES": 7},
+        4: {"BLOCK_IN": 16, "BLOCK_OUT": 256, "STAGES": 7}}
 
 
 def joint_gemv(x, weights, thresholds, gated=False):
@@ -151,12 +158,7 @@ def joint_gemv(x, weights, thresholds, gated=False):
     Returns the outputs side by side, (B, sum of out_l), in x's dtype. Raises ValueError without
     Triton, and for what does not go together.
     """
-    if triton is None or x.dtype == torch.float64:
-        raise ValueError(f'Triton\'s products need Triton and float32, float16 or bfloat16, not '
-                         f'{x.dtype}')
-    if x.device.type != "cuda" and not is_interpreted():
-        raise ValueError("Triton's products need a GPU, or TRITON_INTERPRET=1 set before triton is "
-                         "imported")
+    kernel.check_triton(x)
     if len({kind_of(weight) for weight in weights}) > 1:
         raise ValueError("weights of several kinds in one launch: expected all of one kind")
     bits, group = kind_of(weights[0])
@@ -169,13 +171,16 @@ def joint_gemv(x, weights, thresholds, gated=False):
         scales = [weight.scales for weight in weights]
         zeros = [weight.zeros for weight in weights] if group else codes
     rows, channels = x.shape
-    padded = triton.next_power_of_2(rows)
-    block_in, block_out = kernel.tile(padded).values()
-    tiles = sum(triton.cdiv(out, block_out) for out in outputs)
-    splits = min(triton.cdiv(kernel.programs(x.device), tiles), triton.cdiv(channels, block_in), 64)
-    per_split = triton.cdiv(triton.cdiv(channels, splits), block_in) * block_in
+    if any(threshold.ndim for threshold in thresholds):
+        thresholds = [threshold.expand(channels).contiguous() for threshold in thresholds]
+    sizes = TILE[bits] if bits else kernel.TILE[x.itemsize]
+    tiles = sum(triton.cdiv(out, sizes["BLOCK_OUT"]) for out in outputs)
+    per_split = group or kernel.span(tiles, channels, x.device)
+    size = triton.next_power_of_2(per_split)
     splits = triton.cdiv(channels, per_split)
     width = sum(outputs)
+    channel = torch.empty(splits * tiles, size, device=x.device, dtype=torch.int32)
+    inputs = torch.empty(splits * tiles, rows, size, device=x.device, dtype=x.dtype)
     partial = torch.empty(splits, rows, width, device=x.device, dtype=torch.float32)
     y = torch.empty(rows, outputs[0] if gated else width, device=x.device, dtype=x.dtype)
     absent = 3 - len(weights)            # linears without outputs, which no tile reaches
@@ -183,17 +188,12 @@ def joint_gemv(x, weights, thresholds, gated=False):
     def three(pointers):
         return [*pointers, *[pointers[0]] * absent]
 
-    block = 64
-    add = add_gated_kernel if gated else kernel.add_splits_kernel
     with torch.cuda.device_of(x):        # Triton launches on the current device
-        joint_sums_kernel[(tiles, splits)](
-            x, *three(codes), *three(scales), *three(zeros), *three(thresholds), partial,
-            rows, channels, *outputs, *[0] * absent, *[t.ndim for t in three(thresholds)],
-            per_split, ROWS=padded, BLOCK_IN=block_in, BLOCK_OUT=block_out, BITS=bits,
-            GROUP=group or 0, num_warps=4)
-        add[(triton.cdiv(y.shape[1], block), rows)](
-            partial, y, rows, y.shape[1], splits, SPLITS=triton.next_power_of_2(splits),
-            BLOCK=block, num_warps=4)
+        joint_product_kernel[(tiles, splits)](
+            x, *three(codes), *three(scales), *three(zeros), *three(thresholds), channel, inputs,
+            partial, kernel.tickets(tiles, x.device), y, rows, channels, *outputs, *[0] * absent,
+            per_split, STEP=thresholds[0].ndim, ROWS=triton.next_power_of_2(rows), SPAN=size,
+            BITS=bits, GATED=gated, num_warps=4, **sizes)
     return y
 
 
