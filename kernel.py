@@ -478,7 +478,7 @@ def c_gemv(x, weight_t, threshold):
 #        those of the next turns are being copied to shared memory, without a register
 #     3. writes its part; the last program of a tile adds the parts
 # The matrix units want 16 rows of x. Those that are not there are zeros, and cost no time, since
-# time is bytes: one row or eight take the same. `python -m beyond.gpu --design` shows the numbers.
+# time is bytes: one row or eight take the same. `python -m beyond.design` shows the numbers.
 
 if triton is not None:
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -688,9 +688,9 @@ def median_time(call, device, seconds=0.5):
     return statistics.median(times)
 
 
-def memory_bandwidth(device):
+def memory_bandwidth(device, size=1 << 30):
     """Return the bytes a second that are read from memory (on a GPU: read and written)."""
-    a = torch.randint(255, (1 << 30,), dtype=torch.uint8, device=device)
+    a = torch.randint(255, (size,), dtype=torch.uint8, device=device)
     if device.type == "cuda":
         b = torch.empty_like(a)
         return 2 * a.numel() / median_time(lambda i: b.copy_(a), device)
@@ -716,10 +716,10 @@ def threshold_dropping(x, sparsity):
     return x.float().abs().flatten().sort().values[dropped - 1]
 
 
-def copies_of(inputs, outputs, dtype, device):
-    """Return random weights (inputs, outputs), so many that no cache holds all of them."""
+def copies_of(inputs, outputs, dtype, device, total=512_000_000):
+    """Return random weights (inputs, outputs), so many that no cache holds all `total` bytes."""
     first = torch.randn(inputs, outputs, device=device).to(dtype)
-    return [first.roll(i, 0) for i in range(max(2, -(-512_000_000 // first.nbytes)))]
+    return [first.roll(i, 0) for i in range(max(2, -(-total // first.nbytes)))]
 
 
 def inputs_like(weights_t, rows):

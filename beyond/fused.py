@@ -108,7 +108,7 @@ if triton is not None:
             if BITS:                                                # (BLOCK_IN, WORDS, LANES)
                 codes = weight[:, :, None] >> BITS * tl.arange(0, LANES)[None, None, :]
                 codes = tl.reshape(codes & (1 << BITS) - 1, (BLOCK_IN, BLOCK_OUT))
-                weight = codes.to(tl.float32).to(x.dtype)
+                weight = codes.to(tl.float32).to(x.dtype)           # exact
                 total += tl.sum(x.to(tl.float32), axis=1)
             sums = add_product(sums, x, weight)                                 # (16, BLOCK_OUT)
         real = output < outputs

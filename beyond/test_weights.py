@@ -714,15 +714,15 @@ def test_comments_and_layout_are_no_change(monkeypatch, capsys):
 
 
 COMPILE = r"""
-from beyond import fused, gpu
+from beyond import design, fused
 
 for pointer, bits, rows, capability in [
         ("*fp32", 0, 8, 80), ("*fp16", 0, 1, 80), ("*bf16", 8, 1, 80), ("*bf16", 4, 8, 80),
         ("*bf16", 0, 1, 90), ("*bf16", 8, 8, 90), ("*bf16", 4, 1, 90)]:
     for gated in (False, True):
-        built = gpu.compiled(fused.joint_product_kernel, pointer, capability, bits, ROWS=rows,
+        built = design.compiled(fused.joint_product_kernel, pointer, capability, bits, ROWS=rows,
                              BITS=bits, GATED=gated, STEP=1, SPAN=128 if bits == 4 else 512,
-                             **gpu.tile_of(pointer, bits))
+                             **design.tile_of(pointer, bits))
         print(built.instructions, built.spills, built.wide, sep="\t")
 """
 
