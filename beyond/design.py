@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel
 from beyond import fused
-from generate import StaticCache
+from generate import Sampling, StaticCache
 from model import (PRESETS, Llama, Parser, block_linears, command_line, linear_names,
                    natural, require)
 from sparsify import sparse_mode, sparsify
@@ -271,8 +271,8 @@ def counting(launches):
 
 
 @torch.no_grad()
-def step_launches(preset, mode, fuse=False):
-    """Return the Launches of a step of decoding, as a CUDA graph captures it.
+def step_launches(preset, mode, fuse=False, sampling=Sampling()):
+    """Return the Launches of a greedy step of decoding: the graph of generate.GraphStep, and more.
 
     mode: "off" (dense) or "decode" (sparse). fuse: with fused.py.
     """
@@ -285,7 +285,6 @@ def step_launches(preset, mode, fuse=False):
     cache = model.make_cache(1, 32)
     cache.used = 16
     static = StaticCache(cache, 1)
-    static.follow(cache, 1, small.sliding_window)
     tokens = torch.zeros(1, 1, dtype=torch.int64)
     kernel.tickets(1, model.device)      # as a warm-up does
     launches = Launches()
@@ -293,7 +292,9 @@ def step_launches(preset, mode, fuse=False):
         if fuse:
             fused.fuse(model)
         launches.counts.clear()
-        model(tokens, static)
+        tokens.copy_(tokens)             # the token that was chosen
+        static.follow(cache, 1, small.sliding_window)
+        sampling.choose(model(tokens, static)[:, -1], torch.Generator())
     return launches
 
 
