@@ -683,8 +683,10 @@ def median_time(call, device, seconds=0.5):
             return time.perf_counter() - begin
     once(0)
     once(1)
-    while sum(times) < seconds or len(times) < 11:
+    total = 0.0
+    while total < seconds or len(times) < 11:
         times.append(once(len(times)))
+        total += times[-1]
     return statistics.median(times)
 
 

@@ -8,6 +8,9 @@ only four inputs. So those that share one share a launch:
     k_proj ├─ x    one launch, not three    up_proj   ┴─ x    one launch, and silu(gate) * up where
     v_proj ┘                                                  the partial sums are added
 
+And what follows q, k and v, the rotation of q and k by their positions and the writing of k and v to
+the cache, is one launch, not eight.
+
 The kernel is that of kernel.py for up to three linears side by side: the first tiles belong to the
 first linear, the next ones to the second. Each has its own threshold. Their weights may also be
 codes of 8 or 4 bits, which quantize.py explains; it uses this kernel for single linears, too. The
@@ -28,6 +31,8 @@ import textwrap
 import torch
 
 import kernel
+import model as llama
+from generate import StaticCache
 from kernel import is_interpreted, triton
 from model import MLP, Attention
 from sparsify import SparseLinear
@@ -142,6 +147,46 @@ if triton is not None:
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+    @triton.jit
+    def rotate_kernel(qkv_ptr, cos_ptr, sin_ptr, slot_ptr, query_ptr, key_ptr, value_ptr, tokens,
+                      queries, groups, length, D: tl.constexpr, HALF: tl.constexpr):
+        """Turn q and k by their positions, and write k and v to a cache.
+
+        grid (B * tokens, queries + 2 * groups heads): a program has a head of D channels, with the
+        pairs i and i + D / 2. qkv (B, tokens, heads, D); cos, sin (tokens, D); slot int64 (tokens,)
+        query (B, queries, tokens, D); key and value (B, groups, length, D). HALF: D / 2, or the
+        next power of 2.
+        """
+        text = tl.program_id(0) // tokens
+        token = tl.program_id(0) % tokens
+        head = tl.program_id(1)
+        low = tl.arange(0, HALF)
+        exists = low < D // 2
+        high = low + D // 2
+        qkv_ptr += (tl.program_id(0) * tl.num_programs(1) + head) * D
+        x = tl.load(qkv_ptr + low, mask=exists, other=0.0).to(tl.float32)
+        y = tl.load(qkv_ptr + high, mask=exists, other=0.0).to(tl.float32)
+        new_x, new_y = x, y
+        if head < queries + groups:
+            table = token * D
+            new_x = (x * tl.load(cos_ptr + table + low, mask=exists, other=0.0).to(tl.float32)
+                     + y * tl.load(sin_ptr + table + low, mask=exists, other=0.0).to(tl.float32))
+            new_y = (y * tl.load(cos_ptr + table + high, mask=exists, other=0.0).to(tl.float32)
+                     + x * tl.load(sin_ptr + table + high, mask=exists, other=0.0).to(tl.float32))
+        slot = tl.load(slot_ptr + token)
+        place = ((text * queries + head) * tokens + token).to(tl.int64)
+        result_ptr = query_ptr
+        if head >= queries + groups:
+            place = (text * groups + head - queries - groups) * length + slot
+            result_ptr = value_ptr
+        elif head >= queries:
+            place = (text * groups + head - queries) * length + slot
+            result_ptr = key_ptr
+        result_ptr += place * D
+        tl.store(result_ptr + low, new_x.to(query_ptr.dtype.element_ty), mask=exists)
+        tl.store(result_ptr + high, new_y.to(query_ptr.dtype.element_ty), mask=exists)
+
+
 # By the bits of a code. A row of a tile has 256 bytes, or 128; the turns are short, since unpacked
 # codes fill registers, and more of them are on their way.
 TILE = {8: {"BLOCK_IN": 16, "BLOCK_OUT": 256, "STAGES": 7},
@@ -197,6 +242,24 @@ def joint_gemv(x, weights, thresholds, gated=False):
     return y
 
 
+def rotate_and_append(y, attention, context):
+    """Return q (B, H, T, D), rotated, and a StaticCache's k and v (B, G, S, D) with the new ones.
+
+    y: (B, T, (H + 2 G) * D), q, k and v of new tokens. context: their model.Context.
+    """
+    D = attention.head_dim
+    B, T, width = y.shape
+    keys, values = context.cache.keys[attention.layer], context.cache.values[attention.layer]
+    groups = keys.shape[1]
+    heads = width // D
+    q = y.new_empty(B, heads - 2 * groups, T, D)
+    with torch.cuda.device_of(y):        # Triton launches on the current device
+        rotate_kernel[(B * T, heads)](
+            y, context.cos, context.sin, context.cache.slots, q, keys, values, T, q.shape[1],
+            groups, context.cache.length, D=D, HALF=triton.next_power_of_2(D // 2), num_warps=1)
+    return q, keys, values
+
+
 def kind_of(weight):
     """Return the (bits, group) of a weight's codes, or (0, None) of a tensor."""
     return (0, None) if isinstance(weight, torch.Tensor) else (weight.bits, weight.group)
@@ -234,7 +297,17 @@ def joint_product(linears, x, gated=False):
 
 
 class FusedAttention(Attention):
-    """An Attention whose q, k and v share a launch."""
+    """An Attention whose q, k and v share a launch, and what follows them another."""
+
+    def forward(self, x, context):
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        biased = any(linear.bias is not None for linear in linears)
+        static = type(context.cache) is StaticCache        # which says where its slots are
+        if biased or not static or not share_launch(linears, x):
+            return super().forward(x, context)
+        q, k, v = rotate_and_append(joint_product(linears, x), self, context)
+        y = self.attend(q, k, v, context.mask)                                        # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def qkv(self, x):
         linears = (self.q_proj, self.k_proj, self.v_proj)
@@ -286,6 +359,27 @@ REPLACED = {
     Attention: """
         def qkv(self, x):
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+        def forward(self, x, context):
+            B, T, _ = x.shape
+            q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))
+            q = rotate(q, context.cos, context.sin)
+            k = rotate(k, context.cos, context.sin)
+            if context.cache is not None:
+                k, v = context.cache.append(self.layer, k, v)
+            y = self.attend(q, k, v, context.mask)
+            return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        """,
+    llama: """
+        def rotate(x, cos, sin):
+            return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        """,
+    StaticCache: """
+        def append(self, layer, k, v):
+            keys, values = self.keys[layer], self.values[layer]
+            keys.index_copy_(2, self.slots, k)
+            values.index_copy_(2, self.slots, v)
+            return keys, values
         """,
     MLP: """
         def gated(self, x):

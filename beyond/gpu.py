@@ -39,7 +39,7 @@ from beyond import design, fused, quantize
 from beyond.allocate import pyplot
 from beyond.timing import BITS, launch_time, random_codes
 from calibrate import calibrate, load_calibration
-from generate import fast_step, first_difference, generate, generate_speculative
+from generate import PROMPT, fast_step, first_difference, generate, generate_speculative
 from kernel import copies_of, dense_ways, inputs_like, median_time, preset_shapes, sparse_gemv
 from model import (DEMO, PRESETS, Llama, Parser, command_line, find_device, load_model, read_tokens,
                    require)
@@ -268,7 +268,7 @@ def make_model(report, preset):
 @torch.no_grad()
 def models(report, results, preset, gpt_fast):
     """Time decoding as `python generate.py` does it, a CUDA graph a step, dense and sparse."""
-    tokens = 3 if report.toy else 100
+    tokens = 4 if report.toy else 100
     prompt = list(range(1, 9))
 
     def note(name, level):
@@ -391,7 +391,9 @@ def texts(report, results, folder):
     for device in dict.fromkeys(("cpu", report.device.type)):
         report.check()
         model, tokenizer = load_model(folder, device, torch.float32)
-        tokens, source = read_tokens(tokenizer, None, "train")
+        tokens, source = torch.tensor(tokenizer.encode(9 * PROMPT)), "the prompt"
+        if not report.toy:
+            tokens, source = read_tokens(tokenizer, None, "train")
         began = time.perf_counter()
         calibration = calibrate(model, tokens[:200 if report.toy else 20_000],
                                 64 if report.toy else None, source)

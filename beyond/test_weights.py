@@ -21,6 +21,7 @@ from beyond import __main__ as fast
 from beyond import allocate, folders, fused, judge, quantize, record, rotate
 from beyond.conftest import random_llama
 from calibrate import calibrate
+from generate import StaticCache
 from model import (DEMO, InputError, Llama, linear_names, load_model,
                    read_json, read_safetensors, windows_of, write_json, write_safetensors)
 from sparsify import (SparseLinear, realised_sparsity, reset_counts, sparse_mode,
@@ -612,6 +613,28 @@ def test_a_fused_model_computes_and_counts_what_the_model_does(bits, biased, mon
 
 @NO_TRITON
 @torch.no_grad()
+@pytest.mark.parametrize("T, head_dim", [(1, 16), (3, 16), (1, 24)])
+def test_a_fused_step_rotates_and_appends_as_the_model_does(T, head_dim, monkeypatch):
+    model = sparse_model(head_dim=head_dim)
+    tokens = tokens_like(model, 1, 5 + T).to(DEVICE)
+    results = []
+    for _ in range(2):
+        cache = model.make_cache(1, 12)
+        with sparse_mode(model, "off"):
+            model(tokens[:, :5], cache)
+        static = StaticCache(cache, T)
+        static.follow(cache, T, None)
+        launches = Launches(monkeypatch)
+        with sparse_mode(model, "all"):
+            results.append([model(tokens[:, 5:], static), cache.keys, cache.values])
+        fused.fuse(model)
+    assert launches.count == 2 * 3                         # of the second, for each block
+    for y, expected in zip(*reversed(results)):
+        assert close(y, expected, 2**-6)
+
+
+@NO_TRITON
+@torch.no_grad()
 def test_a_fused_model_decodes_and_can_be_made_sparse_later():
     model = fused.fuse(tiny_model().to(DEVICE))
     assert is_fused(model)
@@ -681,6 +704,7 @@ def gated(self, x):
 @NO_TRITON
 @pytest.mark.parametrize("owner, name, changed", [
     (llama.Attention, "qkv", qkv), (llama.MLP, "gated", gated),
+    (llama, "rotate", lambda x, cos, sin: x), (StaticCache, "append", lambda *inputs: inputs[2:]),
     (SparseLinear, "product", lambda self, x: self.dense(x)),
     (SparseLinear, "sparse", eval("lambda self, x: self.dense(x)"))])
 def test_a_changed_model_is_left_alone_and_named(owner, name, changed, monkeypatch, capsys):
