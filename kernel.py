@@ -530,7 +530,7 @@ if triton is not None:
     @triton.jit
     def add_parts(partial_ptr, place, real, splits, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         """Return the sum over s of partial[s * size + place], in a fixed order: (ROWS, BLOCK)."""
-        PARTS: tl.constexpr = 64 // ROWS if ROWS > 4 else 16            # at a time, in registers
+        PARTS: tl.constexpr = 32 // ROWS if ROWS > 2 else 16            # at a time, in registers
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(0, splits, PARTS):
             part = first + tl.arange(0, PARTS)[:, None, None]
@@ -557,8 +557,8 @@ if triton is not None:
         program = split * tl.num_programs(0) + tile
         channel_ptr += program * SPAN
         input_ptr += program * SPAN * rows
-        count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, split * SPAN, channels, rows,
-                          channels, STEP, ROWS, SPAN)
+        count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, split * SPAN, channels,
+                          rows, channels, STEP, ROWS, SPAN)
         padded = tl.arange(0, 16)[:, None]                                      # rows, and zeros
         output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                     # (BLOCK_OUT,)
         sums = tl.zeros((16, BLOCK_OUT), tl.float32)

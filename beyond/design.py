@@ -25,7 +25,6 @@ import contextlib
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +45,8 @@ from sparsify import sparse_mode, sparsify
 
 LATENCY = 0.7e-6         # seconds from asking memory for a line until it is there, when it is busy
 LAUNCH = 2e-6            # seconds of a launch in a CUDA graph in which the memory is idle
+WAITS = 4                # latencies: x and the list before the rows, ticket and parts after
+LAYER = (4096, 14336)    # inputs, outputs: the largest linears of Llama-3-8B
 CLOCK = 1.755e9          # of an H100
 WARPS = 4                # a program
 
@@ -76,7 +77,8 @@ def compiled(function, pointer, capability, bits=0, **constants):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {"threshold": "*fp32", "partial": "*fp32", "channel": "*i32", "ticket": "*i32"}
+    kinds = {"threshold": "*fp32", "partial": "*fp32", "channel": "*i32", "ticket": "*i32",
+             "slot": "*i64"}
     if bits:
         kinds |= {"weight": "*i32", "scale": "*fp32" if bits == 8 else "*bf16"}
         kinds |= {"zero": "*u8"} if bits == 4 else {}
@@ -154,9 +156,9 @@ def show_kernels(arguments):
           f"{arguments.multiprocessors} multiprocessors: {need / 1024:.1f} KB must be on their way "
           f"to each")
     print(f"{'':36}{'regis-':>7}{'shared':>7}{'pro-':>6}{'bar-':>6}{'wide':>6}{'turn':>6}"
-          f"  KB on the way at      share at")
-    print(f"{'weights, rows, tile':36}{'ters':>7}{'KB':>7}{'grams':>6}{'riers':>6}{'loads':>6}{'':6}"
-          f"{'0':>6}{'50':>6}{'75 %':>6}{'50':>8}{'75 %':>6}")
+          f"  KB on the way at      share at   whole")
+    print(f"{'weights, rows, tile':36}{'ters':>7}{'KB':>7}{'grams':>6}{'riers':>6}{'loads':>6}"
+          f"{'':6}{'0':>6}{'50':>6}{'75 %':>6}{'50':>8}{'75 %':>6}{'50 %':>8}")
     cases = [("bfloat16", "*bf16", 0, 1, sizes) for sizes in CONFIGURATIONS]
     cases += [("bfloat16", "*bf16", 0, 8, tile_of("*bf16")), ("float32", "*fp32", 0, 1,
                                                               tile_of("*fp32"))]
@@ -174,22 +176,26 @@ def show_kernels(arguments):
         memory = sizes["BLOCK_IN"] * row / cycle_bytes                   # cycles of a turn
         compute = built.loop * WARPS / 4
         shares = [min(1, flight / need, memory / compute) for _, flight in flights[1:]]
+        stream = LAYER[0] * LAYER[1] * row / sizes["BLOCK_OUT"] / 2 / arguments.bandwidth
+        whole = stream / (stream / shares[0] + WAITS * LATENCY + LAUNCH)
         limit = "" if min(shares) == 1 else "  computing" if memory < compute else "  latency"
         used = "*" if sizes == tile_of(pointer, bits) else " "
         name = f"{used}{kind}, {rows} row{'s' * (rows > 1)}, {text_of(sizes)}"
         print(f"{name:36}{built.registers:7}{built.shared / 1024:7.1f}{flights[0][0]:6}"
               f"{built.barriers:6}{built.wide:6}{built.loop:6}"
               + "".join(f"{flight / 1024:6.0f}" for _, flight in flights)
-              + f"{shares[0]:8.0%}{shares[1]:6.0%}{limit}", flush=True)
-    print("*: in use. programs: that a multiprocessor holds. turn: instructions of one turn of the "
-          "loop.\nshare: of the bandwidth, once a product is under way; after it what holds it back")
+              + f"{shares[0]:8.0%}{shares[1]:6.0%}{whole:8.0%}{limit}", flush=True)
+    print(f"*: in use. programs: that a multiprocessor holds. turn: instructions of a turn of the "
+          f"loop.\nshare: of the bandwidth, once a product is under way; whole: with its launch, "
+          f"beginning and end,\nat {LAYER[0]} x {LAYER[1]}; after it what holds a share back")
 
 
 # --------------------------------------------------------------------------------------------------
 # Steps
 
-NO_LAUNCH = {"aten.detach", "aten._unsafe_view", "aten.empty", "aten.new_empty", "aten.empty_like", "aten.scalar_tensor",
-             "aten.promote_types", "aten._local_scalar_dense", "aten.lift_fresh"}
+NO_LAUNCH = {"aten.detach", "aten._unsafe_view", "aten.empty", "aten.new_empty", "aten.empty_like",
+             "aten.scalar_tensor", "aten.promote_types", "aten._local_scalar_dense",
+             "aten.lift_fresh"}
 HOST = {"aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal"}
 
 
@@ -332,11 +338,13 @@ def show_steps(arguments):
             ratios = [f"{dense / (ideal[level] + cost):.2f}x" for level in (0.4, 0.5)]
             line += f"{ratios[0]:>18}{ratios[1]:>9}" * (name != "dense")
         print(line)
-    print("launches of a block, each layer's:")
+    print("launches of each block:")
     for name, launches in rows.items():
         layers = PRESETS[arguments.preset].num_hidden_layers
-        print(f"  {name}: " + ", ".join(f"{count // layers} {operation}" for operation, count
-                                        in launches.counts.items() if count >= layers))
+        counts = {"attention" if "scaled_dot" in operation else operation: count // layers
+                  for operation, count in launches.counts.items() if count >= layers}
+        text = ", ".join(f"{count} {operation}" for operation, count in counts.items())
+        print(f"  {name}, {sum(counts.values())}: {text}")
 
 
 def main():

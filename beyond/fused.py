@@ -8,8 +8,8 @@ only four inputs. So those that share one share a launch:
     k_proj ├─ x    one launch, not three    up_proj   ┴─ x    one launch, and silu(gate) * up where
     v_proj ┘                                                  the partial sums are added
 
-And what follows q, k and v, the rotation of q and k by their positions and the writing of k and v to
-the cache, is one launch, not eight.
+What follows q, k and v is one launch, not eight: q and k are rotated by their positions, k and v
+written to the cache.
 
 The kernel is that of kernel.py for up to three linears side by side: the first tiles belong to the
 first linear, the next ones to the second. Each has its own threshold. Their weights may also be
