@@ -619,7 +619,11 @@ TICKETS = 1 << 20
 
 @functools.cache
 def all_tickets(device):
-    return torch.zeros(TICKETS, dtype=torch.int32, device=device), [0]
+    """Return (zeros (TICKETS,) int32, a list of one: how many of them are given out)."""
+    zeros = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)   # whichever stream comes first
+    return zeros, [0]
 
 
 def tickets(number, device):
