@@ -24,10 +24,13 @@ So y is a weighted sum of the rows whose input is large. Two things are left to 
 
 Who adds up what. On a CPU each thread owns a range of outputs and walks down all kept rows; its
 sums stay in the first cache. A GPU has ten thousand threads and a 4096 x 4096 layer only 32 tiles
-of 128 outputs, so the rows are divided too ("split-K"): tile (j, s) sums the s-th part of the rows
-for the j-th range of outputs and writes its partial sum to a buffer of its own; a second, small
-kernel adds the parts in a fixed order. No sum is made of atomics, so the same input gives the same
-bits on every run.
+of 128 outputs, so the rows are divided too ("split-K"): program (tile, split) adds the rows of its
+split for its range of outputs and writes its partial sum to a place of its own. The program of a
+tile that finishes last adds the parts, always in the same order. No sum is made of atomics, so the
+same input gives the same bits on every run.
+
+Both list the kept channels first. Then every load that is issued is one of a row that counts, and
+the next ones can be asked for long before they are needed.
 
 Several tokens. From 2 to 8 rows of x (the guesses that a sparse verifier checks) a weight row is
 read once if any token keeps its channel, and each token adds it with its own mask.
@@ -468,97 +471,192 @@ def c_gemv(x, weight_t, threshold):
 
 
 # --------------------------------------------------------------------------------------------------
-# Triton: the same sum, cut into tiles. Program (tile, split) adds the rows of its split for its
-# range of outputs; where a row is masked its load is not issued.
+# Triton: the same sum, cut into tiles. What a GPU needs to be busy is bytes on their way: an H100
+# 3.35 TB/s x 0.7 us, 18 KB for each of its 132 multiprocessors, all the time. So a program
+#     1. lists the channels of its split that any row keeps, and their inputs, in memory of its own
+#     2. walks down the list. The loop is a pipeline: while the matrix units take one turn's rows,
+#        those of the next turns are being copied to shared memory, without a register
+#     3. writes its part; the last program of a tile adds the parts
+# The matrix units want 16 rows of x. Those that are not there are zeros, and cost no time, since
+# time is bytes: one row or eight take the same. `python -m beyond.design` shows the numbers.
 
 if triton is not None:
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
     @triton.jit
-    def partial_sums_kernel(x_ptr, weight_ptr, threshold_ptr, partial_ptr, rows, channels, outputs,
-                            threshold_step, channels_per_split,
-                            ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr):
-        """partial[s, row, j] = sum over the channels of split s of kept x[row, i] * weight[i, j].
+    def list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, first, end, rows, channels,
+                  STEP: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+        """List the channels [first, end), at most SPAN, that any row keeps; return their number.
 
-        grid (tiles, splits). x (rows, channels); weight (channels, outputs); partial float32
-        (splits, rows, outputs); threshold float32 (channels,), or () with threshold_step 0.
+        channel (SPAN,) int32: the kept ones in their order, then -1. input (rows, SPAN) in x's
+        dtype: what each row keeps of the listed channels, 0 for what it drops. x (rows, channels);
+        threshold float32 (channels,), or () with STEP 0.
         """
-        split = tl.program_id(1)
         row = tl.arange(0, ROWS)                                                # (ROWS,)
-        output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)         # (BLOCK_OUT,)
-        sums = tl.zeros((ROWS, BLOCK_IN, BLOCK_OUT), tl.float32)       # added up at the end
-        for start in range(split * channels_per_split, (split + 1) * channels_per_split, BLOCK_IN):
-            channel = start + tl.arange(0, BLOCK_IN)                            # (BLOCK_IN,)
-            exists = channel < channels
-            inside = (row < rows)[:, None] & exists[None, :]                    # (ROWS, BLOCK_IN)
-            x = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0)
-            x = x.to(tl.float32)
-            threshold = tl.load(threshold_ptr + channel * threshold_step, mask=exists, other=0.0)
-            keep = ((tl.abs(x) <= threshold[None, :]) == 0) & inside            # NaN is kept
-            needed = tl.max(keep.to(tl.int32), axis=0) > 0                      # by any row
-            weight = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * outputs + output[None, :],
-                             mask=needed[:, None] & (output < outputs)[None, :], other=0.0)
-            sums += tl.where(keep, x, 0.0)[:, :, None] * weight.to(tl.float32)[None, :, :]
-        place = (split * rows + row)[:, None] * outputs + output[None, :]       # (ROWS, BLOCK_OUT)
-        tl.store(partial_ptr + place, tl.sum(sums, axis=1),
-                 mask=(row < rows)[:, None] & (output < outputs)[None, :])
+        index = tl.arange(0, SPAN)                                              # (SPAN,)
+        channel = first + index
+        exists = channel < end
+        inside = (row < rows)[:, None] & exists[None, :]                        # (ROWS, SPAN)
+        x = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0)
+        threshold = tl.load(threshold_ptr + channel * STEP, mask=exists, other=0.0)
+        keep = ((tl.abs(x.to(tl.float32)) <= threshold[None, :]) == 0) & inside     # NaN is kept
+        needed = tl.max(keep.to(tl.int32), axis=0)                              # by any row
+        before = tl.cumsum(needed) - needed
+        count = tl.sum(needed)
+        place = tl.where(needed > 0, before, count + index - before)    # kept first, then the rest
+        tl.store(channel_ptr + place, tl.where(needed > 0, channel, -1))
+        tl.store(input_ptr + row[:, None] * SPAN + place[None, :], tl.where(keep, x, 0.0),
+                 mask=(row < rows)[:, None])
+        tl.debug_barrier()               # the threads of the program read what others have listed
+        return count
 
     @triton.jit
-    def add_splits_kernel(partial_ptr, y_ptr, rows, outputs, splits,
-                          SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-        """y[row, j] = sum over s of partial (splits, rows, outputs), in a fixed order."""
-        row = tl.program_id(1)
-        output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)                 # (BLOCK,)
-        split = tl.arange(0, SPLITS)                                            # (SPLITS,)
-        place = (split[:, None] * rows + row) * outputs + output[None, :]
-        mask = (split < splits)[:, None] & (output < outputs)[None, :]
-        y = tl.sum(tl.load(partial_ptr + place, mask=mask, other=0.0), axis=0)
-        y = y.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + row * outputs + output, y, mask=output < outputs)
+    def add_product(sums, x, weight):
+        """Return sums + x @ weight, in float32: (16, BLOCK_OUT)."""
+        if INTERPRETED:                  # its product takes the bits of a bfloat16 for an integer
+            x = x.to(tl.float32)
+            weight = weight.to(tl.float32)
+        return tl.dot(x, weight, sums, input_precision="ieee")
+
+    @triton.jit
+    def is_last(ticket_ptr, programs):
+        """Return whether this is the last of so many programs to come here, with all it stored."""
+        tl.debug_barrier()               # all threads have stored; the atomic orders what follows
+        last = tl.atomic_add(ticket_ptr, 1) == programs - 1
+        if last:
+            tl.store(ticket_ptr, 0)      # for the next launch
+        return last
+
+    @triton.jit
+    def add_parts(partial_ptr, place, real, splits, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """Return the sum over s of partial[s * size + place], in a fixed order: (ROWS, BLOCK)."""
+        PARTS: tl.constexpr = 32 // ROWS if ROWS > 2 else 16            # at a time, in registers
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for first in range(0, splits, PARTS):
+            part = first + tl.arange(0, PARTS)[:, None, None]
+            total += tl.sum(tl.load(partial_ptr + part * size + place[None, :, :],
+                                    mask=(part < splits) & real[None, :, :], other=0.0,
+                                    cache_modifier=".cg"), axis=0)      # other programs wrote it
+        return total
+
+    @triton.jit
+    def sparse_product_kernel(x_ptr, weight_ptr, threshold_ptr, channel_ptr, input_ptr, partial_ptr,
+                              ticket_ptr, y_ptr, rows, channels, outputs, STEP: tl.constexpr,
+                              ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK_IN: tl.constexpr,
+                              BLOCK_OUT: tl.constexpr, STAGES: tl.constexpr):
+        """y[row, j] = sum over channels of kept x[row, i] * weight[i, j].
+
+        grid (tiles, splits of SPAN channels). x (rows, channels), threshold: as in list_kept;
+        weight (channels, outputs); y (rows, outputs). Room for each program: channel (SPAN,) int32
+        and input (rows, SPAN); for each split: partial float32 (rows, outputs). ticket int32
+        (tiles,), zeros before and after.
+        """
+        tile = tl.program_id(0)
+        split = tl.program_id(1)
+        splits = tl.num_programs(1)
+        program = split * tl.num_programs(0) + tile
+        channel_ptr += program * SPAN
+        input_ptr += program * SPAN * rows
+        count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, split * SPAN, channels,
+                          rows, channels, STEP, ROWS, SPAN)
+        padded = tl.arange(0, 16)[:, None]                                      # rows, and zeros
+        output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                     # (BLOCK_OUT,)
+        sums = tl.zeros((16, BLOCK_OUT), tl.float32)
+        for start in tl.range(0, count, BLOCK_IN, num_stages=STAGES):
+            index = start + tl.arange(0, BLOCK_IN)
+            channel = tl.load(channel_ptr + index)                              # (BLOCK_IN,)
+            x = tl.load(input_ptr + padded * SPAN + index[None, :], mask=padded < rows, other=0.0)
+            weight = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * outputs + output[None, :],
+                             mask=(channel >= 0)[:, None] & (output < outputs)[None, :], other=0.0)
+            sums = add_product(sums, x, weight)                                 # (16, BLOCK_OUT)
+        tl.store(partial_ptr + (split * rows + padded) * outputs + output[None, :], sums,
+                 mask=(padded < rows) & (output < outputs)[None, :])
+        if is_last(ticket_ptr + tile, splits):
+            row = tl.arange(0, ROWS)[:, None]
+            place = row * outputs + output[None, :]                             # (ROWS, BLOCK_OUT)
+            real = (row < rows) & (output < outputs)[None, :]
+            y = add_parts(partial_ptr, place, real, splits, rows * outputs, ROWS, BLOCK_OUT)
+            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
 
 
-@functools.cache
-def programs(device):
-    """Return how many programs fill the device: four for each of its multiprocessors."""
-    if device.type == "cuda":
-        return 4 * torch.cuda.get_device_properties(device).multi_processor_count
-    return 16                            # the interpreter runs them one by one
+def is_interpreted():
+    """Return whether Triton's kernels run in its interpreter, without a GPU."""
+    return triton is not None and INTERPRETED.value
 
 
-def tile(rows):
-    """Return the channels and outputs whose weights a program holds at once.
-
-    32 x 128, in loads of 16 bytes over 128 threads; for more rows, whose sums need the registers,
-    fewer channels.
-    """
-    return {"BLOCK_IN": max(32 // rows, 8), "BLOCK_OUT": 128}
-
-
-def triton_gemv(x, weight_t, threshold):
-    """Compute sparse_gemv with the two Triton kernels."""
+def check_triton(x):
+    """Raise ValueError where Triton's kernels do not run for a tensor of x's device and dtype."""
     if triton is None or x.dtype == torch.float64:
         raise ValueError(f'backend "triton" needs Triton and float32, float16 or bfloat16, '
                          f'not {x.dtype}')
-    if x.device.type != "cuda" and isinstance(partial_sums_kernel, triton.runtime.JITFunction):
+    if x.device.type != "cuda" and not is_interpreted():
         raise ValueError('backend "triton" needs a GPU, or TRITON_INTERPRET=1 set before triton is '
                          'imported')
+
+
+@functools.cache
+def multiprocessors(device):
+    """Return how many multiprocessors a GPU has; 2 in the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2
+
+
+TILE = {2: {"BLOCK_IN": 32, "BLOCK_OUT": 128, "STAGES": 5},      # by the bytes of a weight
+        4: {"BLOCK_IN": 16, "BLOCK_OUT": 128, "STAGES": 5}}
+
+
+def span(tiles, channels, device):
+    """Return how many channels a program lists: more where the tiles alone make enough programs."""
+    size = 256
+    while size < 512 and tiles * triton.cdiv(channels, size) > 8 * multiprocessors(device):
+        size *= 2
+    return size
+
+
+TICKETS = 1 << 20
+
+
+@functools.cache
+def all_tickets(device):
+    """Return (zeros (TICKETS,) int32, a list of one: how many of them are given out)."""
+    zeros = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)   # whichever stream comes first
+    return zeros, [0]
+
+
+def tickets(number, device):
+    """Return zeros (number,) int32, by which programs learn which of them is the last.
+
+    A launch leaves them zero, so nothing has to clear them. Each launch has others, so that two may
+    run at a time, in two streams; after a million they come again. As PyTorch asks for: a product
+    runs once before it is captured in a CUDA graph.
+    """
+    zeros, used = all_tickets(device)
+    begin = used[0] if used[0] + number <= TICKETS else 0
+    used[0] = begin + triton.cdiv(number, 4) * 4           # addresses are multiples of 16 bytes
+    return zeros[begin:begin + number]
+
+
+def triton_gemv(x, weight_t, threshold):
+    """Compute sparse_gemv by the Triton kernel, in one launch."""
+    check_triton(x)
     rows, channels = x.shape
     outputs = weight_t.shape[1]
-    padded = triton.next_power_of_2(rows)
-    block_in, block_out = tile(padded).values()
-    tiles = triton.cdiv(outputs, block_out)
-    splits = min(triton.cdiv(programs(x.device), tiles), triton.cdiv(channels, block_in), 64)
-    per_split = triton.cdiv(triton.cdiv(channels, splits), block_in) * block_in
-    splits = triton.cdiv(channels, per_split)
+    sizes = TILE[x.itemsize]
+    tiles = triton.cdiv(outputs, sizes["BLOCK_OUT"])
+    size = span(tiles, channels, x.device)
+    splits = triton.cdiv(channels, size)
+    channel = torch.empty(splits * tiles, size, device=x.device, dtype=torch.int32)
+    inputs = torch.empty(splits * tiles, rows, size, device=x.device, dtype=x.dtype)
     partial = torch.empty(splits, rows, outputs, device=x.device, dtype=torch.float32)
     y = torch.empty(rows, outputs, device=x.device, dtype=x.dtype)
-    block = 64
     with torch.cuda.device_of(x):        # Triton launches on the current device
-        partial_sums_kernel[(tiles, splits)](
-            x, weight_t, threshold, partial, rows, channels, outputs, threshold.ndim, per_split,
-            ROWS=padded, BLOCK_IN=block_in, BLOCK_OUT=block_out, num_warps=4)
-        add_splits_kernel[(triton.cdiv(outputs, block), rows)](
-            partial, y, rows, outputs, splits, SPLITS=triton.next_power_of_2(splits), BLOCK=block,
-            num_warps=4)
+        sparse_product_kernel[(tiles, splits)](
+            x, weight_t, threshold, channel, inputs, partial, tickets(tiles, x.device), y, rows,
+            channels, outputs, STEP=threshold.ndim, ROWS=triton.next_power_of_2(rows), SPAN=size,
+            num_warps=4, **sizes)
     return y
 
 
@@ -589,14 +687,16 @@ def median_time(call, device, seconds=0.5):
             return time.perf_counter() - begin
     once(0)
     once(1)
-    while sum(times) < seconds or len(times) < 11:
+    total = 0.0
+    while total < seconds or len(times) < 11:
         times.append(once(len(times)))
+        total += times[-1]
     return statistics.median(times)
 
 
-def memory_bandwidth(device):
+def memory_bandwidth(device, size=1 << 30):
     """Return the bytes a second that are read from memory (on a GPU: read and written)."""
-    a = torch.randint(255, (1 << 30,), dtype=torch.uint8, device=device)
+    a = torch.randint(255, (size,), dtype=torch.uint8, device=device)
     if device.type == "cuda":
         b = torch.empty_like(a)
         return 2 * a.numel() / median_time(lambda i: b.copy_(a), device)
@@ -622,10 +722,10 @@ def threshold_dropping(x, sparsity):
     return x.float().abs().flatten().sort().values[dropped - 1]
 
 
-def copies_of(inputs, outputs, dtype, device):
-    """Return random weights (inputs, outputs), so many that no cache holds all of them."""
+def copies_of(inputs, outputs, dtype, device, total=512_000_000):
+    """Return random weights (inputs, outputs), so many that no cache holds all `total` bytes."""
     first = torch.randn(inputs, outputs, device=device).to(dtype)
-    return [first.roll(i, 0) for i in range(max(2, -(-512_000_000 // first.nbytes)))]
+    return [first.roll(i, 0) for i in range(max(2, -(-total // first.nbytes)))]
 
 
 def inputs_like(weights_t, rows):

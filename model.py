@@ -129,7 +129,7 @@ def attend(q, k, v, mask):
     if mask is None and T > 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
     # The H / G heads that share keys stand as more queries of one head, so that no key is copied.
-    mask = None if mask is None else mask.repeat(H // G, 1)                           # (H/G * T, S)
+    mask = None if mask is None else mask.expand(H // G, -1, -1).flatten(0, 1)        # (H/G * T, S)
     y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask)
     return y.reshape(B, H, T, D)
 

@@ -8,9 +8,13 @@ only four inputs. So those that share one share a launch:
     k_proj ├─ x    one launch, not three    up_proj   ┴─ x    one launch, and silu(gate) * up where
     v_proj ┘                                                  the partial sums are added
 
+What follows q, k and v is one launch, not eight: q and k are rotated by their positions, k and v
+written to the cache.
+
 The kernel is that of kernel.py for up to three linears side by side: the first tiles belong to the
 first linear, the next ones to the second. Each has its own threshold. Their weights may also be
-codes of 8 or 4 bits, which quantize.py explains; it uses this kernel for single linears, too.
+codes of 8 or 4 bits, which quantize.py explains; it uses this kernel for single linears, too. The
+matrix units multiply the codes themselves, which 16 bits hold exactly.
 
     tiles of outputs    │ q  q  q  q │ k  k │ v  v │         tile 5 is the second one of k
     splits of channels  │ q  q  q  q │ k  k │ v  v │
@@ -26,31 +30,40 @@ import textwrap
 import torch
 
 import kernel
-from kernel import triton
+import model as llama
+from generate import StaticCache
+from kernel import is_interpreted, triton
 from model import MLP, Attention, note
 from sparsify import SparseLinear
 
 if triton is not None:
     import triton.language as tl
 
-    @triton.jit
-    def joint_sums_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
-                          scale0_ptr, scale1_ptr, scale2_ptr, zero0_ptr, zero1_ptr, zero2_ptr,
-                          threshold0_ptr, threshold1_ptr, threshold2_ptr, partial_ptr,
-                          rows, channels, outputs0, outputs1, outputs2, step0, step1, step2,
-                          channels_per_split, ROWS: tl.constexpr, BLOCK_IN: tl.constexpr,
-                          BLOCK_OUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-        """partial[s, row, j] = sum over the channels of split s of kept x[row, i] * weight[i, j].
+    from kernel import add_parts, add_product, is_last, list_kept
 
-        grid (tiles of all linears, splits). x (rows, channels); partial float32 (splits, rows,
-        outputs0 + outputs1 + outputs2). threshold_l float32 (channels,), or () with step_l 0.
+    @triton.jit
+    def joint_product_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
+                             scale0_ptr, scale1_ptr, scale2_ptr, zero0_ptr, zero1_ptr, zero2_ptr,
+                             threshold0_ptr, threshold1_ptr, threshold2_ptr, channel_ptr, input_ptr,
+                             partial_ptr, ticket_ptr, y_ptr, rows, channels, outputs0, outputs1,
+                             outputs2, channels_per_split, STEP: tl.constexpr, ROWS: tl.constexpr,
+                             SPAN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+                             STAGES: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr):
+        """y[row, j] = sum over channels of kept x[row, i] * weight[i, j], for linears side by side.
+
+        grid (tiles of all linears, splits). y (rows, outputs0 + outputs1 + outputs2); GATED:
+        (rows, outputs0), silu(first) * second. x, thresholds, and what is room for each program:
+        as in kernel.sparse_product_kernel; partial float32 (splits, rows, outputs of all).
         BITS 0: weight_l (channels, outputs_l), scale_l and zero_l not read. BITS 8 or 4: they are
-        the codes, scales and zeros of a QuantizedWeight, GROUP its group, a multiple of BLOCK_IN.
+        the codes, scales and zeros of a QuantizedWeight; for 4 a split is a group. The zero point
+        and the scale are applied to a sum: scale * (sum of x * code - zero * sum of x).
         """
         LANES: tl.constexpr = 32 // BITS if BITS else 1    # weights in a word
         WORDS: tl.constexpr = BLOCK_OUT // LANES
         tile = tl.program_id(0)
         split = tl.program_id(1)
+        splits = tl.num_programs(1)
+        program = split * tl.num_programs(0) + tile
         # Which of the linears is this tile's?
         tiles0 = tl.cdiv(outputs0, BLOCK_OUT)
         tiles1 = tl.cdiv(outputs1, BLOCK_OUT)
@@ -58,86 +71,125 @@ if triton is not None:
         first_output = 0
         outputs = outputs0
         weight_ptr, scale_ptr, zero_ptr = weight0_ptr, scale0_ptr, zero0_ptr
-        threshold_ptr, step = threshold0_ptr, step0
+        threshold_ptr = threshold0_ptr
         if tile >= tiles0 + tiles1:
             first_tile = tiles0 + tiles1
             first_output = outputs0 + outputs1
             outputs = outputs2
             weight_ptr, scale_ptr, zero_ptr = weight2_ptr, scale2_ptr, zero2_ptr
-            threshold_ptr, step = threshold2_ptr, step2
+            threshold_ptr = threshold2_ptr
         elif tile >= tiles0:
             first_tile = tiles0
             first_output = outputs0
             outputs = outputs1
             weight_ptr, scale_ptr, zero_ptr = weight1_ptr, scale1_ptr, zero1_ptr
-            threshold_ptr, step = threshold1_ptr, step1
-        row = tl.arange(0, ROWS)                                                # (ROWS,)
-        word = tl.arange(0, WORDS)                                              # (WORDS,)
-        lane = tl.arange(0, LANES)                                              # (LANES,)
-        start_out = (tile - first_tile) * BLOCK_OUT
+            threshold_ptr = threshold1_ptr
+        tile -= first_tile
+        channel_ptr += program * SPAN
+        input_ptr += program * SPAN * rows
+        first = split * channels_per_split
+        end = tl.minimum(first + channels_per_split, channels)
+        count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, first, end, rows, channels,
+                          STEP, ROWS, SPAN)
+        padded = tl.arange(0, 16)[:, None]                                      # rows, and zeros
+        column = tl.arange(0, BLOCK_OUT)
+        word = tile * WORDS + tl.arange(0, WORDS)                               # (WORDS,)
         if BITS == 0:
-            output = start_out + word[None, :] + lane[:, None]                  # (1, WORDS)
+            output = tile * BLOCK_OUT + column                                  # (BLOCK_OUT,)
             pitch = outputs                                                     # words of a row
-        else:                                  # 16 words hold LANES runs of 16 outputs
-            block = word // 16 * 16 * LANES + word % 16
-            output = start_out + block[None, :] + 16 * lane[:, None]            # (LANES, WORDS)
+        else:                            # 16 words hold LANES runs of 16 outputs
+            block = column // (16 * LANES) * 16 * LANES + column // LANES % 16
+            output = tile * BLOCK_OUT + block + column % LANES * 16
             pitch = tl.cdiv(outputs, 16 * LANES) * 16
-        column = (tile - first_tile) * WORDS + word                             # (WORDS,)
-        sums = tl.zeros((ROWS, BLOCK_IN, LANES, WORDS), tl.float32)    # added up at the end
-        for start in range(split * channels_per_split, (split + 1) * channels_per_split, BLOCK_IN):
-            channel = start + tl.arange(0, BLOCK_IN)                            # (BLOCK_IN,)
-            exists = channel < channels
-            inside = (row < rows)[:, None] & exists[None, :]                    # (ROWS, BLOCK_IN)
-            x = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0)
-            x = x.to(tl.float32)
-            threshold = tl.load(threshold_ptr + channel * step, mask=exists, other=0.0)
-            keep = ((tl.abs(x) <= threshold[None, :]) == 0) & inside            # NaN is kept
-            needed = tl.max(keep.to(tl.int32), axis=0) > 0                      # by any row
-            words = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * pitch + column[None, :],
-                            mask=needed[:, None] & (column < pitch)[None, :], other=0)
-            if BITS == 0:                                              # (BLOCK_IN, LANES, WORDS)
-                weight = words[:, None, :].to(tl.float32)
-            else:
-                codes = words[:, None, :] >> (BITS * lane)[None, :, None] & (1 << BITS) - 1
-                if BITS == 8:
-                    weight = (codes - 128).to(tl.float32)
-                else:                          # the channels of a block lie in one group
-                    place = tl.minimum(start, channels - 1) // GROUP * outputs + output
-                    scale = tl.load(scale_ptr + place, mask=output < outputs, other=0.0)
-                    zero = tl.load(zero_ptr + place, mask=output < outputs, other=0).to(tl.int32)
-                    weight = (codes - zero[None, :, :]).to(tl.float32)
-                    weight *= scale.to(tl.float32)[None, :, :]
-            sums += tl.where(keep, x, 0.0)[:, :, None, None] * weight[None, :, :, :]
-        total = tl.sum(sums, axis=1)                                          # (ROWS, LANES, WORDS)
+        sums = tl.zeros((16, BLOCK_OUT), tl.float32)
+        total = tl.zeros((16,), tl.float32)                                     # of x
+        for start in tl.range(0, count, BLOCK_IN, num_stages=STAGES):
+            index = start + tl.arange(0, BLOCK_IN)
+            channel = tl.load(channel_ptr + index)                              # (BLOCK_IN,)
+            x = tl.load(input_ptr + padded * SPAN + index[None, :], mask=padded < rows, other=0.0)
+            weight = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * pitch + word[None, :],
+                             mask=(channel >= 0)[:, None] & (word < pitch)[None, :], other=0)
+            if BITS:                                                # (BLOCK_IN, WORDS, LANES)
+                codes = weight[:, :, None] >> BITS * tl.arange(0, LANES)[None, None, :]
+                codes = tl.reshape(codes & (1 << BITS) - 1, (BLOCK_IN, BLOCK_OUT))
+                weight = codes.to(tl.float32).to(x.dtype)           # exact
+                total += tl.sum(x.to(tl.float32), axis=1)
+            sums = add_product(sums, x, weight)                                 # (16, BLOCK_OUT)
+        real = output < outputs
         if BITS == 8:
-            total *= tl.load(scale_ptr + output, mask=output < outputs, other=0.0)[None, :, :]
+            scale = tl.load(scale_ptr + output, mask=real, other=0.0)
+            sums = scale[None, :] * (sums - 128 * total[:, None])
+        if BITS == 4:
+            group = split * outputs + output
+            scale = tl.load(scale_ptr + group, mask=real, other=0.0).to(tl.float32)
+            zero = tl.load(zero_ptr + group, mask=real, other=0).to(tl.float32)
+            sums = scale[None, :] * (sums - zero[None, :] * total[:, None])
         width = outputs0 + outputs1 + outputs2
-        place = (split * rows + row[:, None, None]) * width + first_output + output[None, :, :]
-        tl.store(partial_ptr + place, total,
-                 mask=(row < rows)[:, None, None] & (output < outputs)[None, :, :])
+        tl.store(partial_ptr + (split * rows + padded) * width + first_output + output[None, :],
+                 sums, mask=(padded < rows) & real[None, :])
+        # Gate and up have the same outputs: the last of both adds up both.
+        number = tile if GATED else tile + first_tile
+        if is_last(ticket_ptr + number, 2 * splits if GATED else splits):
+            row = tl.arange(0, ROWS)[:, None]
+            final = tile * BLOCK_OUT + column[None, :]
+            inside = (row < rows) & (final < outputs)                           # (ROWS, BLOCK_OUT)
+            if GATED:
+                place = row * width + final
+                gate = add_parts(partial_ptr, place, inside, splits, rows * width, ROWS, BLOCK_OUT)
+                up = add_parts(partial_ptr, place + outputs0, inside, splits, rows * width, ROWS,
+                               BLOCK_OUT)
+                y = gate / (1.0 + tl.exp(-gate)) * up
+                place = row * outputs + final
+            else:
+                place = row * width + first_output + final
+                y = add_parts(partial_ptr, place, inside, splits, rows * width, ROWS, BLOCK_OUT)
+            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
 
     @triton.jit
-    def add_gated_kernel(partial_ptr, y_ptr, rows, outputs, splits,
-                         SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-        """y (rows, outputs) = silu(gate) * up, each the sum of its splits, in a fixed order.
+    def rotate_kernel(qkv_ptr, cos_ptr, sin_ptr, slot_ptr, query_ptr, key_ptr, value_ptr, tokens,
+                      queries, groups, length, D: tl.constexpr, HALF: tl.constexpr):
+        """Turn q and k by their positions, and write k and v to a cache.
 
-        partial (splits, rows, 2 * outputs): gate, then up.
+        grid (B * tokens, queries + 2 * groups heads): a program has a head of D channels, with the
+        pairs i and i + D / 2. qkv (B, tokens, heads, D); cos, sin (tokens, D); slot int64 (tokens,)
+        query (B, queries, tokens, D); key and value (B, groups, length, D). HALF: D / 2, or the
+        next power of 2.
         """
-        row = tl.program_id(1)
-        output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)                 # (BLOCK,)
-        split = tl.arange(0, SPLITS)                                            # (SPLITS,)
-        place = (split[:, None] * rows + row) * 2 * outputs + output[None, :]
-        mask = (split < splits)[:, None] & (output < outputs)[None, :]
-        gate = tl.sum(tl.load(partial_ptr + place, mask=mask, other=0.0), axis=0)
-        up = tl.sum(tl.load(partial_ptr + place + outputs, mask=mask, other=0.0), axis=0)
-        y = gate / (1.0 + tl.exp(-gate)) * up
-        tl.store(y_ptr + row * outputs + output, y.to(y_ptr.dtype.element_ty),
-                 mask=output < outputs)
+        text = tl.program_id(0) // tokens
+        token = tl.program_id(0) % tokens
+        head = tl.program_id(1)
+        low = tl.arange(0, HALF)
+        exists = low < D // 2
+        high = low + D // 2
+        qkv_ptr += (tl.program_id(0) * tl.num_programs(1) + head) * D
+        x = tl.load(qkv_ptr + low, mask=exists, other=0.0).to(tl.float32)
+        y = tl.load(qkv_ptr + high, mask=exists, other=0.0).to(tl.float32)
+        new_x, new_y = x, y
+        if head < queries + groups:
+            table = token * D
+            new_x = (x * tl.load(cos_ptr + table + low, mask=exists, other=0.0).to(tl.float32)
+                     + y * tl.load(sin_ptr + table + low, mask=exists, other=0.0).to(tl.float32))
+            new_y = (y * tl.load(cos_ptr + table + high, mask=exists, other=0.0).to(tl.float32)
+                     + x * tl.load(sin_ptr + table + high, mask=exists, other=0.0).to(tl.float32))
+        slot = tl.load(slot_ptr + token)
+        place = ((text * queries + head) * tokens + token).to(tl.int64)
+        result_ptr = query_ptr
+        if head >= queries + groups:
+            place = (text * groups + head - queries - groups) * length + slot
+            result_ptr = value_ptr
+        elif head >= queries:
+            place = (text * groups + head - queries) * length + slot
+            result_ptr = key_ptr
+        result_ptr += place * D
+        tl.store(result_ptr + low, new_x.to(query_ptr.dtype.element_ty), mask=exists)
+        tl.store(result_ptr + high, new_y.to(query_ptr.dtype.element_ty), mask=exists)
 
 
-def is_interpreted():
-    """Return whether Triton's kernels run in its interpreter, without a GPU."""
-    return not isinstance(kernel.partial_sums_kernel, triton.runtime.JITFunction)
+# By the bits of a code. A row of a tile has 256 bytes, or 128; the turns are short, since unpacked
+# codes fill registers, and more of them are on their way.
+TILE = {8: {"BLOCK_IN": 16, "BLOCK_OUT": 256, "STAGES": 7},
+        4: {"BLOCK_IN": 16, "BLOCK_OUT": 256, "STAGES": 7}}
 
 
 def joint_gemv(x, weights, thresholds, gated=False):
@@ -150,12 +202,7 @@ def joint_gemv(x, weights, thresholds, gated=False):
     Returns the outputs side by side, (B, sum of out_l), in x's dtype. Raises ValueError without
     Triton, and for what does not go together.
     """
-    if triton is None or x.dtype == torch.float64:
-        raise ValueError(f'Triton\'s products need Triton and float32, float16 or bfloat16, not '
-                         f'{x.dtype}')
-    if x.device.type != "cuda" and not is_interpreted():
-        raise ValueError("Triton's products need a GPU, or TRITON_INTERPRET=1 set before triton is "
-                         "imported")
+    kernel.check_triton(x)
     if len({kind_of(weight) for weight in weights}) > 1:
         raise ValueError("weights of several kinds in one launch: expected all of one kind")
     bits, group = kind_of(weights[0])
@@ -168,13 +215,16 @@ def joint_gemv(x, weights, thresholds, gated=False):
         scales = [weight.scales for weight in weights]
         zeros = [weight.zeros for weight in weights] if group else codes
     rows, channels = x.shape
-    padded = triton.next_power_of_2(rows)
-    block_in, block_out = kernel.tile(padded).values()
-    tiles = sum(triton.cdiv(out, block_out) for out in outputs)
-    splits = min(triton.cdiv(kernel.programs(x.device), tiles), triton.cdiv(channels, block_in), 64)
-    per_split = triton.cdiv(triton.cdiv(channels, splits), block_in) * block_in
+    if any(threshold.ndim for threshold in thresholds):
+        thresholds = [threshold.expand(channels).contiguous() for threshold in thresholds]
+    sizes = TILE[bits] if bits else kernel.TILE[x.itemsize]
+    tiles = sum(triton.cdiv(out, sizes["BLOCK_OUT"]) for out in outputs)
+    per_split = group or kernel.span(tiles, channels, x.device)
+    size = triton.next_power_of_2(per_split)
     splits = triton.cdiv(channels, per_split)
     width = sum(outputs)
+    channel = torch.empty(splits * tiles, size, device=x.device, dtype=torch.int32)
+    inputs = torch.empty(splits * tiles, rows, size, device=x.device, dtype=x.dtype)
     partial = torch.empty(splits, rows, width, device=x.device, dtype=torch.float32)
     y = torch.empty(rows, outputs[0] if gated else width, device=x.device, dtype=x.dtype)
     absent = 3 - len(weights)            # linears without outputs, which no tile reaches
@@ -182,18 +232,31 @@ def joint_gemv(x, weights, thresholds, gated=False):
     def three(pointers):
         return [*pointers, *[pointers[0]] * absent]
 
-    block = 64
-    add = add_gated_kernel if gated else kernel.add_splits_kernel
     with torch.cuda.device_of(x):        # Triton launches on the current device
-        joint_sums_kernel[(tiles, splits)](
-            x, *three(codes), *three(scales), *three(zeros), *three(thresholds), partial,
-            rows, channels, *outputs, *[0] * absent, *[t.ndim for t in three(thresholds)],
-            per_split, ROWS=padded, BLOCK_IN=block_in, BLOCK_OUT=block_out, BITS=bits,
-            GROUP=group or 0, num_warps=4)
-        add[(triton.cdiv(y.shape[1], block), rows)](
-            partial, y, rows, y.shape[1], splits, SPLITS=triton.next_power_of_2(splits),
-            BLOCK=block, num_warps=4)
+        joint_product_kernel[(tiles, splits)](
+            x, *three(codes), *three(scales), *three(zeros), *three(thresholds), channel, inputs,
+            partial, kernel.tickets(tiles, x.device), y, rows, channels, *outputs, *[0] * absent,
+            per_split, STEP=thresholds[0].ndim, ROWS=triton.next_power_of_2(rows), SPAN=size,
+            BITS=bits, GATED=gated, num_warps=4, **sizes)
     return y
+
+
+def rotate_and_append(y, attention, context):
+    """Return q (B, H, T, D), rotated, and a StaticCache's k and v (B, G, S, D) with the new ones.
+
+    y: (B, T, (H + 2 G) * D), q, k and v of new tokens. context: their model.Context.
+    """
+    D = attention.head_dim
+    B, T, width = y.shape
+    keys, values = context.cache.keys[attention.layer], context.cache.values[attention.layer]
+    groups = keys.shape[1]
+    heads = width // D
+    q = y.new_empty(B, heads - 2 * groups, T, D)
+    with torch.cuda.device_of(y):        # Triton launches on the current device
+        rotate_kernel[(B * T, heads)](
+            y, context.cos, context.sin, context.cache.slots, q, keys, values, T, q.shape[1],
+            groups, context.cache.length, D=D, HALF=triton.next_power_of_2(D // 2), num_warps=1)
+    return q, keys, values
 
 
 def kind_of(weight):
@@ -233,7 +296,17 @@ def joint_product(linears, x, gated=False):
 
 
 class FusedAttention(Attention):
-    """An Attention whose q, k and v share a launch."""
+    """An Attention whose q, k and v share a launch, and what follows them another."""
+
+    def forward(self, x, context):
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        biased = any(linear.bias is not None for linear in linears)
+        static = type(context.cache) is StaticCache        # which says where its slots are
+        if biased or not static or not share_launch(linears, x):
+            return super().forward(x, context)
+        q, k, v = rotate_and_append(joint_product(linears, x), self, context)
+        y = self.attend(q, k, v, context.mask)                                        # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def qkv(self, x):
         linears = (self.q_proj, self.k_proj, self.v_proj)
@@ -285,6 +358,27 @@ REPLACED = {
     Attention: """
         def qkv(self, x):
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+        def forward(self, x, context):
+            B, T, _ = x.shape
+            q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))
+            q = rotate(q, context.cos, context.sin)
+            k = rotate(k, context.cos, context.sin)
+            if context.cache is not None:
+                k, v = context.cache.append(self.layer, k, v)
+            y = self.attend(q, k, v, context.mask)
+            return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        """,
+    llama: """
+        def rotate(x, cos, sin):
+            return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        """,
+    StaticCache: """
+        def append(self, layer, k, v):
+            keys, values = self.keys[layer], self.values[layer]
+            keys.index_copy_(2, self.slots, k)
+            values.index_copy_(2, self.slots, v)
+            return keys, values
         """,
     MLP: """
         def gated(self, x):

@@ -694,10 +694,10 @@ def bytes_a_token(model):
     return sum(tensor.nbytes for tensor in tensors_of(model)) - unread + embedding[0].nbytes
 
 
-def tokens_a_second(model, prompt):
-    """Return the median rate at which 200 tokens follow a prompt."""
+def tokens_a_second(model, prompt, tokens=200, make_step=record.make_step):
+    """Return the median rate at which so many tokens follow a prompt."""
     times = []
-    for _ in generate(model, prompt, 200, make_step=record.make_step):
+    for _ in generate(model, prompt, tokens, make_step=make_step):
         times.append(time.perf_counter())
     return 1 / statistics.median(end - begin for begin, end in zip(times, times[1:]))
 

@@ -1,8 +1,8 @@
 """What must stay true of the house: the core stands alone, and what you read is what runs.
 
 The tests of the chapters stand beside this file: test_weights.py (quantize, rotate, fused),
-test_quality.py (allocate, judge, timing), test_drafts.py, test_chat.py, test_parallel.py. Here are
-those of record.py, and those that look at all of minTEAL.
+test_quality.py (allocate, judge, timing), test_gpu.py (gpu, design), test_drafts.py, test_chat.py,
+test_parallel.py. Here are those of record.py, and those that look at all of minTEAL.
 """
 import ast
 import os

@@ -21,6 +21,7 @@ from beyond import __main__ as fast
 from beyond import allocate, folders, fused, judge, quantize, record, rotate
 from beyond.conftest import random_llama
 from calibrate import calibrate
+from generate import StaticCache
 from model import (DEMO, Config, InputError, Llama, linear_names, load_model,
                    read_json, read_safetensors, windows_of, write_json, write_safetensors)
 from sparsify import (SparseLinear, realised_sparsity, reset_counts, sparse_mode,
@@ -628,6 +629,28 @@ def test_a_fused_model_computes_and_counts_what_the_model_does(bits, biased, mon
 
 @NO_TRITON
 @torch.no_grad()
+@pytest.mark.parametrize("T, head_dim", [(1, 16), (3, 16), (1, 24)])
+def test_a_fused_step_rotates_and_appends_as_the_model_does(T, head_dim, monkeypatch):
+    model = sparse_model(head_dim=head_dim)
+    tokens = tokens_like(model, 1, 5 + T).to(DEVICE)
+    results = []
+    for _ in range(2):
+        cache = model.make_cache(1, 12)
+        with sparse_mode(model, "off"):
+            model(tokens[:, :5], cache)
+        static = StaticCache(cache, T)
+        static.follow(cache, T, None)
+        launches = Launches(monkeypatch)
+        with sparse_mode(model, "all"):
+            results.append([model(tokens[:, 5:], static), cache.keys, cache.values])
+        fused.fuse(model)
+    assert launches.count == 2 * 3                         # of the second, for each block
+    for y, expected in zip(*reversed(results)):
+        assert close(y, expected, 2**-6)
+
+
+@NO_TRITON
+@torch.no_grad()
 def test_a_fused_model_decodes_and_can_be_made_sparse_later():
     model = fused.fuse(tiny_model().to(DEVICE))
     assert is_fused(model)
@@ -697,6 +720,7 @@ def gated(self, x):
 @NO_TRITON
 @pytest.mark.parametrize("owner, name, changed", [
     (llama.Attention, "qkv", qkv), (llama.MLP, "gated", gated),
+    (llama, "rotate", lambda x, cos, sin: x), (StaticCache, "append", lambda *inputs: inputs[2:]),
     (SparseLinear, "product", lambda self, x: self.dense(x)),
     (SparseLinear, "sparse", eval("lambda self, x: self.dense(x)"))])
 def test_a_changed_model_is_left_alone_and_named(owner, name, changed, monkeypatch, capsys):
@@ -730,53 +754,19 @@ def test_comments_and_layout_are_no_change(monkeypatch, capsys):
 
 
 COMPILE = r"""
-import re, subprocess, sys, tempfile
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from beyond import fused
-from kernel import tile
+from beyond import design, fused
 
-KINDS = {"threshold": "*fp32", "partial": "*fp32"}
-CODES = {0: {}, 8: {"weight": "*i32", "scale": "*fp32"},
-         4: {"weight": "*i32", "scale": "*bf16", "zero": "*u8"}}
-
-def compiled(function, pointer, constants, capability):
-    # As the launcher would: pointers and sizes are multiples of 16, which allows wide loads.
-    kinds = KINDS | CODES[constants.get("BITS", 0)]
-    signature, fixed, attributes = {}, {}, {}
-    for i, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            fixed[(i,)] = constants[name]
-            continue
-        is_pointer = name.endswith("_ptr")
-        kind = kinds.get(re.sub("[0-9]*_ptr", "", name), pointer)
-        signature[name] = kind if is_pointer else "i32"
-        if is_pointer or not name.startswith(("rows", "step", "splits")):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, fixed, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
-
-cuobjdump = next(Path(triton.__file__).parent.rglob("cuobjdump"))
-kernels = [(fused.add_gated_kernel, "*bf16", {"SPLITS": 16, "BLOCK": 64}, 80)]
 for pointer, bits, rows, capability in [
         ("*fp32", 0, 8, 80), ("*fp16", 0, 1, 80), ("*bf16", 8, 1, 80), ("*bf16", 4, 8, 80),
         ("*bf16", 0, 1, 90), ("*bf16", 8, 8, 90), ("*bf16", 4, 1, 90)]:
-    constants = {**tile(rows), "ROWS": rows, "BITS": bits, "GROUP": 128 if bits == 4 else 0}
-    kernels.append((fused.joint_sums_kernel, pointer, constants, capability))
-for function, pointer, constants, capability in kernels:
-    built = compiled(function, pointer, constants, capability)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True,
-                              check=True).stdout
-    spills = len(re.findall(r"\b(STL|LDL)\b", sass))
-    wide = len(re.findall(r"ld\.global[^\n]*(v4\.b32|v8\.b16)", built.asm["ptx"]))
-    print(built.metadata.name, pointer, constants.get("BITS"), "instructions", sass.count(";"),
-          "spills", spills, "wide", wide, "LDG.E.128", sass.count("LDG.E.128"), sep="\t")
+    for gated in (False, True):
+        built = design.compiled(fused.joint_product_kernel, pointer, capability, bits, ROWS=rows,
+                             BITS=bits, GATED=gated, STEP=1, SPAN=128 if bits == 4 else 512,
+                             **design.tile_of(pointer, bits))
+        print(built.instructions, built.spills, built.wide, sep="\t")
+for pointer, D in (("*bf16", 128), ("*fp32", 96)):
+    built = design.compiled(fused.rotate_kernel, pointer, 90, D=D, HALF=64)
+    print(built.instructions, built.spills, sep="\t")
 """
 
 
@@ -785,12 +775,11 @@ def test_triton_kernels_compile_for_gpus_that_are_not_here():
     ended = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True,
                            text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
     assert ended.returncode == 0, ended.stderr
-    rows = [line.split("\t") for line in ended.stdout.splitlines()]
-    assert len(rows) == 8
-    for name, _, _, _, instructions, _, spills, _, wide, _, wide_in_sass in rows:
-        assert int(instructions) > 50 and int(spills) == 0
-        if name == "joint_sums_kernel":  # each thread's share of a tile of weights, 16 bytes a load
-            assert int(wide) >= 4 and int(wide_in_sass) >= 4
+    rows = [[int(number) for number in line.split("\t")] for line in ended.stdout.splitlines()]
+    assert len(rows) == 14 + 2
+    for instructions, spills, *wide in rows:
+        assert instructions > 50 and spills == 0
+        assert not wide or wide[0] >= 4  # a thread's share of a tile of weights, 16 bytes a load
 
 
 # --------------------------------------------------------------------------------------------------

@@ -102,6 +102,12 @@ def draw_speed(timed, levels, bandwidth, path):
     save_figure(figure, path)
 
 
+def launch_time(device):
+    """Return the seconds of a launch that does next to nothing."""
+    nothing = torch.zeros(2, device=device)
+    return median_time(lambda i: nothing[:1].copy_(nothing[1:]), device)
+
+
 def time_products():
     """The command line without --steps."""
     parser = make_parser(BITS)
@@ -117,9 +123,7 @@ def time_products():
         check_figure(arguments.figure)
     device, bandwidth = begin(arguments)
     if device.type == "cuda":
-        nothing = torch.zeros(2, device=device)
-        launch = median_time(lambda i: nothing[:1].copy_(nothing[1:]), device)
-        print(f"a launch that does nothing: {launch * 1e6:.1f} us")
+        print(f"a launch that does nothing: {launch_time(device) * 1e6:.1f} us")
     timed = {}
     for kind in arguments.dtype:
         for inputs, outputs in preset_shapes(arguments.shapes):

@@ -1,0 +1,529 @@
+"""Everything that a GPU has to say, in one call of ten minutes.
+
+    python -m beyond.gpu --out FOLDER [--teal FOLDER] [--gpt-fast FOLDER] [--minutes 9]
+
+It checks, measures and tells, the most valuable first, and writes report.txt, report.json and
+report.png as it goes. A part that fails is noted, and the next one begins; what does not fit the
+minutes is left out, and said to be.
+
+    right       products against float64, and the tests that need a card
+    products    microseconds, and kept bytes as a share of the read bandwidth: dense, ours, TEAL's
+    models      tokens a second, dense and sparse under the same graph, the core and beyond
+    texts       the demo and SmolLM2 write what they write on a CPU; speculation; calibration
+    profile     the kernels that a step spends its time in
+    tiles       other ways to cut the work (design.py), for kernel.TILE
+
+--teal is a checkout of github.com/FasterDecoding/TEAL, --gpt-fast one of pytorch-labs/gpt-fast:
+their code is loaded from there. Without a GPU all of it runs at toy sizes on a CPU, the kernels in
+Triton's interpreter. That shows that this file works; its times mean nothing.
+"""
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                   # read when triton is imported
+
+import kernel
+from beyond import design, fused, quantize
+from beyond.allocate import pyplot
+from beyond.timing import BITS, launch_time, random_codes
+from calibrate import calibrate, load_calibration
+from generate import PROMPT, fast_step, first_difference, generate, generate_speculative
+from kernel import copies_of, dense_ways, inputs_like, median_time, preset_shapes, sparse_gemv
+from model import (DEMO, PRESETS, Llama, Parser, command_line, find_device, load_model, read_tokens,
+                   require)
+from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
+
+STEPS = 8                # that are profiled
+LEVELS = (0, 0.25, 0.4, 0.5, 0.65, 0.9)
+TOY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+           num_key_value_heads=2, head_dim=16, vocab_size=97, max_position_embeddings=128)
+
+
+class TimeUp(Exception):
+    """The minutes are over."""
+
+
+class Report:
+    """What is printed, and the numbers: both are written after each part."""
+
+    def __init__(self, folder, minutes, device):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.end = time.monotonic() + 60 * minutes
+        self.device = device
+        self.toy = device.type != "cuda"
+        self.lines, self.data = [], {}
+
+    def say(self, text=""):
+        print(text, flush=True)
+        self.lines.append(text)
+
+    def check(self):
+        """Return the seconds that are left; raise TimeUp if there are none."""
+        seconds = self.end - time.monotonic()
+        if seconds <= 0:
+            raise TimeUp
+        return seconds
+
+    def part(self, name, function, *arguments):
+        """Do a part: function(report, rows, ...) appends its measurements to the list `rows`."""
+        rows = self.data[name] = []
+        self.say(f"\n--- {name}")
+        began = time.monotonic()
+        try:
+            self.check()
+            function(self, rows, *arguments)
+        except TimeUp:
+            self.say(f"left out from here on: the minutes are over ({name})")
+            rows.append({"left out": "the minutes are over"})
+        except Exception as error:
+            self.say("".join(traceback.format_exception(error)[-4:]).rstrip())
+            self.say(f"failed: {name}: {type(error).__name__}: {error}")
+            rows.append({"failed": f"{type(error).__name__}: {error}"})
+        gc.collect()                     # a model that is gone leaves room for the next
+        if not self.toy:
+            torch.cuda.empty_cache()
+        self.say(f"({time.monotonic() - began:.0f} s)")
+        (self.folder / "report.txt").write_text("\n".join(self.lines) + "\n")
+        (self.folder / "report.json").write_text(json.dumps(self.data, indent=1))
+
+
+# --------------------------------------------------------------------------------------------------
+# right
+
+ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def worst_error(kind, rows, channels, outputs, threshold, device):
+    """Return (error over what rounding allows, whether a second call gave the same bits)."""
+    dtype = torch.bfloat16 if kind in BITS else getattr(torch, kind)
+    x = torch.randn(rows, channels, device=device).to(dtype)
+    if kind in BITS:
+        weight = random_codes(channels, outputs, BITS[kind], device)
+        exact, product = weight.dequantized(torch.float64), quantize.codes_gemv
+        # Codes are summed before they are scaled: rounding is proportional to their range.
+        scale = weight.scales.double().view(-1, outputs).amax(0) * (1 << BITS[kind] - 1)
+        size = scale.expand(channels, outputs)
+    else:
+        weight = torch.randn(channels, outputs, device=device).to(dtype)
+        exact, product = weight.double(), sparse_gemv
+        size = exact.abs()
+    keep = x.double() * kernel.kept(x, kernel.as_threshold(threshold, x))
+    poison = torch.full((1 << 20,), float("nan"), device=device)
+    del poison                           # what is not written shows: its memory is used again
+    y = product(x, weight, threshold, "triton")
+    again = product(x, weight, threshold, "triton")
+    allowed = ROUNDING[dtype] * (keep.abs() @ size) + 1e-30
+    return ((y.double() - keep @ exact).abs() / allowed).max().item(), torch.equal(y, again)
+
+
+def right(report, results):
+    device, toy = report.device, report.toy
+    report.say(f"{'':10}{'products':>9}{'worst error':>13}  of what rounding allows")
+    for kind in ("bfloat16", "float16", "float32", "int8", "int4"):
+        errors, same = [], True
+        for rows in (1, 3) if toy else range(1, 9):
+            shapes = [(128, 33)]
+            if not toy:
+                shapes += [(384, 257)] + [(4096, 14336)] * (rows in (1, 8))
+            for channels, outputs in shapes:
+                each = torch.rand(channels, device=device)
+                for threshold in (-1.0, 0.0, 0.7, 1e9, each):
+                    report.check()
+                    error, equal = worst_error(kind, rows, channels, outputs, threshold, device)
+                    errors.append(error)
+                    same &= equal
+        worst = max(errors, key=lambda error: (error != error, error))          # NaN is the worst
+        report.say(f"{kind:10}{len(errors):9}{worst:13.3f}  {'right' if worst <= 1 else 'WRONG'}"
+                   f"{', the same bits twice' if same else ', OTHER BITS the second time'}")
+        results.append({"kind": kind, "products": len(errors), "worst": worst, "same bits": same})
+    if toy:
+        report.say("the tests of this repository are not run at toy size")
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "test_all.py", "beyond/test_weights.py",
+               "-k", "triton or gpu or graph or fused or joint or launch or codes"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=min(150, report.check()),
+                          cwd=Path(kernel.__file__).parent)
+    report.say("\n".join(done.stdout.splitlines()[-12:]))
+    results.append({"tests": done.stdout.splitlines()[-1:], "status": done.returncode})
+
+
+# --------------------------------------------------------------------------------------------------
+# products
+
+def load_file(name, path):
+    """Return the Python file at `path` as a module of another name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def teal_product(folder):
+    """Return the authors' product, a function(x (1, in), weight_t, threshold, level) -> (1, out).
+
+    Its kernel computes in float16, adds with atomics, and tunes itself for each level.
+    """
+    if importlib.util.find_spec("msgspec") is None:
+        # Only their wrapper for torch.compile needs it, which is not used here.
+        sys.modules["msgspec"] = types.SimpleNamespace(Struct=object)
+    module = load_file("teal_sparse_gemv", Path(folder) / "kernels" / "sparse_gemv.py")
+    return lambda x, weight_t, threshold, level: module.splitk_sparse_gemv(
+        x[None], weight_t.t(), threshold, round(100 * level))[0]
+
+
+def read_bandwidth(device, size, seconds):
+    """Return the bytes a second of a sum over `size` bytes."""
+    numbers = torch.ones(size // 4, device=device)
+    return size / median_time(lambda i: numbers.sum(), device, seconds)
+
+
+def products(report, results, teal):
+    device, toy = report.device, report.toy
+    total = 1 << 16 if toy else 512_000_000
+    seconds = 1e-3 if toy else 0.1
+    copy = kernel.memory_bandwidth(device, total)
+    read = read_bandwidth(device, total, seconds)
+    launch = launch_time(device)
+    report.say(f"copy {copy / 1e9:.0f} GB/s, read {read / 1e9:.0f} GB/s, an almost empty launch "
+               f"{1e6 * launch:.1f} us")
+    results.append({"copy": copy, "read": read, "launch": launch})
+    authors = teal_product(teal) if teal else None
+    shapes = sorted({*preset_shapes("llama-2-7b"), *preset_shapes("llama-3-8b")})
+    levels = LEVELS
+    if toy:
+        shapes, levels = [(128, 200)], (0.5,)
+    report.say(f"microseconds, and the share of the read bandwidth on kept bytes\n"
+               f"{'':24}{'dense':>9}" + "".join(f"{level:>13.0%}" for level in levels))
+    for inputs, outputs in shapes:
+        for kind in ("bfloat16", "int8", "int4", "TEAL float16")[:4 if authors else 3]:
+            report.check()
+            dtype = torch.float16 if "TEAL" in kind else torch.bfloat16
+            weights = copies_of(inputs, outputs, dtype, device, total)
+            xs = inputs_like(weights, 1)
+            dense = min(median_time(way, device, seconds)
+                        for way in dense_ways(xs[0], weights).values())
+            product = lambda x, weight, threshold, level: sparse_gemv(x, weight, threshold,
+                                                                      "triton")
+            if kind in BITS:
+                weights = [random_codes(inputs, outputs, BITS[kind], device)
+                           for _ in range(len(weights) * 16 // BITS[kind])]
+                product = lambda x, weight, threshold, level: quantize.codes_gemv(
+                    x, weight, threshold, "triton")
+            elif "TEAL" in kind:
+                product = authors
+            line = f"{inputs} x {outputs} {kind}".ljust(24) + f"{1e6 * dense:9.1f}"
+            for level in levels:
+                report.check()
+                thresholds = [kernel.threshold_dropping(x, level) for x in xs]
+                if product is authors:   # their kernel takes numbers
+                    thresholds = [threshold.item() for threshold in thresholds]
+                time_taken = median_time(
+                    lambda i: product(xs[i % 8], weights[i % len(weights)], thresholds[i % 8],
+                                      level), device, seconds)
+                used = (1 - level) * weights[0].nbytes / time_taken / read
+                line += f"{1e6 * time_taken:8.1f}{used:5.0%}"
+                results.append({"inputs": inputs, "outputs": outputs, "kind": kind, "level": level,
+                                "seconds": time_taken, "dense": dense, "share": used})
+            report.say(line)
+
+
+def draw(report):
+    """Draw the shares of the read bandwidth against sparsity as report.png."""
+    rows = [row for row in report.data["products"] if "level" in row]
+    require(rows, "no products were measured: nothing to draw")
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds) + 1, 3.2), sharey=True,
+                                squeeze=False, layout="constrained")
+    for axis, kind in zip(axes[0], kinds):
+        for shape in dict.fromkeys((row["inputs"], row["outputs"]) for row in rows):
+            points = [(100 * row["level"], 100 * row["share"]) for row in rows
+                      if (row["inputs"], row["outputs"], row["kind"]) == (*shape, kind)]
+            axis.plot(*zip(*points), marker="o", ms=3, label=f"{shape[0]} x {shape[1]}")
+        axis.set(title=kind, xlabel="channels dropped (%)", ylim=(0, None))
+    axes[0, 0].set_ylabel("% of the read bandwidth, on kept bytes")
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(report.folder / "report.png")
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------
+# models
+
+def make_model(report, preset):
+    """Return (a Llama of a preset with random weights, thresholds(sparsity)); toy: a small one."""
+    if report.toy:
+        model = Llama(replace(PRESETS[preset], **TOY)).to(torch.bfloat16).fill_random(0)
+    else:
+        model = Llama.random(preset, report.device)
+    return model, load_calibration(model, f"random:{preset}").thresholds
+
+
+def models(report, results, preset, gpt_fast):
+    tokens = 4 if report.toy else 100
+    our_rates(report, results, preset, tokens)
+    if gpt_fast:
+        rate = gpt_fast_rate(report, preset, gpt_fast, tokens)
+        report.say(f"{preset} {'gpt-fast, compiled, dense':44}{rate:10.1f} tokens/s")
+        results.append({"preset": preset, "what": "gpt-fast", "rate": rate})
+    if importlib.util.find_spec("transformers"):
+        report.check()
+        rate = transformers_rate(report, preset, tokens)
+        report.say(f"{preset} {'transformers, static cache, dense':44}{rate:10.1f} tokens/s")
+        results.append({"preset": preset, "what": "transformers", "rate": rate})
+
+
+@torch.no_grad()
+def our_rates(report, results, preset, tokens):
+    """Time decoding as `python generate.py` does it, a CUDA graph a step, dense and sparse."""
+    prompt = list(range(1, 9))
+
+    def note(name, level):
+        report.check()
+        reset_counts(model)
+        rate = quantize.tokens_a_second(model, prompt, tokens, fast_step)
+        skipped = realised_sparsity(model)
+        results.append({"preset": preset, "what": name, "level": level, "rate": rate,
+                        "skipped": skipped})
+        base = next(row["rate"] for row in results if "rate" in row)
+        report.say(f"{preset} {name:38}{level:6.0%}{rate:10.1f} tokens/s{rate / base:8.2f}x   "
+                   f"{skipped:.1%} skipped")
+
+    model, thresholds = make_model(report, preset)
+    tables = {level: thresholds(level) for level in (0.4, 0.5)}
+    note("dense, F.linear", 0)
+    sparsify(model, tables[0.5] | {"lm_head": None})
+    with sparse_mode(model, "off"):
+        note("dense, x @ weight_t", 0)
+    for name in ("core", "beyond: fused"):
+        if name != "core":
+            fused.fuse(model)
+        for level, table in tables.items():
+            with sparse_mode(model, "decode", table):
+                note(name, level)
+
+
+@torch.no_grad()
+def quantized_model(report, results, preset, bits):
+    model, thresholds = make_model(report, preset)
+    quantize.quantize(model, bits, 32 if report.toy else 128, clipping=(1.0,))
+    sparsify(model, thresholds(0.5) | {"lm_head": None})
+    fused.fuse(model)
+    for mode, level in (("off", 0), ("decode", 0.5)):
+        report.check()
+        with sparse_mode(model, mode):
+            rate = quantize.tokens_a_second(model, [1, 2, 3], 3 if report.toy else 100, fast_step)
+        report.say(f"{preset} {f'beyond: int{bits}, fused':38}{level:6.0%}{rate:10.1f} tokens/s")
+        results.append({"preset": preset, "what": f"int{bits}", "level": level, "rate": rate})
+
+
+def gpt_fast_rate(report, preset, folder, tokens):
+    """Return the tokens a second of gpt-fast's model, compiled as its generate.py compiles it."""
+    module = load_file("gpt_fast_model", Path(folder) / "model.py")
+    config = replace(PRESETS[preset], **TOY if report.toy else {})
+    with torch.device(report.device):
+        model = module.Transformer(module.ModelArgs(
+            block_size=config.max_position_embeddings, vocab_size=config.vocab_size,
+            n_layer=config.num_hidden_layers, n_head=config.num_attention_heads,
+            dim=config.hidden_size, intermediate_size=config.intermediate_size,
+            n_local_heads=config.num_key_value_heads, rope_base=config.rope_theta))
+        model = model.to(torch.bfloat16).eval()
+        model.setup_caches(1, 8 + tokens)
+
+    def decode(token, position):
+        return model(token, position)[:, -1].argmax(-1, keepdim=True)
+
+    if not report.toy:
+        decode = torch.compile(decode, mode="reduce-overhead", fullgraph=True)
+    return steady_rate(report, decode, tokens)
+
+
+def transformers_rate(report, preset, tokens):
+    """Return the tokens a second of transformers' model, compiled, with a static cache."""
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+    config = replace(PRESETS[preset], **TOY if report.toy else {})
+    theirs = LlamaConfig(
+        hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads, vocab_size=config.vocab_size)
+    with torch.device(report.device):
+        model = LlamaForCausalLM(theirs).to(torch.bfloat16).eval()
+    cache = StaticCache(config=theirs, max_cache_len=8 + tokens)
+
+    def decode(token, position):
+        logits = model(token, past_key_values=cache, cache_position=position,
+                       position_ids=position[None]).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    if not report.toy:
+        decode = torch.compile(decode, mode="reduce-overhead", fullgraph=True)
+    return steady_rate(report, decode, tokens)
+
+
+@torch.no_grad()
+def steady_rate(report, decode, tokens):
+    """Return the tokens a second of decode(token (1, 1), position (1,)) -> next token (1, 1)."""
+    token = torch.ones(1, 1, dtype=torch.int64, device=report.device)
+    position = torch.zeros(1, dtype=torch.int64, device=report.device)
+    times = []
+    for _ in range(tokens):
+        report.check()
+        token = decode(token, position).clone()
+        position += 1
+        token.item()                     # as whoever writes a text waits for it
+        times.append(time.perf_counter())
+    steps = sorted(end - begin for begin, end in zip(times, times[1:]))
+    return 1 / steps[len(steps) // 2]
+
+
+# --------------------------------------------------------------------------------------------------
+# texts, profile, tiles
+
+def texts(report, results, folder):
+    if not Path(folder).is_dir():
+        report.say(f"{folder}: no such folder")
+        return
+    count = 8 if report.toy else 64
+    written = {}
+    for device in dict.fromkeys(("cpu", report.device.type)):
+        report.check()
+        model, tokenizer = load_model(folder, device, torch.float32)
+        tokens, source = torch.tensor(tokenizer.encode(9 * PROMPT)), "the prompt"
+        if not report.toy:
+            tokens, source = read_tokens(tokenizer, None, "train")
+        began = time.perf_counter()
+        calibration = calibrate(model, tokens[:200 if report.toy else 20_000],
+                                64 if report.toy else None, source)
+        seconds = time.perf_counter() - began
+        prompt = tokens[-40:].tolist()
+        written[device, "dense"] = list(generate(model, prompt, count))
+        table = calibration.thresholds(0.5, "uniform") | {"lm_head": None}
+        sparsify(model, table)
+        written[device, "50 % sparse"] = list(generate(model, prompt, count))
+        with sparse_mode(model, "off"):
+            guesses = generate_speculative(model, prompt, count, "sparse",
+                                           {name: value for name, value in table.items()
+                                            if value is not None})
+            written[device, "speculative"] = list(guesses)
+        report.say(f"{folder} on {device}: calibrated in {seconds:.1f} s, "
+                   f"{guesses.statistics.tokens_a_pass:.2f} tokens a pass")
+        results.append({"folder": str(folder), "device": device, "calibration": seconds,
+                        "tokens a pass": guesses.statistics.tokens_a_pass})
+    for name in ("dense", "50 % sparse", "speculative"):
+        ours = written[report.device.type, name]
+        same = first_difference(written["cpu", name], ours)
+        report.say(f"  {name}: the first {same} of {count} tokens are those of the CPU")
+        results.append({"folder": str(folder), "text": name, "same": same, "of": count})
+    same = first_difference(written[report.device.type, "dense"],
+                            written[report.device.type, "speculative"])
+    report.say(f"  speculative: the first {same} of {count} are those of plain decoding")
+
+
+@torch.no_grad()
+def profile(report, results, preset):
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+    model, thresholds = make_model(report, preset)
+    fused.fuse(sparsify(model, thresholds(0.5) | {"lm_head": None}))
+    cache = model.make_cache(1, 64)
+    step = fast_step(model, cache)
+    token = torch.ones(1, 1, dtype=torch.int64, device=report.device)
+    for _ in range(3):               # the first ones set things up
+        step(token)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not report.toy)
+    with profiler(activities=activities) as seen:
+        for _ in range(STEPS):
+            step(token)
+        if not report.toy:
+            torch.cuda.synchronize()
+    events = [(event.self_cpu_time_total if report.toy else event.self_device_time_total,
+               event.count, event.key) for event in seen.key_averages()]
+    total = sum(spent for spent, *_ in events) or 1
+    for spent, times, name in sorted(events, reverse=True)[:14]:
+        report.say(f"{spent / STEPS:10.1f} us a step{spent / total:6.0%}"
+                   f"{times / STEPS:8.1f} times  {name[:70]}")
+        results.append({"name": name, "us": spent / STEPS, "times": times / STEPS})
+
+
+def tiles(report, results):
+    """Time other tiles than those of kernel.TILE, which says what it takes to change it."""
+    device = report.device
+    inputs, outputs = (128, 200) if report.toy else (4096, 14336)
+    weights = copies_of(inputs, outputs, torch.bfloat16, device, 1 << (16 if report.toy else 29))
+    xs = inputs_like(weights, 1)
+    before = kernel.TILE[2]
+    try:
+        for sizes in design.CONFIGURATIONS[:1 if report.toy else None]:
+            report.check()
+            kernel.TILE[2] = sizes
+            line = f"{inputs} x {outputs} bfloat16, {design.text_of(sizes):24}"
+            for level in (0.5,) if report.toy else (0, 0.5):
+                thresholds = [kernel.threshold_dropping(x, level) for x in xs]
+                seconds = median_time(
+                    lambda i: sparse_gemv(xs[i % 8], weights[i % len(weights)], thresholds[i % 8],
+                                          "triton"), device, 1e-3 if report.toy else 0.1)
+                line += f"{level:8.0%}{1e6 * seconds:9.1f} us"
+                results.append({**sizes, "level": level, "seconds": seconds})
+            report.say(line + "   in use" * (sizes == before))
+    finally:
+        kernel.TILE[2] = before
+
+
+def measure(folder, device, minutes=9, teal=None, gpt_fast=None, smollm2="smollm2"):
+    """Do all parts on a device and write the report to a folder; return the Report."""
+    report = Report(folder, minutes, device)
+    name = "a CPU, with Triton's interpreter: the times mean nothing"
+    if not report.toy:
+        name = torch.cuda.get_device_name(device)
+    version = kernel.triton.__version__ if kernel.triton else "none"
+    report.say(f"{name}; torch {torch.__version__}, triton {version}")
+    report.data["machine"] = [{"name": name, "torch": torch.__version__, "triton": version}]
+    report.part("right", right)
+    report.part("products", products, teal)
+    report.part("figure", lambda report, rows: draw(report))
+    for preset in ("llama-3-8b", "llama-2-7b")[:1 if report.toy else 2]:
+        report.part(f"models: {preset}", models, preset, gpt_fast)
+    report.part("models: int4", quantized_model, "llama-3-8b", 4)
+    report.part("texts: demo", texts, DEMO)
+    report.part("texts: SmolLM2", texts, smollm2)
+    report.part("profile", profile, "llama-3-8b")
+    report.part("tiles", tiles)
+    return report
+
+
+def main():
+    parser = Parser(description="Checks and measures all that a GPU has to say, within minutes.")
+    parser.add_argument("--out", required=True, metavar="FOLDER",
+                        help="where report.txt, report.json and report.png go")
+    parser.add_argument("--teal", metavar="FOLDER", help="the authors' code (default: left out)")
+    parser.add_argument("--gpt-fast", metavar="FOLDER", help="its code (default: left out)")
+    parser.add_argument("--smollm2", metavar="FOLDER",
+                        default=os.environ.get("MINTEAL_SMOLLM2", "smollm2"),
+                        help="the folder of that model, if there (default: smollm2)")
+    parser.add_argument("--minutes", type=float, default=9, help="(default: 9)")
+    parser.add_device()
+    arguments = parser.parse_args()
+    require(kernel.triton is not None, "this needs Triton: pip install triton")
+    for option, name in (("--teal", "kernels/sparse_gemv.py"), ("--gpt-fast", "model.py")):
+        folder = vars(arguments)[option[2:].replace("-", "_")]
+        require(folder is None or (Path(folder) / name).is_file(),
+                f"{option} {folder}: expected a folder with {name}")
+    measure(arguments.out, find_device(arguments.device), arguments.minutes, arguments.teal,
+            arguments.gpt_fast, arguments.smollm2)
+
+
+if __name__ == "__main__":
+    command_line(main)
