@@ -286,9 +286,11 @@ def _generate(model, prompt, max_new_tokens, sampling, generator, eos_ids, make_
     logits = model(prompt, cache, last_only=True)[:, -1]                        # (1, vocab)
     step = make_step(model, cache)
     for left in reversed(range(length - prompt.shape[1])):
-        logits = checked(logits, cache.used - 1)
         tokens, _ = sampling.choose(logits, generator)                          # (1, 1)
-        token = tokens.item()
+        whole = logits.max().isfinite()                    # NaN, too, is the largest
+        token, whole = torch.stack((tokens[0, 0], whole)).tolist()      # the one wait for a device
+        if not whole:
+            checked(logits, cache.used - 1)
         if token in eos_ids:
             return
         yield token
