@@ -32,6 +32,7 @@ statistics that TEAL's authors publish for Llama-2, Llama-3 and Mistral can be r
 
     python calibrate.py [--model FOLDER] [--text FILE]      writes FOLDER/calibration.safetensors
     python calibrate.py --greedy                            with the greedy allocation, too
+    python calibrate.py --tokens 2000 --context 512         quicker; 16,000 tokens if not told
 
 Interrupted, both go on where they were, from FOLDER/calibration.safetensors.partial.
 """

@@ -22,16 +22,21 @@ linear the same) and greedy (block by block, by the error of the block's output)
                     raised where it is low, until all prices are equal
 
 The gradients come from one backward pass, with labels drawn from the model itself, so that F is the
-Fisher information and any text will do. It runs one block at a time. Memory beside the weights, for
-four windows: one block's activations with gradients, the input of each block, and a few times the
-logits in float32, which a vocabulary of 32,000 makes 1 GB each.
+Fisher information and any text will do. It runs one block at a time, and the head text by text.
+Memory beside the weights, for four windows: one block's activations with gradients, the input of
+each block, and a few times the logits of one window in float32.
+
+Whatever the shares, a threshold drops another share than it was made for where inputs were dropped
+before it: it was read from distributions of the dense model. So at the end all allocations are
+*settled*: at four levels the sparse model runs, each threshold is found where it acts, and the
+table gets the share of the dense inputs that it corresponds to.
 
 The seam: a `Calibration` holds distributions, weights for the channels, and tables of shares that
 one interpolation reads. This file adds to all three. Whatever reads thresholds from a calibration,
 generate.py for one, then has these allocations too, the last one as its default.
 
     python -m beyond.allocate [--model FOLDER] [--text FILE]   writes FOLDER/calibration.safetensors
-    python -m beyond.allocate --greedy                         with the greedy one, in minutes more
+    python -m beyond.allocate --greedy                         with the greedy one, a minute or two
     python -m beyond.allocate --figures figures                draws what the calibration holds
 """
 import contextlib
