@@ -1,26 +1,25 @@
 """One text, token by token: what sparsity skips, what it changes, and where greedy texts part.
 
-A share of weights skipped and a perplexity are means over many tokens. Here are the tokens. Decoding
-is sparse behind a dense prompt, and so it is done here: the prompt is read dense, then the tokens of
-a text one by one, twice, dense and sparse, each with a cache of its own. After each sparse step the
-counts of the sparse linears say what it did. The picture has a column for each token:
+Sparsity and perplexity are means over many tokens. Here are the tokens. Decoding is sparse behind a
+dense prompt, and so it is done here: tokens follow a dense prompt one by one, in a dense and in a
+sparse pass, each with its own cache. The picture has a column for each of them:
 
-    KL       how far the sparse model's distribution of the token that follows is from the dense
-             model's, in nats; red where the likeliest one is another
-    blocks   the share of each block's weights that was not read for this token
-    texts    the tokens; in red what the sparse model writes by itself, from where it parts
+    KL       how far the sparse model's distribution of the next token is from the dense model's,
+             in nats; red where the likeliest one is another
+    block    the share of each block's weights that was not read for this token
+    dense    the tokens, which the dense model wrote after the prompt, greedily
+    sparse   what the sparse model writes by itself, red from where it parts: behind the first red
+             bar. From there on the sparse model is judged on a text that it would not have written
 
-The text is what the dense model writes after the prompt, greedily; the sparse model is judged on it,
-whatever it would have written. Up to the first red bar that is the same; there its own greedy text
-leaves, and goes on in a row of its own. With --text the tokens are those of a file, behind its first
-16, and both greedy texts are what the models write behind these.
+With --text the tokens are those of a file, behind its first 16.
 
-The seam: `sparse_mode` switches one model between the two, `SparseLinear.kept` and `.seen` are what
-the kernels' callers counted, and `generate` writes the greedy texts.
+The seam: `sparse_mode` switches one model between dense and sparse, and after each step the counts
+of its sparse linears say what was read.
 
-    python -m beyond.watch --figure watch.png [--model FOLDER] [--prompt TEXT] [--sparsity 0.5]
-    python -m beyond.watch --figure watch.png --text FILE --tokens 48
+    python -m beyond.watch --figure FILE.png [--model FOLDER] [--prompt TEXT] [--sparsity 0.5]
+    python -m beyond.watch --figure FILE.png --text FILE
 """
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -29,11 +28,12 @@ import torch.nn.functional as F
 from beyond.allocate import check_figure, pyplot, refuse_beside, save_figure
 from calibrate import load_calibration
 from generate import PROMPT, StreamDecoder, check_prompt, first_difference, generate, plain_step
-from model import (Parser, command_line, load_model, natural, progress, read_tokens, require, share)
+from model import (Parser, command_line, load_model, natural, progress, read_tokens, require,
+                   share)
 from sparsify import SparseLinear, reset_counts, sparse_mode, sparsify
 
 PROMPT_TOKENS = 16       # of a --text, which are read dense
-MOST_LABELS = 80         # tokens whose text can be read side by side
+MOST_LABELS = 72         # tokens whose text can be read side by side
 LONGEST_LABEL = 12       # characters
 
 
@@ -60,7 +60,11 @@ def skipped_by_block(model):
 
 @torch.no_grad()
 def watch(model, prompt, ids):
-    """Return what is Watched while a sparse model reads `ids` one by one behind a prompt (of ids)."""
+    """Return what is Watched while a sparse model reads `ids` one by one behind a prompt.
+
+    prompt, ids: lists of token ids. The prompt is dense, but for one of a single token, which is a
+    decode step as any other.
+    """
     prompt = check_prompt(model, prompt, len(ids))
     caches = {}
     for mode in ("off", "decode"):
@@ -81,48 +85,58 @@ def watch(model, prompt, ids):
     return Watched(*map(torch.stack, zip(*steps)))
 
 
-def greedy(model, prompt, count, eos_ids, mode):
-    """Return the ids that the model writes after a prompt, dense or sparse as `mode` says."""
-    with sparse_mode(model, mode):
-        return list(generate(model, prompt, count, eos_ids=eos_ids, make_step=plain_step))
-
-
 def labels(tokenizer, prompt, ids):
-    """Return the text of each of `ids` as it follows what stands before it."""
+    """Return what to write for each of `ids` as it follows a prompt; white space becomes signs."""
     decoder = StreamDecoder(tokenizer, prompt)
     pieces = tokenizer.pieces()
     texts = [decoder.add(token) or pieces[token] for token in ids]
-    return [text.replace("\n", "⏎").replace(" ", "·") for text in texts]
+    signs = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥"})
+    return [(text.strip() or text.translate(signs))[:LONGEST_LABEL] for text in texts]
 
 
 def draw(watched, rows, parting, title, path):
     """Draw what was watched as a PNG.
 
-    rows: {name: (texts of tokens, whether they are a text of the sparse model)}, the first that
-    which was watched. parting: where the greedy texts part.
+    rows: {name: labels of tokens}, first the text that was watched. parting: how many tokens the
+    greedy texts, "dense" and "sparse", have in common.
     """
     plt = pyplot()
     count, layers = watched.skipped.shape
-    texts = rows if count <= MOST_LABELS else {}
+    shown = rows if count <= MOST_LABELS else {}           # else only their numbers fit
     figure, axes = plt.subplots(
-        2 + len(texts), sharex=True, figsize=(9, 3.9 + 0.75 * len(texts)), layout="constrained",
-        height_ratios=[1.3, 2.6] + [0.75] * len(texts))
-    colours = ["tab:blue" if same else "tab:red" for same in watched.same]
-    axes[0].bar(range(count), watched.kl, color=colours, width=0.8)
+        2 + len(shown), sharex=True, figsize=(9, 4.2 + 0.8 * len(shown)), layout="constrained",
+        height_ratios=[1.4, 2.8] + [0.8] * len(shown))
+    for same, colour, label in ((True, "tab:blue", "the likeliest next token is the same"),
+                                (False, "tab:red", "it is another")):
+        axes[0].bar(range(count), watched.kl.where(watched.same == same, 0.0), width=0.8,
+                    color=colour, label=label)
     axes[0].set(ylabel="KL (nats)", title=title)
-    image = axes[1].imshow(100 * watched.skipped.T, aspect="auto", origin="lower", cmap="viridis")
+    axes[0].legend(ncols=2, loc="upper right")
+    axes[0].margins(y=0.3)               # room for the legend
+    low, high = torch.quantile(watched.skipped, torch.tensor([0.01, 0.99]).double()).tolist()
+    image = axes[1].imshow(100 * watched.skipped.T, vmin=100 * low, vmax=100 * high, aspect="auto",
+                           origin="lower", interpolation="nearest")
     axes[1].set(ylabel="block", xlim=(-0.5, count - 0.5))
     axes[1].grid(False)
-    figure.colorbar(image, ax=axes[:2], label="weights skipped (%)")
-    for axis, (name, (tokens, own)) in zip(axes[2:], texts.items()):
+    axes[1].yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axes[:2], label="weights skipped (%)", pad=0.01, extend="both")
+    if shown:
+        axes[1].tick_params(bottom=False, labelbottom=False)
+    else:
+        axes[1].set_xlabel("tokens behind the prompt")
+    for axis, (name, texts) in zip(axes[2:], shown.items()):
         axis.axis("off")
-        axis.text(-0.012, 0.5, name, transform=axis.transAxes, ha="right", va="center")
-        for i, text in enumerate(tokens):
-            axis.text(i, 1, text[:LONGEST_LABEL], rotation=90, ha="center", va="top", fontsize=6.5,
-                      color="tab:red" if own and i >= parting else "black", parse_math=False)
-    for axis in axes:
-        axis.axvline(parting - 0.5, color="tab:red", lw=1, ls="--")
-    save_figure(figure, path)
+        axis.text(-0.012, 0.9, name, transform=axis.transAxes, ha="right", va="top")
+        for i, text in enumerate(texts[:count]):
+            colour = "tab:red" if name == "sparse" and i >= parting else "black"
+            axis.text(i, 1, text, rotation=90, ha="center", va="top", color=colour,
+                      fontsize=min(8, 480 / count), parse_math=False)
+    if parting < count:
+        for axis in axes if next(iter(rows)) == "dense" else axes[3:]:         # greedy texts alone
+            axis.axvline(parting - 0.5, color="tab:red", lw=1, ls="--")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")         # a script that the font does not have
+        save_figure(figure, path)
 
 
 def main():
@@ -134,8 +148,8 @@ def main():
     parser.add_argument("--text", metavar="FILE",
                         help=f"watch UTF-8 text instead, its first {PROMPT_TOKENS} tokens the "
                              f"prompt (default: no)")
-    parser.add_argument("--tokens", type=natural, default=64,
-                        help="how many after the prompt, at most (default: 64)")
+    parser.add_argument("--tokens", type=natural, default=48,
+                        help="how many after the prompt, at most (default: 48)")
     parser.add_argument("--sparsity", type=share, default=0.5, metavar="S",
                         help="share of the blocks' weights to skip (default: 0.5)")
     parser.add_argument("--calibration", metavar="FILE",
@@ -156,29 +170,36 @@ def main():
         ids = read_tokens(tokenizer, arguments.text, "held-out")[0].tolist()
         require(len(ids) > PROMPT_TOKENS, f"{arguments.text} has {len(ids)} tokens, expected more "
                                           f"than the {PROMPT_TOKENS} of the prompt")
+        ids = ids[:min(PROMPT_TOKENS + arguments.tokens, model.config.max_position_embeddings)]
+        texts = {"text": ids[PROMPT_TOKENS:]}
         prompt = ids[:PROMPT_TOKENS]
     else:
+        texts = {}
         prompt = tokenizer.encode(PROMPT if arguments.prompt is None else arguments.prompt)
-    check_prompt(model, prompt, arguments.tokens)
     sparsify(model, thresholds)
-    dense = greedy(model, prompt, arguments.tokens, tokenizer.eos_ids, "off")
-    sparse = greedy(model, prompt, arguments.tokens, tokenizer.eos_ids, "decode")
-    if arguments.text:
-        longest = model.config.max_position_embeddings
-        text = ids[PROMPT_TOKENS:min(PROMPT_TOKENS + arguments.tokens, longest)]
-        texts = {"text": text, "dense": dense, "sparse": sparse}
-    else:
-        require(dense, "the dense model ends the text with the prompt: there is no token to watch")
-        text = dense
-        texts = {"dense": dense, "sparse": sparse}
-    watched = watch(model, prompt, text)
-    parting = first_difference(dense, sparse)
-    allocation = arguments.allocation or calibration.allocations[0]
-    title = (f"{arguments.sparsity:.0%} {allocation}: {watched.skipped.mean():.1%} of the blocks' "
-             f"weights skipped, mean KL {watched.kl.mean():.3f}")
-    rows = {name: (labels(tokenizer, prompt, ids), name == "sparse") for name, ids in texts.items()}
+    for name, mode in (("dense", "off"), ("sparse", "decode")):
+        with sparse_mode(model, mode):
+            texts[name] = list(generate(model, prompt, arguments.tokens, eos_ids=tokenizer.eos_ids,
+                                        make_step=plain_step))
+    parting = first_difference(texts["dense"], texts["sparse"])
+    name, tokens = next(iter(texts.items()))
+    require(tokens, "the dense model writes nothing behind the prompt: no token to watch")
+    watched = watch(model, prompt, tokens)
+    title = (f"{arguments.sparsity:.0%} {arguments.allocation or calibration.allocations[0]}: "
+             f"{watched.skipped.mean():.1%} of the blocks' weights skipped, mean KL "
+             f"{watched.kl.mean():.3f}")
+    rows = {name: labels(tokenizer, prompt, ids) for name, ids in texts.items()}
     draw(watched, rows, parting, title, arguments.figure)
+    for each, ids in {"prompt": prompt, **texts}.items():
+        print(f"{each:>6}: {tokenizer.decode(ids)!r}")
     print(title)
+    print(f"watched: {name}, {len(tokens)} tokens; after {(~watched.same).sum()} of them the "
+          f"likeliest next token is another")
+    if texts["dense"] == texts["sparse"]:
+        print(f"the greedy texts are the same, all {parting} tokens")
+    else:
+        dense, sparse = [(rows[each] + ["the end"])[parting] for each in ("dense", "sparse")]
+        print(f"the greedy texts part after {parting} tokens: dense {dense!r}, sparse {sparse!r}")
 
 
 if __name__ == "__main__":
