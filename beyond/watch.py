@@ -12,7 +12,6 @@ sparse pass, each with its own cache. The picture has a column for each of them:
              bar. From there on the sparse model is judged on a text that it would not have written
 
 With --text the tokens are those of a file, behind its first 16.
-
 The seam: `sparse_mode` switches one model between dense and sparse, and after each step the counts
 of its sparse linears say what was read.
 
@@ -101,29 +100,27 @@ def draw(watched, rows, parting, title, path):
     greedy texts, "dense" and "sparse", have in common.
     """
     plt = pyplot()
-    count, layers = watched.skipped.shape
+    count = len(watched.kl)
     shown = rows if count <= MOST_LABELS else {}           # else only their numbers fit
     figure, axes = plt.subplots(
         2 + len(shown), sharex=True, figsize=(9, 4.2 + 0.8 * len(shown)), layout="constrained",
         height_ratios=[1.4, 2.8] + [0.8] * len(shown))
     for same, colour, label in ((True, "tab:blue", "the likeliest next token is the same"),
                                 (False, "tab:red", "it is another")):
-        axes[0].bar(range(count), watched.kl.where(watched.same == same, 0.0), width=0.8,
-                    color=colour, label=label)
+        heights = watched.kl.where(watched.same == same, 0.0).tolist()
+        axes[0].bar(range(count), heights, color=colour, label=label)
     axes[0].set(ylabel="KL (nats)", title=title)
     axes[0].legend(ncols=2, loc="upper right")
     axes[0].margins(y=0.3)               # room for the legend
     low, high = torch.quantile(watched.skipped, torch.tensor([0.01, 0.99]).double()).tolist()
-    image = axes[1].imshow(100 * watched.skipped.T, vmin=100 * low, vmax=100 * high, aspect="auto",
-                           origin="lower", interpolation="nearest")
-    axes[1].set(ylabel="block", xlim=(-0.5, count - 0.5))
+    image = axes[1].imshow(100 * watched.skipped.T.numpy(), vmin=100 * low, vmax=100 * high,
+                           aspect="auto", origin="lower", interpolation="nearest")
+    axes[1].set(ylabel="block", xlim=(-0.5, count - 0.5),
+                xlabel="" if shown else "tokens behind the prompt")
     axes[1].grid(False)
+    axes[1].tick_params(bottom=not shown, labelbottom=not shown)
     axes[1].yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes[:2], label="weights skipped (%)", pad=0.01, extend="both")
-    if shown:
-        axes[1].tick_params(bottom=False, labelbottom=False)
-    else:
-        axes[1].set_xlabel("tokens behind the prompt")
     for axis, (name, texts) in zip(axes[2:], shown.items()):
         axis.axis("off")
         axis.text(-0.012, 0.9, name, transform=axis.transAxes, ha="right", va="top")
@@ -140,14 +137,12 @@ def draw(watched, rows, parting, title, path):
 
 
 def main():
-    parser = Parser(description="Draws, for each token of a text and each block, what sparsity "
-                                "skips, and how far it moves the next token.")
+    parser = Parser(description="Draws what sparsity skips and changes, token by token.")
     parser.add_model()
-    parser.add_argument("--prompt", help="text that the models continue (default: the beginning of "
-                                         "a class)")
+    parser.add_argument("--prompt", help="text to continue (default: the beginning of a class)")
     parser.add_argument("--text", metavar="FILE",
-                        help=f"watch UTF-8 text instead, its first {PROMPT_TOKENS} tokens the "
-                             f"prompt (default: no)")
+                        help=f"watch UTF-8 text, its first {PROMPT_TOKENS} tokens the prompt "
+                             f"(default: what the dense model writes)")
     parser.add_argument("--tokens", type=natural, default=48,
                         help="how many after the prompt, at most (default: 48)")
     parser.add_argument("--sparsity", type=share, default=0.5, metavar="S",
