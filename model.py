@@ -396,7 +396,7 @@ CHANGES_THE_FUNCTION = {
     "final_logit_softcapping": None, "attn_logit_softcapping": None, "logit_scale": 1,
     "residual_multiplier": 1, "embedding_multiplier": 1, "attention_multiplier": None,
     "logits_scaling": 1, "partial_rotary_factor": 1, "no_rope_layers": None,
-    "attention_chunk_size": None, "head_bias": False,
+    "attention_chunk_size": None, "head_bias": False, "is_causal": True,
 }
 ROPE_NUMBERS = {
     "default": (),
@@ -442,8 +442,10 @@ class Config:
             value = source.get(key)
             value = default if value is None else value
             allowed = (int, float) if kind is float else (int,)      # True is an int, too
-            require(type(value) in allowed and 0 < value < 2**31,
-                    f"{path}: {key} is {json.dumps(value)}, expected a number, above 0, below 2^31")
+            below = 2**31 if kind is int else float("inf")
+            require(type(value) in allowed and 0 < value < below,
+                    f"{path}: {key} is {json.dumps(value)}, expected a number, above 0, below "
+                    f"{'2^31' if kind is int else 'infinity'}")
             return kind(value)
 
         if raw.get("model_type") not in ("llama", "mistral"):
@@ -455,7 +457,7 @@ class Config:
         if raw.get("hidden_act", "silu") not in list(ACTIVATIONS):
             refuse("hidden_act", " or ".join(f'"{name}"' for name in ACTIVATIONS))
         for key, neutral in CHANGES_THE_FUNCTION.items():
-            if raw.get(key) not in (None, False, neutral):
+            if raw.get(key) not in (None, neutral, neutral is True):   # false: not there
                 refuse(key, json.dumps(neutral))
         for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
             if type(raw.get(key, False)) is not bool:
@@ -469,6 +471,11 @@ class Config:
         window = None
         if mistral and raw.get("sliding_window", 4096) is not None:
             window = number("sliding_window", default=4096)          # absent: as in transformers
+            kinds = set(raw.get("layer_types") or ["sliding_attention"])
+            if kinds == {"full_attention"}:
+                window = None
+            elif kinds != {"sliding_attention"}:
+                refuse("layer_types", "one type for all layers: sliding or full attention")
         heads = number("num_attention_heads")
         rope, rope_scaling = Config._read_rope(path, raw, number, refuse)
         config = Config(
@@ -510,6 +517,8 @@ class Config:
         if rope_type not in list(ROPE_NUMBERS):
             refuse(key, f"one of the rope types {', '.join(ROPE_NUMBERS)}")
         numbers = ROPE_NUMBERS[rope_type]
+        original = raw.get("original_max_position_embeddings")       # counts before rope's own
+        rope = rope if original is None else rope | {"original_max_position_embeddings": original}
         known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *numbers}
         if rope.get("partial_rotary_factor") == 1:
             known.add("partial_rotary_factor")

@@ -459,6 +459,9 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
     ({"use_qk_norm": True}, "use_qk_norm is true, supported is false"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
     ({"rope_theta": float("nan")}, "rope_theta is NaN"),
+    ({"is_causal": False}, "is_causal is false, supported is true"),
+    ({"model_type": "mistral", "sliding_window": 8,
+      "layer_types": ["sliding_attention", "full_attention"]}, "layer_types is"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling is"),
     ({"rope_scaling": {"factor": 8.0}}, "rope_scaling is"),
     ({"rope_scaling": {"type": "linear"}}, "factor is null, expected a number, above 0"),
@@ -493,6 +496,8 @@ REFERENCES = {  # what is special: settings of transformers' configuration
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
     "mistral, sliding window": {"model_type": "mistral", "num_key_value_heads": 2,
                                 "sliding_window": 7},
+    "mistral, a window that no layer has": {"model_type": "mistral", "sliding_window": 7,
+                                            "layer_types": ["full_attention"] * 3},
 }
 
 
@@ -585,6 +590,8 @@ def test_every_spelling_of_rope(tmp_path):
                  {"rope_scaling": linear, "rope_parameters": LLAMA3, "rope_theta": 777.0},
                  {"rope_scaling": linear | {"rope_theta": 5e5}, "rope_parameters": LLAMA3},
                  {"rope_scaling": {}, "rope_parameters": LLAMA3, "rope_theta": 5e5},
+                 {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32},
+                 {"rope_scaling": None, "rope_theta": 45.2e9},       # for a context of 4 million
                  {"rope_scaling": None, "rope_parameters": linear | {"rope_theta": 9.0}}):
         llama.write_json(tmp_path / "config.json", raw | both)
         theirs = read_by_transformers(tmp_path)

@@ -1,8 +1,9 @@
 """What must stay true of the house: the core stands alone, and what you read is what runs.
 
 The tests of the chapters stand beside this file: test_weights.py (quantize, rotate, fused),
-test_quality.py (allocate, judge, timing), test_gpu.py (gpu, design), test_drafts.py, test_chat.py,
-test_parallel.py. Here are those of record.py, and those that look at all of minTEAL.
+test_quality.py (allocate, judge, peers, timing), test_gpu.py (gpu, design), test_drafts.py,
+test_chat.py, test_parallel.py, test_gguf.py, test_watch.py; test_smollm2.py has those of a real
+model. Here are those of record.py, and those that look at all of minTEAL.
 """
 import ast
 import os
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 import calibrate
 import generate
 import kernel
-from beyond import allocate, folders, gguf, judge, quantize, record, rotate, timing
+from beyond import allocate, folders, gguf, judge, quantize, record, rotate, timing, watch
 from demo import train
 from model import Config, InputError, Llama, check_output, linear_names
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
@@ -103,6 +104,7 @@ TEXTS = ["--text", ROOT / "LICENSE"]
     (gguf, "convert", ["x.gguf", "--out", "{}/x"]),
     (judge, "load", ["--figure", "{}/x.png"]),
     (timing, "begin", ["--figure", "{}/x.png"]),
+    (watch, "load_model", ["--figure", "{}/x.png"]),
     (train, "train_tokenizer", ["--out", "{}", "--state", "{}"]),
 ], ids=lambda value: getattr(value, "__name__", None))
 @pytest.mark.parametrize("kind", ["read-only", "no folder"])

@@ -1,15 +1,11 @@
 """Tests of gguf.py: a Llama written as GGUF comes back as the same function."""
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
 from beyond import gguf as chapter
-from model import Config, InputError, Llama, load_model
+from model import Config, InputError, Llama
 
 gguf = pytest.importorskip("gguf")
-SMOLLM2 = Path(os.environ.get("MINTEAL_SMOLLM2", "smollm2"))     # a folder made by beyond.gguf
 PARTS = {own: theirs for theirs, own in chapter.NAMES.items()}
 
 
@@ -134,22 +130,3 @@ def test_what_is_no_gguf_is_refused(tmp_path):
     for name, message in (("model.gguf", "not a GGUF file"), ("absent.gguf", "cannot be read")):
         with pytest.raises(InputError, match=message):
             chapter.convert(tmp_path / name, tmp_path / "out")
-
-
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs SmolLM2: see beyond/gguf.py")
-class TestSmolLM2:
-    def test_logits_are_those_of_transformers(self):
-        transformers = pytest.importorskip("transformers")
-        model, tokenizer = load_model(SMOLLM2, dtype=torch.float32)
-        text = "The quick brown fox jumps over 12 lazy dogs. " * 4
-        tokens = torch.tensor([tokenizer.encode(text)])
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
-        with torch.no_grad():
-            expected = theirs(tokens).logits
-            assert (model(tokens) - expected).norm() < 1e-4 * expected.norm()
-
-    def test_it_knows_the_capital_of_france(self):
-        from generate import generate
-        model, tokenizer = load_model(SMOLLM2)
-        prompt = tokenizer.encode("The capital of France is")
-        assert tokenizer.decode(list(generate(model, prompt, 1))).strip() == "Paris"

@@ -3,6 +3,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import kernel
-from beyond import allocate, judge, peers, quantize, record, timing
+from beyond import allocate, judge, peers, quantize, record, timing, watch
 from beyond.conftest import random_llama
 from calibrate import SINKS, SITE_OF, Calibration, Table, calibrate, histogram, quantile
 from demo import corpus
@@ -23,6 +24,7 @@ from model import (DEMO, Config, InputError, linear_names, load_model, load_toke
 from sparsify import perplexity, quality, realised_sparsity, reset_counts, sparse_mode, sparsify
 
 ROOT = Path(__file__).parent.parent
+PICTURE = ["--figure", ROOT / "never-written.png"]
 ADDED = ["priced", "balanced", "fisher-channel", "fisher", "uniform", "wina"]
 
 
@@ -774,6 +776,15 @@ def test_the_demo_says_what_guesses_bring(draft):
     (judge, ["--sparsity", 1.5], "argument --sparsity: 1.5, expected at least 0 and below 1"),
     (judge, ["--text", ROOT / "LICENSE", "--allocation", "other"],
      "allocation 'other' is not in this calibration"),
+    (watch, [], "the following arguments are required: --figure"),
+    (watch, ["--figure", "x.pdf"], "--figure is x.pdf, expected a name that ends in .png"),
+    (watch, ["--figure", "nowhere/x.png"], "nowhere is no folder; see --figure"),
+    (watch, [*PICTURE, "--text", "x", "--prompt", "y"], "--prompt means nothing with --text"),
+    (watch, [*PICTURE, "--model", "random:llama-3.2-1b"], "random weights: there is no text to"),
+    (watch, [*PICTURE, "--text", os.devnull], "/dev/null has 1 tokens, expected more than the 16"),
+    (watch, [*PICTURE, "--calibration", "nowhere"], "nowhere: no calibration"),
+    (watch, [*PICTURE, "--prompt", "x " * 600], "the prompt has .* tokens, the model's"),
+    (watch, [*PICTURE, "--tokens", 0], "0 is not a whole number above 0"),
     (timing, ["--device", "warp"], "device warp cannot be used"),
     (timing, ["--figure", "x.pdf"], "expected a name that ends in .png"),
     (timing, ["--shapes", "gpt"], "invalid choice: 'gpt'"),
@@ -805,7 +816,7 @@ def test_a_command_that_fails_says_so_in_one_line():
 
 
 @pytest.mark.parametrize("module, options", [(allocate, []), (judge, []), (timing, []),
-                                             (timing, ["--steps"])])
+                                             (timing, ["--steps"]), (watch, [])])
 def test_help_names_the_default_of_each_option(monkeypatch, capsys, module, options):
     with pytest.raises(SystemExit) as ended:
         command(monkeypatch, module, *options, "--help")

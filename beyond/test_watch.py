@@ -1,0 +1,136 @@
+"""Tests of watch.py: what the picture shows is what a model that decodes does."""
+import contextlib
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beyond import watch
+from beyond.conftest import random_llama
+from calibrate import calibrate, load_calibration
+from generate import PROMPT, first_difference, generate
+from kernel import kept
+from model import DEMO, linear_names, load_model
+from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """(model, tokenizer): the demo model, 75 % sparse by uniform thresholds."""
+    model, tokenizer = load_model(DEMO, dtype=torch.float32)
+    return sparsify(model, load_calibration(model, DEMO).thresholds(0.75, "uniform")), tokenizer
+
+
+def drawn(monkeypatch, *arguments):
+    """Run the command, and return the figure that it would write."""
+    figures = []
+    monkeypatch.setattr(watch, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(sys, "argv", ["watch.py", "--figure", "watch.png", *map(str, arguments)])
+    watch.main()
+    return figures[0]
+
+
+def test_each_token_is_what_one_pass_over_all_says():
+    """In one pass over prompt and text, sparse behind the prompt, hooks see the same."""
+    model = random_llama(torch.float64, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=61,
+                         max_position_embeddings=64)
+    tokens = torch.randint(61, (400,), generator=torch.Generator().manual_seed(0))
+    thresholds = calibrate(model, tokens, 16).thresholds(0.5)
+    ids = tokens[:20].tolist()
+    dense = model(tokens[None, :20])[0, 5:].log_softmax(-1)                     # (15, vocab)
+    sparsify(model, thresholds)
+    skipped = torch.zeros(15, 3, dtype=torch.float64)
+    size = sum(linear.weight.numel() for name, linear in model.named_modules()
+               if "layers.0" in name and name in thresholds)
+    hooks = contextlib.ExitStack()
+    for name in linear_names(model.config):
+        def see(linear, inputs, layer=int(name.split(".")[2])):
+            share = 1 - kept(inputs[0][0, 5:], linear.threshold).double().mean(-1)     # (15,)
+            skipped[:, layer] += share * linear.weight.numel() / size
+        hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(see))
+    with hooks, sparse_mode(model, "all", dense_prefix=5):
+        sparse = model(tokens[None, :20])[0, 5:].log_softmax(-1)
+    watched = watch.watch(model, ids[:5], ids[5:])
+    assert torch.allclose(watched.skipped, skipped, atol=1e-12)
+    kl = F.kl_div(sparse, dense, reduction="none", log_target=True).sum(-1)
+    assert torch.allclose(watched.kl, kl, atol=1e-9)
+    assert kl.min() > 1e-4
+    assert torch.equal(watched.same, sparse.argmax(-1) == dense.argmax(-1))
+    assert 0 < watched.same.sum() < 15
+
+
+def test_greedy_texts_part_behind_the_first_token_whose_next_is_another(demo):
+    model, tokenizer = demo
+    prompt = tokenizer.encode("import os\n\n\ndef walk(")
+    with sparse_mode(model, "off"):
+        dense = list(generate(model, prompt, 40))
+    sparse = list(generate(model, prompt, 40))
+    parting = first_difference(dense, sparse)
+    same = watch.watch(model, prompt, dense).same.tolist()
+    assert 0 < parting < 40
+    assert same.index(False) == parting - 1
+
+
+def test_the_picture_shows_what_was_skipped(demo, monkeypatch, capsys):
+    model, tokenizer = demo
+    figure = drawn(monkeypatch, "--sparsity", 0.75, "--allocation", "uniform", "--tokens", 30,
+                   "--dtype", "float32", "--device", "cpu")
+    said = capsys.readouterr().out
+    prompt = tokenizer.encode(PROMPT)
+    with sparse_mode(model, "off"):
+        dense = list(generate(model, prompt, 31))
+    reset_counts(model)
+    cache = model.make_cache(1, len(prompt) + 30)
+    for part in (prompt, *([token] for token in dense[:30])):
+        model(torch.tensor([part]), cache)
+    realised = realised_sparsity(model)
+    bars, blocks, *rows = figure.axes[:4]
+    image = blocks.images[0].get_array()
+    assert image.shape == (7, 30)
+    assert image.mean() == pytest.approx(100 * realised)
+    assert f"75% uniform: {realised:.1%} of the blocks' weights skipped" in said
+    sparse = list(generate(model, prompt, 30))
+    parting = first_difference(dense[:30], sparse)
+    assert f"the greedy texts part after {parting} tokens: " in said
+    assert repr(tokenizer.decode(dense[:30])) in said and repr(tokenizer.decode(sparse)) in said
+    for row, red in zip(rows, (0, 30 - parting)):
+        name, *texts = row.texts
+        assert len(texts) == 30
+        assert sum(text.get_color() == "tab:red" for text in texts) == red
+    assert all(axis.lines[0].get_xdata()[0] == parting - 0.5 for axis in (bars, blocks, *rows))
+    same, another = [[bar.get_height() > 0 for bar in bars.patches[i:i + 30]] for i in (0, 30)]
+    assert same == [not red for red in another]
+    assert another.index(True) == parting - 1
+
+
+def test_the_text_of_a_file_is_watched_behind_its_beginning(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "text.py"
+    path.write_text("def add(a, b):\n    return a + b\n\n\ndef Ω_is_$x$(values):\n\tx = 1\n" * 2)
+    figure = drawn(monkeypatch, "--text", path, "--tokens", 26)
+    said = capsys.readouterr().out
+    names = [row.texts[0].get_text() for row in figure.axes[2:5]]
+    assert names == ["text", "dense", "sparse"]
+    labels = [text.get_text() for text in figure.axes[2].texts[1:]]
+    _, tokenizer = load_model(DEMO)
+    ids = tokenizer.encode(path.read_text())[16:16 + 26]
+    assert labels == watch.labels(tokenizer, tokenizer.encode(path.read_text())[:16], ids)
+    assert {"↵", "⇥", "Ω"} <= set(labels)
+    assert "watched: text, 26 tokens" in said
+    figure = drawn(monkeypatch, "--text", path, "--tokens", 500)               # all that it has
+    assert figure.axes[1].images[0].get_array().shape[1] < 100
+
+
+def test_long_texts_are_numbered(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "watch.png"
+    monkeypatch.setattr(sys, "argv", ["watch.py", "--figure", str(path), "--tokens", "90"])
+    watch.main()
+    assert path.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.undo()
+    figure = drawn(monkeypatch, "--tokens", 90, "--sparsity", 0)
+    assert figure.axes[1].get_xlabel() == "tokens behind the prompt"
+    assert figure.axes[1].images[0].get_array().shape == (7, 90)
+    assert "mean KL 0.000" in capsys.readouterr().out

@@ -1,0 +1,201 @@
+"""One text, token by token: what sparsity skips, what it changes, and where greedy texts part.
+
+Sparsity and perplexity are means over many tokens. Here are the tokens. Decoding is sparse behind a
+dense prompt, and so it is done here: tokens follow a dense prompt one by one, in a dense and in a
+sparse pass, each with its own cache. The picture has a column for each of them:
+
+    KL       how far the sparse model's distribution of the next token is from the dense model's,
+             in nats; red where the likeliest one is another
+    block    the share of each block's weights that was not read for this token
+    dense    the tokens, which the dense model wrote after the prompt, greedily
+    sparse   what the sparse model writes by itself, red from where it parts: behind the first red
+             bar. From there on the sparse model is judged on a text that it would not have written
+
+With --text the tokens are those of a file, behind its first 16.
+The seam: `sparse_mode` switches one model between dense and sparse, and after each step the counts
+of its sparse linears say what was read.
+
+    python -m beyond.watch --figure FILE.png [--model FOLDER] [--prompt TEXT] [--sparsity 0.5]
+    python -m beyond.watch --figure FILE.png --text FILE
+"""
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from beyond.allocate import check_figure, pyplot, refuse_beside, save_figure
+from calibrate import load_calibration
+from generate import PROMPT, StreamDecoder, check_prompt, first_difference, generate, plain_step
+from model import (Parser, command_line, load_model, natural, progress, read_tokens, require,
+                   share)
+from sparsify import SparseLinear, reset_counts, sparse_mode, sparsify
+
+PROMPT_TOKENS = 16       # of a --text, which are read dense
+MOST_LABELS = 72         # tokens whose text can be read side by side
+LONGEST_LABEL = 12       # characters
+
+
+class Watched(NamedTuple):
+    """What was seen while N tokens were read."""
+    skipped: torch.Tensor            # (N, layers) float64: shares of a block's weights not read
+    kl: torch.Tensor                 # (N,) of the next token's distribution, from the dense, nats
+    same: torch.Tensor               # (N,) bool: the likeliest next token is the dense model's
+
+
+def skipped_by_block(model):
+    """Return the shares (layers,) of the blocks' weights not read since `reset_counts`, float64.
+
+    All linears of the blocks are sparse. The mean of the shares is `realised_sparsity`.
+    """
+    shares = []
+    for block in model.model.layers:
+        linears = [linear for linear in block.modules() if isinstance(linear, SparseLinear)]
+        size = torch.tensor([linear.in_features * linear.out_features for linear in linears])
+        counts = torch.stack([torch.stack((linear.kept, linear.seen)) for linear in linears]).cpu()
+        shares.append(1 - (size * counts[:, 0].double() / counts[:, 1]).sum() / size.sum())
+    return torch.stack(shares)
+
+
+@torch.no_grad()
+def watch(model, prompt, ids):
+    """Return what is Watched while a sparse model reads `ids` one by one behind a prompt.
+
+    prompt, ids: lists of token ids. The prompt is dense, but for one of a single token, which is a
+    decode step as any other.
+    """
+    prompt = check_prompt(model, prompt, len(ids))
+    caches = {}
+    for mode in ("off", "decode"):
+        caches[mode] = model.make_cache(1, prompt.shape[1] + len(ids))
+        with sparse_mode(model, mode):
+            model(prompt, caches[mode], last_only=True)
+    steps = []
+    for token in progress(ids, "watching"):
+        log_p = {}                                                              # (vocab,) each
+        for mode, cache in caches.items():
+            reset_counts(model)
+            with sparse_mode(model, mode):
+                logits = model(torch.tensor([[token]], device=model.device), cache)
+            log_p[mode] = logits[0, 0].log_softmax(-1)
+        kl = F.kl_div(log_p["decode"], log_p["off"], reduction="sum", log_target=True)
+        same = log_p["decode"].argmax() == log_p["off"].argmax()
+        steps.append((skipped_by_block(model), kl.cpu(), same.cpu()))
+    return Watched(*map(torch.stack, zip(*steps)))
+
+
+def labels(tokenizer, prompt, ids):
+    """Return what to write for each of `ids` as it follows a prompt; white space becomes signs."""
+    decoder = StreamDecoder(tokenizer, prompt)
+    pieces = tokenizer.pieces()
+    texts = [decoder.add(token) or pieces[token] for token in ids]
+    signs = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥"})
+    return [(text.strip() or text.translate(signs))[:LONGEST_LABEL] for text in texts]
+
+
+def draw(watched, rows, parting, title, path):
+    """Draw what was watched as a PNG.
+
+    rows: {name: labels of tokens}, first the text that was watched. parting: how many tokens the
+    greedy texts, "dense" and "sparse", have in common.
+    """
+    plt = pyplot()
+    count = len(watched.kl)
+    shown = rows if count <= MOST_LABELS else {}           # else only their numbers fit
+    figure, axes = plt.subplots(
+        2 + len(shown), sharex=True, figsize=(9, 4.2 + 0.8 * len(shown)), layout="constrained",
+        height_ratios=[1.4, 2.8] + [0.8] * len(shown))
+    for same, colour, label in ((True, "tab:blue", "the likeliest next token is the same"),
+                                (False, "tab:red", "it is another")):
+        heights = watched.kl.where(watched.same == same, 0.0).tolist()
+        axes[0].bar(range(count), heights, color=colour, label=label)
+    axes[0].set(ylabel="KL (nats)", title=title)
+    axes[0].legend(ncols=2, loc="upper right")
+    axes[0].margins(y=0.3)               # room for the legend
+    low, high = torch.quantile(watched.skipped, torch.tensor([0.01, 0.99]).double()).tolist()
+    image = axes[1].imshow(100 * watched.skipped.T.numpy(), vmin=100 * low, vmax=100 * high,
+                           aspect="auto", origin="lower", interpolation="nearest")
+    axes[1].set(ylabel="block", xlim=(-0.5, count - 0.5),
+                xlabel="" if shown else "tokens behind the prompt")
+    axes[1].grid(False)
+    axes[1].tick_params(bottom=not shown, labelbottom=not shown)
+    axes[1].yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axes[:2], label="weights skipped (%)", pad=0.01, extend="both")
+    for axis, (name, texts) in zip(axes[2:], shown.items()):
+        axis.axis("off")
+        axis.text(-0.012, 0.9, name, transform=axis.transAxes, ha="right", va="top")
+        for i, text in enumerate(texts[:count]):
+            colour = "tab:red" if name == "sparse" and i >= parting else "black"
+            axis.text(i, 1, text, rotation=90, ha="center", va="top", color=colour,
+                      fontsize=min(8, 480 / count), parse_math=False)
+    if parting < count:
+        for axis in axes if next(iter(rows)) == "dense" else axes[3:]:         # greedy texts alone
+            axis.axvline(parting - 0.5, color="tab:red", lw=1, ls="--")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")         # a script that the font does not have
+        save_figure(figure, path)
+
+
+def main():
+    parser = Parser(description="Draws what sparsity skips and changes, token by token.")
+    parser.add_model()
+    parser.add_argument("--prompt", help="text to continue (default: the beginning of a class)")
+    parser.add_argument("--text", metavar="FILE",
+                        help=f"watch UTF-8 text, its first {PROMPT_TOKENS} tokens the prompt "
+                             f"(default: what the dense model writes)")
+    parser.add_argument("--tokens", type=natural, default=48,
+                        help="how many after the prompt, at most (default: 48)")
+    parser.add_argument("--sparsity", type=share, default=0.5, metavar="S",
+                        help="share of the blocks' weights to skip (default: 0.5)")
+    parser.add_argument("--calibration", metavar="FILE",
+                        help="(default: calibration.safetensors in the checkpoint folder)")
+    parser.add_argument("--allocation", help="how the sparsity is shared out (default: the best "
+                                             "that the calibration holds)")
+    parser.add_argument("--figure", required=True, metavar="FILE",
+                        help="the PNG to write (no default: it is needed)")
+    arguments = parser.parse_args()
+    refuse_beside(arguments, {"text": ("prompt",)})
+    check_figure(arguments.figure)
+    require(not arguments.model.startswith("random:"),
+            f"{arguments.model} has random weights: there is no text to watch")
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
+    calibration = load_calibration(model, arguments.model, arguments.calibration)
+    thresholds = calibration.thresholds(arguments.sparsity, arguments.allocation)
+    if arguments.text:
+        ids = read_tokens(tokenizer, arguments.text, "held-out")[0].tolist()
+        require(len(ids) > PROMPT_TOKENS, f"{arguments.text} has {len(ids)} tokens, expected more "
+                                          f"than the {PROMPT_TOKENS} of the prompt")
+        ids = ids[:min(PROMPT_TOKENS + arguments.tokens, model.config.max_position_embeddings)]
+        texts = {"text": ids[PROMPT_TOKENS:]}
+        prompt = ids[:PROMPT_TOKENS]
+    else:
+        texts = {}
+        prompt = tokenizer.encode(PROMPT if arguments.prompt is None else arguments.prompt)
+    sparsify(model, thresholds)
+    for name, mode in (("dense", "off"), ("sparse", "decode")):
+        with sparse_mode(model, mode):
+            texts[name] = list(generate(model, prompt, arguments.tokens, eos_ids=tokenizer.eos_ids,
+                                        make_step=plain_step))
+    parting = first_difference(texts["dense"], texts["sparse"])
+    name, tokens = next(iter(texts.items()))
+    require(tokens, "the dense model writes nothing behind the prompt: no token to watch")
+    watched = watch(model, prompt, tokens)
+    title = (f"{arguments.sparsity:.0%} {arguments.allocation or calibration.allocations[0]}: "
+             f"{watched.skipped.mean():.1%} of the blocks' weights skipped, mean KL "
+             f"{watched.kl.mean():.3f}")
+    rows = {name: labels(tokenizer, prompt, ids) for name, ids in texts.items()}
+    draw(watched, rows, parting, title, arguments.figure)
+    for each, ids in {"prompt": prompt, **texts}.items():
+        print(f"{each:>6}: {tokenizer.decode(ids)!r}")
+    print(title)
+    print(f"watched: {name}, {len(tokens)} tokens; after {(~watched.same).sum()} of them the "
+          f"likeliest next token is another")
+    if texts["dense"] == texts["sparse"]:
+        print(f"the greedy texts are the same, all {parting} tokens")
+    else:
+        dense, sparse = [(rows[each] + ["the end"])[parting] for each in ("dense", "sparse")]
+        print(f"the greedy texts part after {parting} tokens: dense {dense!r}, sparse {sparse!r}")
+
+
+if __name__ == "__main__":
+    command_line(main)
