@@ -563,20 +563,32 @@ class StreamDecoder:
 
     def __init__(self, tokenizer, prompt_ids=()):
         self.tokenizer = tokenizer
-        self.pending = list(prompt_ids)[-self.CONTEXT:]
-        self.given = len(tokenizer.decode(self.pending))
+        ids = list(prompt_ids)
+        self.keep(ids, tokenizer.decode(ids))
+
+    def keep(self, ids, text):
+        """Keep the last of `ids`, which spell `text`, from where a character begins."""
+        self.waited = 0
+        last = len(ids) - self.CONTEXT
+        for first in range(last, last - 4, -1):            # a character has at most four bytes
+            end = self.tokenizer.decode(ids[max(first, 0):])
+            if text.endswith(end):       # not so where a character was cut in two
+                break
+        self.pending = ids[max(first, 0):]
+        self.given = len(end)
 
     def add(self, token):
         """Return the text that `token` completes; "" while a character is unfinished."""
         self.pending.append(token)
         text = self.tokenizer.decode(self.pending)
-        if text.endswith("\ufffd") and len(self.pending) < self.PATIENCE:
+        if text.endswith("\ufffd") and self.waited < self.PATIENCE:
+            self.waited += 1
             return ""
         new = text[self.given:]
         self.given = len(text)
+        self.waited = 0
         if len(self.pending) >= 2 * self.CONTEXT:
-            self.pending = self.pending[-self.CONTEXT:]
-            self.given = len(self.tokenizer.decode(self.pending))
+            self.keep(self.pending, text)
         return new
 
     def end(self):

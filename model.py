@@ -431,6 +431,9 @@ class Config:
     @staticmethod
     def read(folder):
         """Return the Config in FOLDER/config.json; refuse by name what is not implemented."""
+        adapter = Path(folder) / "adapter_config.json"
+        require(not adapter.exists(),
+                f"{adapter}: an adapter; merge it into its base model first (merge_and_unload)")
         path = Path(folder) / "config.json"
         raw = read_json(path)
 
@@ -913,7 +916,7 @@ class SentencePieceTokenizer:
             if whole:
                 parts = [list(part.values())[0]["id"] for part in whole["post_processor"]["single"]]
                 same &= parts == [bos] * (bos is not None) + ["A"]
-                same &= len(whole["model"]["vocab"]) == self.vocab_size
+                same &= whole["model"]["vocab"] == {piece: i for i, piece in enumerate(self.pieces())}
             added = [(token["content"], token["id"]) for token in whole.get("added_tokens", [])]
             added += [(content(token), int(i))
                       for i, token in settings.get("added_tokens_decoder", {}).items()]

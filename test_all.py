@@ -430,6 +430,9 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
         spoil() if callable(spoil) else write_safetensors(shard, spoil)
         with refused(match=message):
             Llama.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with refused(match="adapter_config.json: an adapter; merge it into its base model first"):
+        Llama.from_pretrained(tmp_path)
 
 
 def write_config(folder, **changes):

@@ -140,6 +140,29 @@ def test_text_comes_back_at_once_and_streamed(tmp_path, kind):
                 assert whole == text
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_long_runs_of_bytes_are_streamed_as_they_are_decoded(tmp_path, size):
+    """Characters without a token are spelt in bytes; a run cut inside one decodes to no text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, " ": 257}
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    whole.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(tmp_path)
+    first = {2: 0x7c0, 3: 0x1200, 4: 0x12000}[size]
+    for length in range(1, 30):
+        text = "a " + "".join(chr(first + i) for i in range(length)) + "a"
+        ids = tokenizer.encode(text, bos=False)
+        assert len(ids) == 3 + size * length
+        for cut in (0, 2, 2 + size * (length // 2)):
+            decoder = StreamDecoder(tokenizer, ids[:cut])
+            parts = [decoder.add(i) for i in ids[cut:]] + [decoder.end()]
+            assert "".join(parts) == text[len(tokenizer.decode(ids[:cut])):]
+            assert max(map(len, parts)) == 1               # each as soon as it is whole
+
+
 def test_tiktoken_is_read_as_the_reference_reads_it(tmp_path):
     tokens = tiktoken_folder(tmp_path)
     import tiktoken
@@ -200,6 +223,19 @@ USUAL = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "
 def test_sentencepiece_reads_what_its_file_says_alone(tmp_path, settings, fits):
     folder = sentencepiece_folder(tmp_path, settings)
     assert SentencePieceTokenizer(folder).fits(folder) == fits
+
+
+def test_a_tokenizer_json_that_disagrees_counts(tmp_path):
+    """Fine-tuned models give rare tokens other names there, as transformers reads them."""
+    folder = sentencepiece_folder(tmp_path, USUAL | {"add_prefix_space": None})
+    tokenizer = SentencePieceTokenizer(folder)
+    vocabulary = {piece: i for i, piece in enumerate(tokenizer.pieces())}
+    renamed = vocabulary | {"<|im_end|>": vocabulary.pop(tokenizer.pieces()[4000])}
+    begin = {"single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+    for pieces, fits in ((vocabulary | {tokenizer.pieces()[4000]: 4000}, True), (renamed, False)):
+        (folder / "tokenizer.json").write_text(json.dumps(
+            {"post_processor": begin, "model": {"vocab": pieces}}))
+        assert tokenizer.fits(folder) == fits
 
 
 @pytest.mark.parametrize("settings, bos, eos", [
