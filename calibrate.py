@@ -34,7 +34,7 @@ statistics that TEAL's authors publish for Llama-2, Llama-3 and Mistral can be r
     python calibrate.py --greedy                            with the greedy allocation, too
     python calibrate.py --tokens 2000 --context 512         quicker; 16,000 tokens if not told
 
-Interrupted, both go on where they were, from FOLDER/calibration.safetensors.partial.
+Interrupted, all go on where they were, from FOLDER/calibration.safetensors.partial.
 """
 import contextlib
 import csv
@@ -295,15 +295,22 @@ class Partial:
     """What long work has computed so far, from where it goes on if it was killed.
 
     It is a dictionary of tensors, and a safetensors file written anew with each `keep`. What is
-    found in the file counts if it was made from the same `origin`, a text. path None: no file.
+    found in the file counts if it was made from the same `origin`, a text. path None: no file. Each
+    kind of work has a label of its own, which says all that it depends on beside the origin.
     """
 
     def __init__(self, path=None, origin=""):
         self.path = path
         self.origin = origin
         self.tensors = {}
-        if path and path.exists() and read_header(path)[1].get("origin") == origin:
-            self.tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
+        if path and path.exists():
+            try:
+                if read_header(path)[1].get("origin") == origin:
+                    found = read_safetensors(path)
+                    self.tensors = {name: tensor.clone() for name, tensor in found.items()}
+                    note(f"going on from {path}")
+            except InputError as error:
+                note(f"beginning anew: {error}")
 
     def keep(self, tensors):
         """Add tensors {name: tensor}, or put them in the place of those there are."""
@@ -314,8 +321,7 @@ class Partial:
     def rest(self, items, label, sums):
         """Yield those of a list's items that are not done yet; what they come to is in `sums`.
 
-        sums: a tensor that the caller adds to, in place; it begins as far as the work was. As long
-        as nothing else is called `label`, and the items are the same.
+        sums: a tensor that the caller adds to, in place; it begins as far as the work was.
         """
         done = 0
         if label in self.tensors:
@@ -366,6 +372,15 @@ def calibrate(model, tokens, context=None, source="unknown text", partial=None):
                        fingerprint_of(model.model.embed_tokens.weight.detach()),
                        {"input": torch.stack(inputs).view(-1, len(SITES), BINS), "head": head},
                        {"uniform": even_table(len(model.model.layers))})
+
+
+def first_windows(model, tokens, number, length):
+    """Return windows (W, T) from the beginning of tokens (N,), on the model's device.
+
+    At most `number` of at most `length` tokens: shorter where the model's context or the text is.
+    """
+    length = min(length, default_context(model), len(tokens) - 1)
+    return windows_of(tokens, length)[:number, :-1].to(model.device)
 
 
 def check_dense(model):
@@ -457,11 +472,10 @@ def add_greedy(calibration, model, tokens, partial=None):
     """
     check_dense(model)
     partial = partial or Partial()
-    number, context = GREEDY
-    windows = windows_of(tokens, min(context, default_context(model)))[:number, :-1]
+    windows = first_windows(model, tokens, *GREEDY)
     _, size = calibration.sizes()
-    x = model.embed(windows.to(model.device))
-    context = model.context(windows.to(model.device))
+    x = model.embed(windows)
+    context = model.context(windows)
     paths = []
     for layer in progress(range(len(model.model.layers)), "greedy allocation, blocks"):
         block = model.model.layers[layer]
@@ -605,9 +619,12 @@ def output_of(arguments):
 
 def origin_of(model, tokens, context):
     """Return what a Partial depends on, as a text: the model, its dtype, and the text's windows."""
-    fingerprint = fingerprint_of(model.model.embed_tokens.weight.detach())
-    values = torch.cat((fingerprint.double(), tokens.double()))
-    return f"{hashlib.sha256(values.numpy().tobytes()).hexdigest()} {model.dtype} {context}"
+    values = [tokens.double()]
+    for tensor in model.state_dict().values():             # a few of each, quantized ones too
+        at = torch.linspace(0, tensor.numel() - 1, 64, dtype=torch.float64).long()
+        values.append(tensor.flatten()[at.to(tensor.device)].double().cpu())
+    digest = hashlib.sha256(torch.cat(values).numpy().tobytes()).hexdigest()
+    return f"{FORMAT}, {model.dtype}, windows of {context}, {digest}"
 
 
 def announce(model, tokens, context, cost):

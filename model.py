@@ -445,10 +445,10 @@ class Config:
             value = source.get(key)
             value = default if value is None else value
             allowed = (int, float) if kind is float else (int,)      # True is an int, too
-            below = 2**31 if kind is int else float("inf")
-            require(type(value) in allowed and 0 < value < below,
-                    f"{path}: {key} is {json.dumps(value)}, expected a number, above 0, below "
-                    f"{'2^31' if kind is int else 'infinity'}")
+            most = 2**31 - 1 if kind is int else sys.float_info.max
+            require(type(value) in allowed and 0 < value <= most,
+                    f"{path}: {key} is {json.dumps(value)}, expected a number, above 0, at most "
+                    f"{most}")
             return kind(value)
 
         if raw.get("model_type") not in ("llama", "mistral"):
@@ -474,10 +474,11 @@ class Config:
         window = None
         if mistral and raw.get("sliding_window", 4096) is not None:
             window = number("sliding_window", default=4096)          # absent: as in transformers
-            kinds = set(raw.get("layer_types") or ["sliding_attention"])
-            if kinds == {"full_attention"}:
+            kinds = raw.get("layer_types")
+            layers = number("num_hidden_layers")
+            if kinds == ["full_attention"] * layers:
                 window = None
-            elif kinds != {"sliding_attention"}:
+            elif kinds not in (None, ["sliding_attention"] * layers):
                 refuse("layer_types", "one type for all layers: sliding or full attention")
         heads = number("num_attention_heads")
         rope, rope_scaling = Config._read_rope(path, raw, number, refuse)
@@ -516,6 +517,7 @@ class Config:
         rope = raw.get(key) or {}
         if not isinstance(rope, dict):
             refuse(key, "an object")
+        rope = {name: value for name, value in rope.items() if value is not None}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in list(ROPE_NUMBERS):
             refuse(key, f"one of the rope types {', '.join(ROPE_NUMBERS)}")

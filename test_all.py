@@ -465,6 +465,8 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
     ({"is_causal": False}, "is_causal is false, supported is true"),
     ({"model_type": "mistral", "sliding_window": 8,
       "layer_types": ["sliding_attention", "full_attention"]}, "layer_types is"),
+    ({"model_type": "mistral", "sliding_window": 8, "layer_types": 5}, "layer_types is 5"),
+    ({"rope_theta": 10**400}, "expected a number, above 0, at most"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling is"),
     ({"rope_scaling": {"factor": 8.0}}, "rope_scaling is"),
     ({"rope_scaling": {"type": "linear"}}, "factor is null, expected a number, above 0"),
@@ -593,6 +595,7 @@ def test_every_spelling_of_rope(tmp_path):
                  {"rope_scaling": linear, "rope_parameters": LLAMA3, "rope_theta": 777.0},
                  {"rope_scaling": linear | {"rope_theta": 5e5}, "rope_parameters": LLAMA3},
                  {"rope_scaling": {}, "rope_parameters": LLAMA3, "rope_theta": 5e5},
+                 {"rope_parameters": LLAMA3 | {"rope_theta": None}, "rope_theta": 5e5},
                  {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32},
                  {"rope_scaling": None, "rope_theta": 45.2e9},       # for a context of 4 million
                  {"rope_scaling": None, "rope_parameters": linear | {"rope_theta": 9.0}}):
@@ -1261,6 +1264,10 @@ def test_a_calibration_goes_on_where_it_was_killed(monkeypatch, tmp_path):
         assert begun == ["greedy_path"] * (len(model.model.layers) - 1)
         begun.clear()
         run("others")                    # what was made from something else does not count
+        assert begun.count("histogram") == 6 * sites
+        begun.clear()
+        (tmp_path / "partial").write_bytes(b"damaged")     # nor does what was not written whole
+        run()
         assert begun.count("histogram") == 6 * sites
     for name, counts in whole.distributions.items():
         assert torch.equal(again.distributions[name], counts)

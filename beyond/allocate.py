@@ -29,7 +29,8 @@ each block, and a few times the logits of one window in float32.
 Whatever the shares, a threshold drops another share than it was made for where inputs were dropped
 before it: it was read from distributions of the dense model. So at the end all allocations are
 *settled*: at four levels the sparse model runs, each threshold is found where it acts, and the
-table gets the share of the dense inputs that it corresponds to.
+table gets the share of the dense inputs that it corresponds to. (Prices are measured with such
+thresholds from the start.)
 
 The seam: a `Calibration` holds distributions, weights for the channels, and tables of shares that
 one interpolation reads. This file adds to all three. Whatever reads thresholds from a calibration,
@@ -50,14 +51,15 @@ import torch.nn.functional as F
 
 from beyond import quantize              # with it, load_model reads quantized folders too
 from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITES,
-                       Partial, Table, check_dense, count, even_table, histogram, load_calibration,
-                       make_parser, output_of, quantile, write_calibration, write_imported)
+                       Partial, Table, check_dense, count, even_table,
+                       first_windows, histogram, load_calibration, make_parser,
+                       output_of, quantile, write_calibration, write_imported)
 from kernel import kept
 from model import (InputError, check_output, command_line, default_context, linear_names,
                    load_model, progress, replacing, require, windows_of)
 
 # Where a table is filled in. The shares of a level have it as their mean, and so have those on the
-# line between two levels: every sparsity in between is met exactly.
+# line between two levels.
 LEVELS = torch.arange(1, 20, dtype=torch.float64) / 20
 MOST = 0.9999            # that a linear drops of its inputs
 
@@ -196,7 +198,8 @@ def count_weighted(model, windows, weights, partial=None):
             weight = weight.to(model.device)
             watched.append((model.get_submodule(name), lambda x, y, weight=weight: x * weight))
     layers = len(model.model.layers)
-    gate, *counts = count(model, windows, watched, "calibrating, weighted", partial).split(
+    label = f"calibrating, weighted by {' and '.join(weights) or 'nothing'}"
+    gate, *counts = count(model, windows, watched, label, partial).split(
         [layers] + [layers * len(LINEARS)] * len(weights))
     counts = [of.view(layers, len(LINEARS), BINS) for of in counts]
     return {"gate": gate} | dict(zip(weights, counts))
@@ -224,13 +227,6 @@ def add_fisher(calibration, fisher):
 
 WINDOWS = (8, 512)       # of text that runs in the sparse model, and tokens of each at most
 SETTLED_AT = (0.25, 0.5, 0.65, 0.8)      # sparsities at which an allocation's table is settled
-
-
-def sparse_windows(model, tokens):
-    """Return windows (W, T) from the beginning of tokens (N,), on the model's device."""
-    number, context = WINDOWS
-    windows = windows_of(tokens, min(context, default_context(model)))
-    return windows[:number, :-1].to(model.device)
 
 
 class Dropping:
@@ -290,14 +286,17 @@ def shares_at(calibration, values, weights=""):
 
 @torch.no_grad()
 def settle(calibration, model, tokens):
-    """Make all allocations of a calibration drop, in the sparse model, the shares they are to drop.
+    """Make the allocations of a calibration drop, in the sparse model, what they are to drop.
+
+    All but priced, whose thresholds are those of a sparse model already. Once: a table that was
+    settled no longer says what was asked for.
 
     Distributions are those of the dense model, and where inputs are dropped others come later: the
     uniform allocation at 50 % drops 52 % of SmolLM2. So each table is filled in anew, with the
     shares of the dense model's inputs that have the right thresholds for the sparse one's.
     """
     check_dense(model)
-    windows = sparse_windows(model, tokens)
+    windows = first_windows(model, tokens, *WINDOWS)
     work = [(name, level) for name in calibration.tables if name != "priced"
             for level in SETTLED_AT]
     settled = {}
@@ -344,7 +343,7 @@ def prices(model, windows, dense, dropping):
     with dropping, contextlib.ExitStack() as hooks:
         for name in dropping.names:
             sums.append(torch.zeros(2, 2, dtype=torch.float64, device=model.device))
-            watch(model.get_submodule(name), name, dropping, sums[-1], hooks)
+            add_costs(model.get_submodule(name), name, dropping, sums[-1], hooks)
         total = backpropagate(model, windows, loss)
     # On either side of the threshold the gradient is that of a model with the input and without it;
     # the truth lies between.
@@ -353,7 +352,7 @@ def prices(model, windows, dense, dropping):
     return (costs / torch.tensor(outputs, dtype=torch.float64)).view(-1, len(LINEARS)), total
 
 
-def watch(linear, name, dropping, sums, hooks):
+def add_costs(linear, name, dropping, sums, hooks):
     """Add up what the inputs near a linear's threshold cost, until `hooks` end.
 
     sums (2, 2): the costs of inputs just dropped and just kept, and how many there are of each.
@@ -361,7 +360,7 @@ def watch(linear, name, dropping, sums, hooks):
     """
     x = None                             # what the linear was last given, (W, T, in)
 
-    def note(module, inputs):
+    def remember(module, inputs):
         nonlocal x
         x = inputs[0].detach()
 
@@ -375,7 +374,7 @@ def watch(linear, name, dropping, sums, hooks):
         for side, chosen in zip(sums, (near & ~keep, near & keep)):
             side += torch.stack((cost[chosen].double().sum(), chosen.sum().double()))
 
-    hooks.enter_context(linear.register_forward_pre_hook(note, prepend=True))
+    hooks.enter_context(linear.register_forward_pre_hook(remember, prepend=True))
     hooks.enter_context(linear.register_full_backward_hook(add))
 
 
@@ -398,7 +397,7 @@ def add_priced(calibration, model, tokens, partial=None):
     """
     check_dense(model)
     partial = partial or Partial()
-    windows = sparse_windows(model, tokens)
+    windows = first_windows(model, tokens, *WINDOWS)
     x = model.embed(windows)
     context = model.context(windows)
     for block in model.model.layers:
@@ -613,8 +612,8 @@ def main():
         settle(calibration, model, tokens)
 
     # In forward passes: 2 a token for weighted counts, 4 for gradients, and what follows from
-    # WINDOWS, for 5 to 9 prices and 16 to 24 thresholds.
-    cost = 2 * arguments.tokens + 60_000
+    # WINDOWS for nine prices and up to 24 thresholds.
+    cost = 2 * arguments.tokens + 80_000
     write_calibration(arguments, path, model, tokenizer, add,
                       cost + fisher * (4 * arguments.tokens + 240_000))
 

@@ -11,8 +11,8 @@ For each setting, over the same windows of tokens:
                  can parse (demo model)
 
 `python sparsify.py` prints some of this. Here are more protocols, other people's ways to skip
-weights (peers.py), and two other questions:
-where the loss comes from, and what is left to skip where several texts are decoded at once.
+weights (peers.py), and two other questions: where the loss comes from, and what is left to skip
+where several texts are decoded at once.
 
 The seam: `sparsify` gives other thresholds to a model that is sparse already, so one model takes
 all settings in turn.
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from beyond.allocate import add_quantize, check_figure, load, pyplot, refuse_beside, save_figure
 from beyond.peers import PEERS, peer_maker
-from calibrate import load_calibration
+from calibrate import even_table, load_calibration
 from kernel import kept
 from model import (Parser, block_linears, check_tokens, command_line, default_context, linear_names,
                    natural, progress, read_tokens, require, share, windows_of)
@@ -227,7 +227,8 @@ def source_settings(model, calibration, level=0.5):
     thresholds = calibration.thresholds(level) | {"lm_head": None}
     settings = [Setting(f"{prefix} dense", level, thresholds, None, prefix)
                 for prefix in (0, 1, 4, 16, 64)]
-    uniform = calibration.thresholds(level, "uniform")
+    layers = model.config.num_hidden_layers
+    uniform = calibration.thresholds_at(even_table(layers).at(level))      # nothing else is sparse
     nothing = dict.fromkeys([*linear_names(model.config), "lm_head"])
     for linear in block_linears(model.config):
         alone = {name: value for name, value in uniform.items() if name.endswith(linear)}
@@ -339,6 +340,8 @@ def read_arguments():
                               "batch": (*table, "context", "scored", "paper"),
                               "paper": ("context", "scored", "dense_prefix"),
                               "beside": ("functions",)})
+    require(not arguments.held_in or "larosa" in (arguments.allocation or ()),
+            "--held-in means nothing without --allocation larosa")
     if arguments.sparsity is None:
         arguments.sparsity = [0.25, 0.4, 0.5, 0.6, 0.65, 0.75]
     if arguments.functions is None:

@@ -51,8 +51,13 @@ class Reads:
         self.skipped += (1 - counted.mean().item()) * size * counted[..., 0].numel()
 
     def sparsity(self):
-        """Return the share of the weights that was not read, what is read beside them set off."""
-        return (self.skipped / max(self.tokens, 1) - self.more) / self.total
+        """Return the share of the weights that was not read, what is read beside them set off.
+
+        0.0 if no call was sparse.
+        """
+        if not self.tokens:
+            return 0.0
+        return (self.skipped / self.tokens - self.more) / self.total
 
 
 @contextlib.contextmanager
@@ -109,8 +114,8 @@ def turned(bases, weights, share, more, model, mode, prefix=0):
     """Keep the largest entries of linears' inputs in bases of their own, in a `with`.
 
     bases: {linear: (in, in), orthogonal, in columns, or None}; weights: {linear: (in,)} with which
-    |x| is multiplied, or {}; share: of the entries of each token that is dropped; more: weights
-    read beside the linears.
+    |x| is multiplied, or {}; share: of each linear's inputs that is dropped, in every token; more:
+    weights read beside the linears.
     """
     def hooks_of(reads, sparse):
         reads.more = more
@@ -225,7 +230,7 @@ def rsparse(ranks, thresholds, model, mode, prefix=0):
 
 
 def peer_maker(name, model, calibration, windows):
-    """Return a function of a sparsity: the peer as `Setting` takes it, or None if out of its reach.
+    """Return a function of a sparsity: the peer as `Setting` takes it; False if out of its reach.
 
     windows (W, T + 1): held-in text, for what is made of text.
     """

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import kernel
 from beyond import allocate, judge, peers, quantize, record, timing, watch
 from beyond.conftest import random_llama
-from calibrate import SINKS, SITE_OF, Calibration, Table, calibrate, histogram, quantile
+from calibrate import (SINKS, SITE_OF, Calibration, Partial, Table, calibrate, histogram, origin_of,
+                       quantile)
 from demo import corpus
 from model import (DEMO, Config, InputError, linear_names, load_model, load_tokenizer,
                    windows_of)
@@ -111,6 +112,71 @@ def test_without_fisher_only_wina_is_added():
     calibration.check_whole()
 
 
+def test_allocations_go_on_where_they_were_killed(calibrated, tmp_path, monkeypatch):
+    """With other options, too: what was counted for them is not taken for the rest."""
+    model, tokens, calibration = calibrated
+    path = tmp_path / "partial"
+
+    def run(fisher):
+        partial = Partial(path, "the same")
+        again = calibrate(model, tokens, 16, partial=partial)
+        allocate.add_allocations(again, model, tokens, 16, fisher, partial)
+        if fisher:
+            allocate.add_priced(again, model, tokens, partial)
+        return again
+
+    run(fisher=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        prices, begun = allocate.prices, []
+
+        def killed(*arguments):
+            begun.append(0)
+            if len(begun) == 4:
+                raise KeyboardInterrupt
+            return prices(*arguments)
+        patch.setattr(allocate, "prices", killed)
+        run(fisher=True)
+    with monkeypatch.context() as patch:
+        asked = []
+        patch.setattr(allocate, "prices", lambda *of: asked.append(0) or prices(*of))
+        patch.setattr(allocate, "backpropagate", no_gradients(allocate.backpropagate))
+        again = run(fisher=True)
+    assert len(asked) == 6               # of nine: three were done
+    for name, counts in calibration.distributions.items():
+        assert torch.equal(again.distributions[name], counts)
+    for name, table in calibration.tables.items():
+        assert torch.allclose(again.tables[name].shares, table.shares, atol=1e-6)
+
+
+def no_gradients(backpropagate):
+    """Return a backpropagate that fails for Fisher's labels, whose work is done."""
+    def only_prices(model, tokens, loss):
+        assert "prices" in loss.__qualname__
+        return backpropagate(model, tokens, loss)
+    return only_prices
+
+
+def test_partial_work_belongs_to_one_model():
+    tokens = tokens_like(tiny_model(), 100)
+    models = [tiny_model(), tiny_model(torch.bfloat16), tiny_model(), quantize.quantize(
+        tiny_model(hidden_size=64, head_dim=16, intermediate_size=64), 4, 32)]
+    models[2].model.layers[1].mlp.down_proj.weight += 1
+    origins = [origin_of(model, tokens, 16) for model in models]
+    origins += [origin_of(models[0], tokens, 8), origin_of(models[0], tokens[1:], 16)]
+    assert len(set(origins)) == 6
+    assert origin_of(tiny_model(), tokens, 16) == origins[0]
+
+
+def test_a_short_text_is_enough_for_all():
+    model = tiny_model()
+    tokens = tokens_like(model, 30)
+    calibration = calibrate(model, tokens, 16)
+    allocate.add_allocations(calibration, model, tokens, 16)
+    allocate.add_priced(calibration, model, tokens)
+    allocate.settle(calibration, model, tokens)
+    calibration.check_whole()
+
+
 def test_share_below_inverts_the_quantile():
     torch.manual_seed(0)
     x = torch.randn(40, 5000) * 3
@@ -154,7 +220,7 @@ def test_settled_thresholds_drop_what_they_are_to_drop(calibrated, settled):
     assert settled.allocations == calibration.allocations
     settled.check_whole()
     model = sparsify(tiny_model(), settled.thresholds(0.5))
-    windows = allocate.sparse_windows(model, tokens)
+    windows = allocate.first_windows(model, tokens, *allocate.WINDOWS)
     for allocation in ("uniform", "wina", "fisher", "balanced", "priced"):
         for level in (0.3, 0.5) if allocation == "priced" else (0.25, 0.65):
             reset_counts(model)
@@ -446,6 +512,9 @@ def test_peers_that_drop_nothing_are_dense(calibrated):
         (functools.partial(peers.rsparse, ranks, nothing),
          sum(part.numel() for pair in ranks.values() for part in pair)),
     ):
+        with peer(model, "decode") as sparsity:
+            assert torch.equal(model(inputs), dense)
+            assert sparsity() == 0.0
         with peer(model, "all") as sparsity:
             assert torch.allclose(model(inputs), dense, atol=1e-4)
             assert sparsity() == pytest.approx(-more / total)
@@ -762,6 +831,7 @@ def test_the_demo_says_what_guesses_bring(draft):
     (judge, ["--dense-prefix", 512], "--dense-prefix is 512, expected 0 to 511"),
     (judge, ["--sources", "--sparsity", 0.25], "--sparsity means nothing with --sources"),
     (judge, ["--batch", 2, "--scored", 9], "--scored means nothing with --batch"),
+    (judge, ["--held-in", "x"], "--held-in means nothing without --allocation larosa"),
     (judge, ["--paper", "--context", 64], "--context means nothing with --paper"),
     (judge, ["--beside", "x", "--functions", 3], "--functions means nothing with --beside"),
     (judge, ["--calibration", "nowhere"], "nowhere: no calibration"),

@@ -119,6 +119,7 @@ def test_the_text_of_a_file_is_watched_behind_its_beginning(monkeypatch, capsys,
     ids = tokenizer.encode(path.read_text())[16:16 + 26]
     assert labels == watch.labels(tokenizer, tokenizer.encode(path.read_text())[:16], ids)
     assert {"↵", "⇥", "Ω"} <= set(labels)
+    assert watch.labels(tokenizer, ids, [4100]) == ["<4100>"]        # only pads the vocabulary
     assert "watched: text, 26 tokens" in said
     figure = drawn(monkeypatch, "--text", path, "--tokens", 500)               # all that it has
     assert figure.axes[1].images[0].get_array().shape[1] < 100

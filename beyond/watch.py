@@ -88,6 +88,7 @@ def labels(tokenizer, prompt, ids):
     """Return what to write for each of `ids` as it follows a prompt; white space becomes signs."""
     decoder = StreamDecoder(tokenizer, prompt)
     pieces = tokenizer.pieces()
+    pieces += [f"<{i}>" for i in range(len(pieces), max(ids, default=0) + 1)]   # ids that only pad
     texts = [decoder.add(token) or pieces[token] for token in ids]
     signs = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥"})
     return [(text.strip() or text.translate(signs))[:LONGEST_LABEL] for text in texts]
@@ -128,7 +129,7 @@ def draw(watched, rows, parting, title, path):
             colour = "tab:red" if name == "sparse" and i >= parting else "black"
             axis.text(i, 1, text, rotation=90, ha="center", va="top", color=colour,
                       fontsize=min(8, 480 / count), parse_math=False)
-    if parting < count:
+    if parting < count and rows["dense"] != rows["sparse"]:
         for axis in axes if next(iter(rows)) == "dense" else axes[3:]:         # greedy texts alone
             axis.axvline(parting - 0.5, color="tab:red", lw=1, ls="--")
     with warnings.catch_warnings():
