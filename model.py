@@ -918,7 +918,8 @@ class SentencePieceTokenizer:
             if whole:
                 parts = [list(part.values())[0]["id"] for part in whole["post_processor"]["single"]]
                 same &= parts == [bos] * (bos is not None) + ["A"]
-                same &= whole["model"]["vocab"] == {piece: i for i, piece in enumerate(self.pieces())}
+                own = {piece: i for i, piece in enumerate(self.pieces())}
+                same &= whole["model"]["vocab"] == own
             added = [(token["content"], token["id"]) for token in whole.get("added_tokens", [])]
             added += [(content(token), int(i))
                       for i, token in settings.get("added_tokens_decoder", {}).items()]
