@@ -629,10 +629,13 @@ def all_tickets(device):
 def tickets(number, device):
     """Return zeros (number,) int32, by which programs learn which of them is the last.
 
-    A launch leaves them zero, so nothing has to clear them. Each launch has others, so that two may
-    run at a time, in two streams; after a million they come again. As PyTorch asks for: a product
-    runs once before it is captured in a CUDA graph.
+    A launch leaves them zero, so nothing has to clear them. After a million they come again, which
+    a few texts need: launches that share tickets must not run at once, in two streams. As PyTorch
+    asks for: a product runs once before it is captured in a CUDA graph. Raises ValueError for more
+    than there are.
     """
+    if number > TICKETS:
+        raise ValueError(f"{number} tiles of outputs in one launch, at most {TICKETS}")
     zeros, used = all_tickets(device)
     begin = used[0] if used[0] + number <= TICKETS else 0
     used[0] = begin + triton.cdiv(number, 4) * 4           # addresses are multiples of 16 bytes
@@ -644,6 +647,8 @@ def triton_gemv(x, weight_t, threshold):
     check_triton(x)
     rows, channels = x.shape
     outputs = weight_t.shape[1]
+    if not rows * channels * outputs:
+        return x.new_zeros(rows, outputs)                  # there would be no program
     sizes = TILE[x.itemsize]
     tiles = triton.cdiv(outputs, sizes["BLOCK_OUT"])
     size = span(tiles, channels, x.device)
@@ -669,7 +674,7 @@ C_CALLS = {"c": c_call}              # for those that are one C call: the functi
 # How near to the limit it is: the bytes of kept rows over the bandwidth of the memory.
 
 def median_time(call, device, seconds=0.5):
-    """Return the median time of `call(i)` in seconds, i counting up, after a warm-up."""
+    """Return the median time of `call(i)`, i counting up, after a warm-up: of those in `seconds`."""
     times = []
     if device.type == "cuda":
         def once(i):
@@ -687,10 +692,9 @@ def median_time(call, device, seconds=0.5):
             return time.perf_counter() - begin
     once(0)
     once(1)
-    total = 0.0
-    while total < seconds or len(times) < 11:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 11:
         times.append(once(len(times)))
-        total += times[-1]
     return statistics.median(times)
 
 

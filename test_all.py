@@ -784,6 +784,10 @@ def test_the_same_input_gives_the_same_bits(gemv):
     assert all(torch.equal(gemv(x, weight_t, 0.4), first) for _ in range(3))
 
 
+def test_a_product_without_inputs_is_zero(gemv):
+    assert gemv(torch.zeros(2, 0), torch.zeros(0, 5), 0.1).tolist() == [[0.0] * 5] * 2
+
+
 def test_sparse_gemv_refuses_what_does_not_fit():
     x = torch.randn(1, 8)
     weight_t = torch.randn(8, 4)

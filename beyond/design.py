@@ -19,7 +19,8 @@ counted where they are made, on a small model with as many layers as the real on
 No GPU is needed: Triton compiles for one that is not here.
 
     python -m beyond.design                       both tables, for an H100
-    python -m beyond.design --capability 80 --bandwidth 2.04e12 --multiprocessors 108    an A100
+    python -m beyond.design --capability 80 --bandwidth 2.04e12 --multiprocessors 108    an A100,
+                            but for its clock and its shared memory, which are an H100's here
 """
 import contextlib
 import os
