@@ -472,7 +472,7 @@ def c_gemv(x, weight_t, threshold):
 
 # --------------------------------------------------------------------------------------------------
 # Triton: the same sum, cut into tiles. What a GPU needs to be busy is bytes on their way: an H100
-# 3.35 TB/s x 0.7 us, 18 KB for each of its 132 multiprocessors, all the time. So a program
+# 3.35 TB/s x 0.7 us, 17 KB for each of its 132 multiprocessors, all the time. So a program
 #     1. lists the channels of its split that any row keeps, and their inputs, in memory of its own
 #     2. walks down the list. The loop is a pipeline: while the matrix units take one turn's rows,
 #        those of the next turns are being copied to shared memory, without a register

@@ -2,7 +2,7 @@
 
 A product at batch 1 is a stream of bytes. A multiprocessor that asks for B bytes, and waits L for
 them, gets B / L a second: to use its share of the bandwidth it must have `bandwidth x latency` on
-their way at any time (Little's law). On an H100 that is 3.35 TB/s x 0.7 us / 132 = 18 KB. How many
+their way at any time (Little's law). On an H100 that is 3.35 TB/s x 0.7 us / 132 = 17 KB. How many
 there are is read off the compiled kernel:
 
     programs   a multiprocessor holds as many as its registers, shared memory and threads allow
