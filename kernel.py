@@ -674,7 +674,7 @@ C_CALLS = {"c": c_call}              # for those that are one C call: the functi
 # How near to the limit it is: the bytes of kept rows over the bandwidth of the memory.
 
 def median_time(call, device, seconds=0.5):
-    """Return the median time of `call(i)`, i counting up, after a warm-up: of those in `seconds`."""
+    """Return the median time of `call(i)`, i counting up, of as many as `seconds` hold."""
     times = []
     if device.type == "cuda":
         def once(i):

@@ -595,7 +595,6 @@ def test_every_spelling_of_rope(tmp_path):
                  {"rope_scaling": linear, "rope_parameters": LLAMA3, "rope_theta": 777.0},
                  {"rope_scaling": linear | {"rope_theta": 5e5}, "rope_parameters": LLAMA3},
                  {"rope_scaling": {}, "rope_parameters": LLAMA3, "rope_theta": 5e5},
-                 {"rope_parameters": LLAMA3 | {"rope_theta": None}, "rope_theta": 5e5},
                  {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32},
                  {"rope_scaling": None, "rope_theta": 45.2e9},       # for a context of 4 million
                  {"rope_scaling": None, "rope_parameters": linear | {"rope_theta": 9.0}}):
