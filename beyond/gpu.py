@@ -428,14 +428,18 @@ def texts(report, results, folder):
                    f"{guesses.statistics.tokens_a_pass:.2f} tokens a pass")
         results.append({"folder": str(folder), "device": device, "calibration": seconds,
                         "tokens a pass": guesses.statistics.tokens_a_pass})
+
+    def compare(name, text, others, whose):
+        same = first_difference(written[text], written[others])
+        report.say(f"  {name}: the first {same} of {count} tokens are those of {whose}")
+        results.append({"folder": str(folder), "text": name, "as": whose, "same": same,
+                        "of": count})
+
+    device = report.device.type
+    compare("speculative", (device, "speculative"), (device, "dense"), "plain decoding")
     for name in ("dense", "50 % sparse", "speculative"):
-        ours = written[report.device.type, name]
-        same = first_difference(written["cpu", name], ours)
-        report.say(f"  {name}: the first {same} of {count} tokens are those of the CPU")
-        results.append({"folder": str(folder), "text": name, "same": same, "of": count})
-    same = first_difference(written[report.device.type, "dense"],
-                            written[report.device.type, "speculative"])
-    report.say(f"  speculative: the first {same} of {count} are those of plain decoding")
+        if device != "cpu":
+            compare(name, (device, name), ("cpu", name), "the CPU")
 
 
 @torch.no_grad()
