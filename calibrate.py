@@ -49,10 +49,10 @@ from typing import NamedTuple
 import torch
 
 from kernel import kept
-from model import (EMBEDDING, HEAD, Config, InputError, Parser, block_linears, check_output,
-                   check_tokens, command_line, default_context, linear_names, load_model, natural,
-                   note, progress, read_header, read_safetensors, read_tokens, require,
-                   tensor_paths, windows_of, write_safetensors)
+from model import (EMBEDDING, HEAD, Config, InputError, Parser, asked_context, block_linears,
+                   check_output, check_tokens, command_line, default_context, linear_names,
+                   load_model, natural, note, progress, read_header, read_safetensors, read_tokens,
+                   require, tensor_paths, windows_of, write_safetensors)
 
 SITES = ("attention in", "attention out", "MLP in", "MLP middle")
 SITE_OF = {                  # where each of the seven linears of a block reads
@@ -655,10 +655,7 @@ def write_calibration(arguments, path, model, tokenizer, add=None, cost=0):
     """
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
     tokens = tokens[:arguments.tokens]
-    context = arguments.context or default_context(model)
-    longest = model.config.max_position_embeddings
-    require(context <= longest,
-            f"--context {context} does not fit the model's context of {longest}")
+    context = asked_context(model, arguments.context)
     partial_path = path.with_name(f"{path.name}.partial")
     partial = Partial(partial_path, origin_of(model, tokens, context))
     announce(model, tokens, context, 1.3 * len(tokens) + arguments.greedy * GREEDY_COST + cost)

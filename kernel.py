@@ -642,6 +642,18 @@ def tickets(number, device):
     return zeros[begin:begin + number]
 
 
+def room(x, tiles, splits, size, width):
+    """Return what the programs of a launch write besides y: channel, input, partial and ticket.
+
+    tiles, splits: the grid; size: of a program's list; width: outputs of all tiles.
+    """
+    rows = x.shape[0]
+    return (torch.empty(splits * tiles, size, device=x.device, dtype=torch.int32),
+            torch.empty(splits * tiles, rows, size, device=x.device, dtype=x.dtype),
+            torch.empty(splits, rows, width, device=x.device, dtype=torch.float32),
+            tickets(tiles, x.device))
+
+
 def triton_gemv(x, weight_t, threshold):
     """Compute sparse_gemv by the Triton kernel, in one launch."""
     check_triton(x)
@@ -653,15 +665,12 @@ def triton_gemv(x, weight_t, threshold):
     tiles = triton.cdiv(outputs, sizes["BLOCK_OUT"])
     size = span(tiles, channels, x.device)
     splits = triton.cdiv(channels, size)
-    channel = torch.empty(splits * tiles, size, device=x.device, dtype=torch.int32)
-    inputs = torch.empty(splits * tiles, rows, size, device=x.device, dtype=x.dtype)
-    partial = torch.empty(splits, rows, outputs, device=x.device, dtype=torch.float32)
     y = torch.empty(rows, outputs, device=x.device, dtype=x.dtype)
     with torch.cuda.device_of(x):        # Triton launches on the current device
         sparse_product_kernel[(tiles, splits)](
-            x, weight_t, threshold, channel, inputs, partial, tickets(tiles, x.device), y, rows,
-            channels, outputs, STEP=threshold.ndim, ROWS=triton.next_power_of_2(rows), SPAN=size,
-            num_warps=4, **sizes)
+            x, weight_t, threshold, *room(x, tiles, splits, size, outputs), y, rows, channels,
+            outputs, STEP=threshold.ndim, ROWS=triton.next_power_of_2(rows), SPAN=size, num_warps=4,
+            **sizes)
     return y
 
 

@@ -772,6 +772,11 @@ def read_json(path):
     return value
 
 
+def read_settings(path):
+    """Return the dictionary in a JSON file, empty if the file is not there."""
+    return read_json(path) if path.exists() else {}
+
+
 # --------------------------------------------------------------------------------------------------
 # The folder: one file of tensors, or several
 
@@ -901,15 +906,13 @@ class SentencePieceTokenizer:
 
     def fits(self, folder):
         """Return whether the folder's other files add no token, and begin a text as this does."""
-        def read(name):
-            path = Path(folder) / name
-            return read_json(path) if path.exists() else {}
-
         def content(token):
             return token["content"] if isinstance(token, dict) else token
 
-        settings = read("special_tokens_map.json") | read("tokenizer_config.json")
-        whole = read("tokenizer.json")
+        folder = Path(folder)
+        settings = (read_settings(folder / "special_tokens_map.json")
+                    | read_settings(folder / "tokenizer_config.json"))
+        whole = read_settings(folder / "tokenizer.json")
         bos = self.processor.id_to_piece(self.bos_id) if self.bos_id >= 0 else None
         usual = {"bos_token": bos, "add_bos_token": bos is not None, "add_eos_token": False,
                  "add_prefix_space": True}
@@ -923,7 +926,7 @@ class SentencePieceTokenizer:
             added = [(token["content"], token["id"]) for token in whole.get("added_tokens", [])]
             added += [(content(token), int(i))
                       for i, token in settings.get("added_tokens_decoder", {}).items()]
-            added += read("added_tokens.json").items()
+            added += read_settings(folder / "added_tokens.json").items()
             return same and all(self.is_own(text, i) for text, i in added)
         except (AttributeError, LookupError, TypeError, ValueError):
             return False                                   # transformers says what is wrong
@@ -955,8 +958,7 @@ class HubTokenizer:
                                  f"package protobuf: pip install protobuf") from None
             # AutoTokenizer would take another class for Mistral, which begins no text with a blank.
             kind = LlamaTokenizer
-            path = Path(folder) / "tokenizer_config.json"
-            settings = read_json(path) if path.exists() else {}
+            settings = read_settings(Path(folder) / "tokenizer_config.json")
             options = {"add_bos_token": settings.get("add_bos_token") is not False}
         try:
             self.tokenizer = kind.from_pretrained(str(folder), local_files_only=True,
@@ -1009,14 +1011,16 @@ def load_tokenizer(folder):
 def is_sentencepiece(folder):
     """Return whether the folder has a tokenizer.model of SentencePiece: Llama-3's is another."""
     path = Path(folder) / "tokenizer.model"
-    return path.exists() and path.read_bytes()[:1] == b"\n"
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return file.read(1) == b"\n"
 
 
 def end_ids(folder):
     """Return the ids that end a text, from generation_config.json or config.json: a tuple."""
     for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
-        ids = read_json(path).get("eos_token_id") if path.exists() else None
+        ids = read_settings(Path(folder) / name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         ids = tuple(i for i in ids if type(i) is int and i >= 0)
         if ids:
@@ -1074,6 +1078,15 @@ def windows_of(tokens, context, stride=None):
 def default_context(model):
     """Return the length of a window where none is asked for: the model's context, at most 2048."""
     return min(model.config.max_position_embeddings, 2048)
+
+
+def asked_context(model, context):
+    """Return the length of a window that --context asks for; None: the default."""
+    context = context or default_context(model)
+    longest = model.config.max_position_embeddings
+    require(context <= longest,
+            f"--context {context} does not fit the model's context of {longest}")
+    return context
 
 
 # --------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernel
-from model import (Parser, check_tokens, command_line, default_context, load_model, natural,
-                   progress, read_tokens, require, share, windows_of)
+from model import (Parser, asked_context, check_tokens, command_line, default_context, load_model,
+                   natural, progress, read_tokens, require, share, windows_of)
 
 
 @dataclass
@@ -240,8 +240,13 @@ def realised_sparsity(model):
 
     Each linear counts with its size; a dense one is read whole. 0.0 if no call was sparse.
     """
+    return share_skipped(model.model.layers)
+
+
+def share_skipped(module):
+    """Return what `realised_sparsity` does, of the linears in a module."""
     skipped = total = 0
-    for linear in model.model.layers.modules():
+    for linear in module.modules():
         if isinstance(linear, (nn.Linear, SparseLinear)):
             size = linear.in_features * linear.out_features
             total += size
@@ -330,10 +335,7 @@ def main(load_calibration):
     require(not arguments.model.startswith("random:"),
             f"{arguments.model} has random weights: it has no quality to measure")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
-    context = arguments.context or default_context(model)
-    longest = model.config.max_position_embeddings
-    require(context <= longest,
-            f"--context {context} does not fit the model's context of {longest}")
+    context = asked_context(model, arguments.context)
     calibration = load_calibration(model, arguments.model, arguments.calibration)
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
     windows = windows_of(tokens[:arguments.tokens], context)

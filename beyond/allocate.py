@@ -50,10 +50,10 @@ import torch
 import torch.nn.functional as F
 
 from beyond import quantize              # with it, load_model reads quantized folders too
-from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITES,
-                       Partial, Table, check_dense, count, even_table,
-                       first_windows, histogram, load_calibration, make_parser,
-                       output_of, quantile, write_calibration, write_imported)
+from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITES, Partial,
+                       Table, check_dense, count, even_table, first_windows, histogram,
+                       load_calibration, make_parser, output_of, quantile, write_calibration,
+                       write_imported)
 from kernel import kept
 from model import (InputError, check_output, command_line, default_context, linear_names,
                    load_model, progress, replacing, require, windows_of)
@@ -77,12 +77,13 @@ def share_below(counts, value):
 # --------------------------------------------------------------------------------------------------
 # Fisher information: what a small change of an input does to the loss
 
-def backpropagate(model, tokens, loss):
+def backpropagate(model, tokens, loss, blocks=True):
     """Run tokens (B, T), and take the gradient of the loss back to every block.
 
     Forward without a graph, keeping the input of each block, then back through one block at a time,
     whose graph alone is in memory; the head goes text by text. loss(logits (T, vocab), i) is that
-    of text i. The caller's hooks see the gradients. Returns the sum of the losses, a float.
+    of text i. The caller's hooks see the gradients. Returns the sum of the losses, a float. blocks:
+    False where that is all that is wanted.
     """
     context = model.context(tokens)
     with torch.no_grad():
@@ -97,8 +98,11 @@ def backpropagate(model, tokens, loss):
         for i, text in enumerate(x):
             text = text.detach().requires_grad_()
             value = loss(model.lm_head(model.model.norm(text)).float(), i)
-            gradients += torch.autograd.grad(value, text)
             total += value.item()
+            if blocks:
+                gradients += torch.autograd.grad(value, text)
+        if not blocks:
+            return total
         gradient = torch.stack(gradients)
         for block, x in zip(reversed(model.model.layers), reversed(inputs)):
             x.requires_grad_()
@@ -236,21 +240,22 @@ class Dropping:
 
     shares: (layers, 7). weights: {linear: (in,)}, with which |x| is multiplied, or None. The first
     forward pass finds the thresholds: each linear's is the quantile of what the linear is given
-    there, with all inputs dropped before it that are to be. `values` (layers, 7) are those on |x|
-    times its weight, and `thresholds` {linear: () or (in,)} those on |x|.
+    there, with all inputs dropped before it that are to be. They are `values` (layers, 7), on |x|
+    times its weight, and `thresholds` {linear: () or (in,)}, on |x|.
     """
 
     def __init__(self, model, shares, weights=None):
         self.model = model
         self.names = linear_names(model.config)
-        self.shares = dict(zip(self.names, shares.flatten()))
+        self.shares = shares
         self.weights = weights
+        self.values = torch.zeros(shares.shape)
         self.thresholds = {}
         self.hooks = contextlib.ExitStack()
 
     def __enter__(self):
-        for name in self.names:
-            hook = functools.partial(self.drop, name)
+        for number, name in enumerate(self.names):
+            hook = functools.partial(self.drop, number, name)
             linear = self.model.get_submodule(name)
             self.hooks.enter_context(linear.register_forward_pre_hook(hook))
         return self
@@ -258,25 +263,17 @@ class Dropping:
     def __exit__(self, *error):
         self.hooks.close()
 
-    def weight(self, name, device):
-        return self.weights[name].to(device) if self.weights else 1.0
-
-    def drop(self, name, module, inputs):
+    def drop(self, number, name, module, inputs):
         x = inputs[0]
         if name not in self.thresholds:
-            weight = self.weight(name, x.device)
+            weight = self.weights[name].to(x.device) if self.weights else 1.0
             counts = histogram(x[:, SINKS:].detach() * weight).cpu()
-            value = quantile(counts, self.shares[name]).float()
+            value = quantile(counts, self.shares.view(-1)[number]).float()
+            self.values.view(-1)[number] = value
             self.thresholds[name] = value.to(x.device) / weight
         keep = kept(x, self.thresholds[name])
         keep[:, :SINKS] = True
         return x * keep
-
-    @property
-    def values(self):
-        values = [(self.thresholds[name] * self.weight(name, self.model.device)).mean()
-                  for name in self.names]
-        return torch.stack(values).view(-1, len(LINEARS)).cpu()
 
 
 def shares_at(calibration, values, weights=""):
@@ -325,14 +322,14 @@ FARTHEST = 2.0
 
 
 @torch.no_grad()
-def prices(model, windows, dense, dropping):
+def prices(model, windows, dense, dropping, asked=True):
     """Return what one weight less costs in each linear of a sparse model, and what all of it costs.
 
     windows (W, T); dense (W, T, hidden): what the dense model's head reads there; dropping: a
     Dropping of the model. Returns the prices (layers, 7) float64 and a float, both in KL to the
-    dense model, summed over the tokens. A linear without inputs near its threshold has NaN. Prices
-    of early layers are a little too low: a gradient does not see that what is dropped here moves
-    inputs further on across their own thresholds.
+    dense model, summed over the tokens. A linear without inputs near its threshold has NaN, and all
+    have if only the float is asked for. Prices of early layers are a little too low: a gradient
+    does not see that what is dropped here moves inputs further on across their own thresholds.
     """
     def loss(logits, i):
         with torch.no_grad():
@@ -344,7 +341,7 @@ def prices(model, windows, dense, dropping):
         for name in dropping.names:
             sums.append(torch.zeros(2, 2, dtype=torch.float64, device=model.device))
             add_costs(model.get_submodule(name), name, dropping, sums[-1], hooks)
-        total = backpropagate(model, windows, loss)
+        total = backpropagate(model, windows, loss, asked)
     # On either side of the threshold the gradient is that of a model with the input and without it;
     # the truth lies between.
     costs = torch.stack([(of[:, 0] / of[:, 1]).mean() for of in sums]).cpu()
@@ -370,7 +367,7 @@ def add_costs(linear, name, dropping, sums, hooks):
         distance = late.abs() / dropping.thresholds[name]  # 1 at the threshold
         cost = -gradient * late / distance                 # of dropping it, if it stood there
         near = (distance > 1 / NEAR) & (distance < NEAR)
-        keep = distance > 1
+        keep = kept(late, dropping.thresholds[name])
         for side, chosen in zip(sums, (near & ~keep, near & keep)):
             side += torch.stack((cost[chosen].double().sum(), chosen.sum().double()))
 
@@ -406,7 +403,7 @@ def add_priced(calibration, model, tokens, partial=None):
     _, size = calibration.sizes()
     moved = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
     values = []
-    # All moves but the last of a level lead to shares at which prices are asked again.
+    # After the last move of a level only its KL counts.
     work = [(level, move) for level in PRICED_AT for move in range(MOVES + 1)]
     for level, move in progress(work, "calibrating, prices"):
         if not move:
@@ -425,7 +422,7 @@ def add_priced(calibration, model, tokens, partial=None):
         if name not in partial.tensors:
             shares = at_level(start + moved, size, level)
             dropping = Dropping(model, shares, calibration.weights["fisher-channel"])
-            price, kl = prices(model, windows, dense, dropping)
+            price, kl = prices(model, windows, dense, dropping, move < MOVES)
             kl = torch.full_like(price, kl)
             partial.keep({name: torch.stack((kl, dropping.values.double(), price))})
         kl, of, price = partial.tensors[name]

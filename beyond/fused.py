@@ -19,9 +19,10 @@ matrix units multiply the codes themselves, which 16 bits hold exactly.
     tiles of outputs    │ q  q  q  q │ k  k │ v  v │         tile 5 is the second one of k
     splits of channels  │ q  q  q  q │ k  k │ v  v │
 
-The seam: `Attention.qkv` and `MLP.gated` compute the projections that share an input. `fuse(model)`
-gives the attentions and MLPs of a model other ones. This is a second copy of what model.py and
-sparsify.py do, so it looks at their code first: where that has changed it says so, and steps aside.
+The seam: `Attention.qkv` and `MLP.gated` compute the projections that share an input, and
+`Attention.forward` what follows. `fuse(model)` gives the attentions and MLPs of a model other ones.
+This is a second copy of what model.py and sparsify.py do, so it looks at their code first: where
+that has changed it says so, and steps aside.
 """
 import ast
 import inspect
@@ -145,7 +146,6 @@ if triton is not None:
                 y = add_parts(partial_ptr, place, inside, splits, rows * width, ROWS, BLOCK_OUT)
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
-
     @triton.jit
     def rotate_kernel(qkv_ptr, cos_ptr, sin_ptr, slot_ptr, query_ptr, key_ptr, value_ptr, tokens,
                       queries, groups, length, D: tl.constexpr, HALF: tl.constexpr):
@@ -223,9 +223,6 @@ def joint_gemv(x, weights, thresholds, gated=False):
     size = triton.next_power_of_2(per_split)
     splits = triton.cdiv(channels, per_split)
     width = sum(outputs)
-    channel = torch.empty(splits * tiles, size, device=x.device, dtype=torch.int32)
-    inputs = torch.empty(splits * tiles, rows, size, device=x.device, dtype=x.dtype)
-    partial = torch.empty(splits, rows, width, device=x.device, dtype=torch.float32)
     y = torch.empty(rows, outputs[0] if gated else width, device=x.device, dtype=x.dtype)
     absent = 3 - len(weights)            # linears without outputs, which no tile reaches
 
@@ -234,10 +231,10 @@ def joint_gemv(x, weights, thresholds, gated=False):
 
     with torch.cuda.device_of(x):        # Triton launches on the current device
         joint_product_kernel[(tiles, splits)](
-            x, *three(codes), *three(scales), *three(zeros), *three(thresholds), channel, inputs,
-            partial, kernel.tickets(tiles, x.device), y, rows, channels, *outputs, *[0] * absent,
-            per_split, STEP=thresholds[0].ndim, ROWS=triton.next_power_of_2(rows), SPAN=size,
-            BITS=bits, GATED=gated, num_warps=4, **sizes)
+            x, *three(codes), *three(scales), *three(zeros), *three(thresholds),
+            *kernel.room(x, tiles, splits, size, width), y, rows, channels, *outputs,
+            *[0] * absent, per_split, STEP=thresholds[0].ndim, ROWS=triton.next_power_of_2(rows),
+            SPAN=size, BITS=bits, GATED=gated, num_warps=4, **sizes)
     return y
 
 
@@ -345,7 +342,7 @@ def fuse(model):
              f"it was written for")
         return model
     for block in model.model.layers:
-        block.self_attn.__class__ = FusedAttention         # the same module, with another qkv
+        block.self_attn.__class__ = FusedAttention         # the same module, another forward
         block.mlp.__class__ = FusedMLP
     return model
 

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from beyond.allocate import add_quantize, check_figure, load, pyplot, refuse_beside, save_figure
 from beyond.peers import PEERS, peer_maker
-from calibrate import even_table, load_calibration
+from calibrate import even_table, first_windows, load_calibration
 from kernel import kept
 from model import (Parser, block_linears, check_tokens, command_line, default_context, linear_names,
                    natural, progress, read_tokens, require, share, windows_of)
@@ -63,8 +63,8 @@ class Setting:
         Yields a function that returns the share of the blocks' weights that was not read inside.
         """
         if self.peer is not None:
-            prefix = self.dense_prefix if mode == "all" else 0
-            with sparse_mode(model, "off"), self.peer(model, mode, prefix) as realised:
+            peer = self.peer(model, mode, self.dense_prefix)
+            with sparse_mode(model, "off"), peer as realised:
                 yield realised
             return
         if self.thresholds is None:
@@ -202,7 +202,7 @@ def share_of_functions(model, tokenizer, beginnings, setting, new_tokens=96):
 def table_settings(model, calibration, allocations, levels, dense_prefix=0, windows=None):
     """Return a Setting for each allocation and level, of peers for levels that they can reach.
 
-    model: the dense one; windows: held-in text (W, T + 1), from which peers.py makes larosa.
+    model: the dense one; windows: held-in text (W, T), from which peers.py makes larosa.
     """
     settings = []
     for allocation in allocations:
@@ -385,7 +385,7 @@ def judge_table(arguments, model, tokenizer, calibration, tokens, name=""):
     windows = None
     if "larosa" in allocations:
         held_in = read_tokens(tokenizer, arguments.held_in, "train")[0]
-        windows = windows_of(held_in, min(512, default_context(model)))[:32]
+        windows = first_windows(model, held_in, 32, 512)
     settings = table_settings(model, calibration, allocations, levels,
                               arguments.dense_prefix, windows)
     rows = judge(model, tokens, settings, arguments.context, arguments.scored)

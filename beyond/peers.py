@@ -23,7 +23,6 @@ The seam: a forward pre-hook of a linear may change what it reads.
 import contextlib
 import functools
 import math
-from types import SimpleNamespace
 
 import torch
 
@@ -36,18 +35,34 @@ LOW_RANK = 0.1           # of a linear's weights: what rsparse's low rank has
 
 
 class Reads:
-    """Counts, under hooks, the weights of a block's linears that a decoding step would read."""
+    """Counts, under hooks, the weights of the blocks' linears that a decoding step would read.
 
-    def __init__(self, config):
-        sizes = {name: math.prod(shape) for name, shape in block_linears(config).items()}
-        self.total = config.num_hidden_layers * sum(sizes.values())
+    mode: "all", or "decode": calls with one token are sparse; prefix: positions that stay dense at
+    the start of a call, with "all". more: weights that each token reads beside the linears.
+    """
+
+    def __init__(self, config, mode, prefix, more):
+        self.total = config.num_hidden_layers * sum(linear_sizes(config).values())
+        self.mode = mode
+        self.prefix = prefix if mode == "all" else 0
+        self.more = more
         self.tokens = 0
         self.skipped = 0.0
-        self.more = 0.0                  # of each token, beside the linears
 
-    def add(self, keep, prefix, size):
-        """Count what is kept (B, T, n) of a matrix of `size` weights."""
-        counted = keep[:, prefix:].float()
+    def is_sparse(self, x):
+        """Return whether the call is sparse that gives a module x (B, T, ...)."""
+        return self.mode == "all" or x.shape[1] == 1
+
+    def note_tokens(self, model, inputs, named):
+        """Count the tokens of a call of the model: a forward pre-hook."""
+        tokens = inputs[0] if inputs else named["tokens"]
+        if self.is_sparse(tokens):
+            self.tokens += len(tokens) * (tokens.shape[1] - self.prefix)
+
+    def add(self, keep, size):
+        """Keep all of the prefix in keep (B, T, n), of a matrix of `size` weights, and count."""
+        keep[:, :self.prefix] = True
+        counted = keep[:, self.prefix:].float()
         self.skipped += (1 - counted.mean().item()) * size * counted[..., 0].numel()
 
     def sparsity(self):
@@ -61,53 +76,45 @@ class Reads:
 
 
 @contextlib.contextmanager
-def hooked(model, mode, prefix, hooks_of):
+def hooked(model, mode, prefix, more, hooks_of):
     """Run a dense model with a peer's hooks inside a `with`; yield what gives its sparsity.
 
-    hooks_of(reads, sparse) puts hooks into an ExitStack and returns it; sparse(x) tells whether the
-    call that gives a linear x (B, T, in) is sparse: with mode "decode", if it has one token.
+    hooks_of(reads) yields the handles of the hooks, which tell a Reads what is kept.
     """
-    reads = Reads(model.config)
-
-    def sparse(x):
-        return mode == "all" or x.shape[1] == 1
-
-    def note(module, inputs, keywords):
-        tokens = inputs[0] if inputs else keywords["tokens"]
-        if sparse(tokens):
-            reads.tokens += len(tokens) * (tokens.shape[1] - prefix)
-
-    with hooks_of(reads, sparse) as hooks:
-        hooks.enter_context(model.register_forward_pre_hook(note, with_kwargs=True))
+    reads = Reads(model.config, mode, prefix, more)
+    with contextlib.ExitStack() as hooks:
+        for handle in hooks_of(reads):
+            hooks.enter_context(handle)
+        hooks.enter_context(model.register_forward_pre_hook(reads.note_tokens, with_kwargs=True))
         yield reads.sparsity
 
 
-def cats_part(config):
-    """Return the share of a block's weights that CATS acts on: those of up and down."""
-    sizes = {name: math.prod(shape) for name, shape in block_linears(config).items()}
-    return (sizes["mlp.up_proj"] + sizes["mlp.down_proj"]) / sum(sizes.values())
+def linear_sizes(config):
+    """Return {name of a block's linear: its weights}."""
+    return {name: math.prod(shape) for name, shape in block_linears(config).items()}
+
+
+def cats_size(config):
+    """Return the weights of a block that CATS acts on: those of up and down."""
+    sizes = linear_sizes(config)
+    return sizes["mlp.up_proj"] + sizes["mlp.down_proj"]
 
 
 def cats(thresholds, model, mode, prefix=0):
     """Skip channels of the MLPs with |activation(gate)| up to thresholds (layers,), in a `with`."""
-    sizes = {name: math.prod(shape) for name, shape in block_linears(model.config).items()}
-    size = sizes["mlp.up_proj"] + sizes["mlp.down_proj"]
+    size = cats_size(model.config)
 
-    def hooks_of(reads, sparse):
-        hooks = contextlib.ExitStack()
-
+    def hooks_of(reads):
         def drop(mlp, threshold, module, inputs, gate):                    # (B, T, middle)
-            if not sparse(gate):
+            if not reads.is_sparse(gate):
                 return gate
             keep = kept(mlp.activation(gate), threshold)
-            keep[:, :prefix] = True
-            reads.add(keep, prefix, size)
+            reads.add(keep, size)
             return gate * keep           # an activation of 0 is 0: the channel's product is gone
         for block, threshold in zip(model.model.layers, thresholds.to(model.device)):
             hook = functools.partial(drop, block.mlp, threshold)
-            hooks.enter_context(block.mlp.gate_proj.register_forward_hook(hook))
-        return hooks
-    return hooked(model, mode, prefix, hooks_of)
+            yield block.mlp.gate_proj.register_forward_hook(hook)
+    return hooked(model, mode, prefix, 0, hooks_of)
 
 
 def turned(bases, weights, share, more, model, mode, prefix=0):
@@ -117,13 +124,10 @@ def turned(bases, weights, share, more, model, mode, prefix=0):
     |x| is multiplied, or {}; share: of each linear's inputs that is dropped, in every token; more:
     weights read beside the linears.
     """
-    def hooks_of(reads, sparse):
-        reads.more = more
-        hooks = contextlib.ExitStack()
-
+    def hooks_of(reads):
         def drop(name, module, inputs):
             x = inputs[0]
-            if not sparse(x):
+            if not reads.is_sparse(x):
                 return x
             basis = bases[name]
             z = x if basis is None else x @ basis                               # (B, T, in)
@@ -131,19 +135,17 @@ def turned(bases, weights, share, more, model, mode, prefix=0):
             dropped = round(share * z.shape[-1])
             keep = torch.ones_like(z, dtype=torch.bool)
             keep.scatter_(-1, size.topk(dropped, largest=False).indices, False)
-            keep[:, :prefix] = True
-            reads.add(keep, prefix, module.in_features * module.out_features)
+            reads.add(keep, module.in_features * module.out_features)
             z = z * keep
             return z if basis is None else z @ basis.T
         for name in linear_names(model.config):
-            linear = model.get_submodule(name)
-            hooks.enter_context(linear.register_forward_pre_hook(functools.partial(drop, name)))
-        return hooks
-    return hooked(model, mode, prefix, hooks_of)
+            hook = functools.partial(drop, name)
+            yield model.get_submodule(name).register_forward_pre_hook(hook)
+    return hooked(model, mode, prefix, more, hooks_of)
 
 
 def stream_readers(model):
-    """Yield (names of a layer's linears that read one input, the first of them), two a layer."""
+    """Yield the names of the linears that read one input of the stream, two lists a layer."""
     for layer in range(len(model.model.layers)):
         for names in (("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"),
                       ("mlp.gate_proj", "mlp.up_proj")):
@@ -169,7 +171,7 @@ def wina_basis(model):
 
 @torch.no_grad()
 def larosa_basis(model, windows):
-    """Return the bases of larosa: the principal directions of each layer's inputs in windows."""
+    """Return the bases of larosa: the principal directions of the layers' inputs in windows."""
     size = model.config.hidden_size
     moments = torch.zeros(model.config.num_hidden_layers, size, size, device=model.device)
     with contextlib.ExitStack() as hooks:
@@ -179,7 +181,7 @@ def larosa_basis(model, windows):
                 of += x.T @ x
             hooks.enter_context(model.get_submodule(names[0]).register_forward_pre_hook(add))
         for part in progress(windows.split(BATCH), "larosa, principal directions"):
-            model(part[:, :-1].to(model.device), last_only=True)
+            model(part, last_only=True)
     bases = dict.fromkeys(linear_names(model.config))
     for number, names in enumerate(stream_readers(model)):
         basis = torch.linalg.eigh(moments[number // 2].double()).eigenvectors
@@ -200,21 +202,23 @@ def low_ranks(model):
     return ranks
 
 
+def weights_of(ranks):
+    """Return how many weights the matrices of `low_ranks` have."""
+    return sum(part.numel() for pair in ranks.values() for part in pair)
+
+
 def rsparse(ranks, thresholds, model, mode, prefix=0):
     """Send what thresholds drop through a low rank, in a `with`; ranks: of `low_ranks`."""
-    def hooks_of(reads, sparse):
-        hooks = contextlib.ExitStack()
-        reads.more = sum(part.numel() for pair in ranks.values() for part in pair)
+    def hooks_of(reads):
         dropped = {}
 
         def drop(name, module, inputs):
             x = inputs[0]
             dropped[name] = None
-            if not sparse(x):
+            if not reads.is_sparse(x):
                 return x
             keep = kept(x, thresholds[name].to(x.device))
-            keep[:, :prefix] = True
-            reads.add(keep, prefix, module.in_features * module.out_features)
+            reads.add(keep, module.in_features * module.out_features)
             dropped[name] = x * ~keep
             return x * keep
 
@@ -223,42 +227,44 @@ def rsparse(ranks, thresholds, model, mode, prefix=0):
             return y if dropped[name] is None else y + dropped[name] @ V @ U
         for name in linear_names(model.config):
             linear = model.get_submodule(name)
-            hooks.enter_context(linear.register_forward_pre_hook(functools.partial(drop, name)))
-            hooks.enter_context(linear.register_forward_hook(functools.partial(add, name)))
-        return hooks
-    return hooked(model, mode, prefix, hooks_of)
+            yield linear.register_forward_pre_hook(functools.partial(drop, name))
+            yield linear.register_forward_hook(functools.partial(add, name))
+    return hooked(model, mode, prefix, weights_of(ranks), hooks_of)
 
 
 def peer_maker(name, model, calibration, windows):
-    """Return a function of a sparsity: the peer as `Setting` takes it; False if out of its reach.
+    """Return a function of a sparsity: the peer as `Setting` takes it, or None if out of its reach.
 
-    windows (W, T + 1): held-in text, for what is made of text.
+    windows (W, T): held-in text, for what is made of text.
     """
-    config = SimpleNamespace(**calibration.shapes)
-    stream = model.config.hidden_size ** 2 * model.config.num_hidden_layers
-    total = Reads(model.config).total
+    config = model.config
+    sizes = sum(linear_sizes(config).values())             # of a block
     if name == "cats":
         require("gate" in calibration.distributions,
                 f"this calibration holds no distribution of the gate, which cats needs: it is "
                 f"{calibration.source}; python -m beyond.allocate makes one that does")
         gate = calibration.distributions["gate"]
 
-        def make(level):
-            share = level / cats_part(config)
-            return share < 0.99 and functools.partial(cats, quantile(gate, share).float())
-    elif name == "rsparse":
-        ranks = low_ranks(model)
-        more = sum(part.numel() for pair in ranks.values() for part in pair) / total
+        def share_of(level):
+            return level / (cats_size(config) / sizes)
 
-        def make(level):
-            return level + more < 0.99 and functools.partial(
-                rsparse, ranks, calibration.thresholds(level + more, "uniform"))
+        def make(share):
+            return functools.partial(cats, quantile(gate, share).float())
     else:
-        bases, weights = wina_basis(model) if name == "wina-turned" else (
-            larosa_basis(model, windows), {})
-        more = stream * (2 if name == "wina-turned" else 1)
+        if name == "rsparse":
+            ranks = low_ranks(model)
+            more = weights_of(ranks)
 
-        def make(level):
-            share = level + more / total
-            return share < 0.99 and functools.partial(turned, bases, weights, share, more)
-    return make
+            def make(share):
+                return functools.partial(rsparse, ranks, calibration.thresholds(share, "uniform"))
+        else:
+            turns = 2 if name == "wina-turned" else 1      # of the stream, in a layer
+            bases, weights = wina_basis(model) if turns == 2 else (larosa_basis(model, windows), {})
+            more = turns * config.hidden_size ** 2 * config.num_hidden_layers
+
+            def make(share):
+                return functools.partial(turned, bases, weights, share, more)
+
+        def share_of(level):             # what is read beside the linears is dropped in them
+            return level + more / (config.num_hidden_layers * sizes)
+    return lambda level: make(share_of(level)) if share_of(level) < 0.99 else None

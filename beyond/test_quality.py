@@ -150,9 +150,9 @@ def test_allocations_go_on_where_they_were_killed(calibrated, tmp_path, monkeypa
 
 def no_gradients(backpropagate):
     """Return a backpropagate that fails for Fisher's labels, whose work is done."""
-    def only_prices(model, tokens, loss):
+    def only_prices(model, tokens, loss, *more):
         assert "prices" in loss.__qualname__
-        return backpropagate(model, tokens, loss)
+        return backpropagate(model, tokens, loss, *more)
     return only_prices
 
 

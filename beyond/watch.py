@@ -29,7 +29,7 @@ from calibrate import load_calibration
 from generate import PROMPT, StreamDecoder, check_prompt, first_difference, generate, plain_step
 from model import (Parser, command_line, load_model, natural, progress, read_tokens, require,
                    share)
-from sparsify import SparseLinear, reset_counts, sparse_mode, sparsify
+from sparsify import reset_counts, share_skipped, sparse_mode, sparsify
 
 PROMPT_TOKENS = 16       # of a --text, which are read dense
 MOST_LABELS = 72         # tokens whose text can be read side by side
@@ -41,20 +41,6 @@ class Watched(NamedTuple):
     skipped: torch.Tensor            # (N, layers) float64: shares of a block's weights not read
     kl: torch.Tensor                 # (N,) of the next token's distribution, from the dense, nats
     same: torch.Tensor               # (N,) bool: the likeliest next token is the dense model's
-
-
-def skipped_by_block(model):
-    """Return the shares (layers,) of the blocks' weights not read since `reset_counts`, float64.
-
-    All linears of the blocks are sparse. The mean of the shares is `realised_sparsity`.
-    """
-    shares = []
-    for block in model.model.layers:
-        linears = [linear for linear in block.modules() if isinstance(linear, SparseLinear)]
-        size = torch.tensor([linear.in_features * linear.out_features for linear in linears])
-        counts = torch.stack([torch.stack((linear.kept, linear.seen)) for linear in linears]).cpu()
-        shares.append(1 - (size * counts[:, 0].double() / counts[:, 1]).sum() / size.sum())
-    return torch.stack(shares)
 
 
 @torch.no_grad()
@@ -80,7 +66,8 @@ def watch(model, prompt, ids):
             log_p[mode] = logits[0, 0].log_softmax(-1)
         kl = F.kl_div(log_p["decode"], log_p["off"], reduction="sum", log_target=True)
         same = log_p["decode"].argmax() == log_p["off"].argmax()
-        steps.append((skipped_by_block(model), kl.cpu(), same.cpu()))
+        skipped = [share_skipped(block) for block in model.model.layers]
+        steps.append((torch.tensor(skipped, dtype=torch.float64), kl.cpu(), same.cpu()))
     return Watched(*map(torch.stack, zip(*steps)))
 
 
