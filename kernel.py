@@ -276,23 +276,30 @@ static int list_kept(const type *x, const float *threshold, long step, long toke
 }
 
 /* sums[t][k][j] += input[t][r] * lane k of row[r][j], for a batch of rows. TOKENS is a constant
-   where this is inlined. tail: whether one weight is left over after the last whole word. */
+   where this is inlined. tail: whether one weight is left over after the last whole word. next:
+   the rows that follow. A processor foresees how a row goes on, but not which row comes next. */
 static inline __attribute__((always_inline)) void add_batch(
-        const int TOKENS, const type *const *rows, const float *restrict input,
-        float *restrict sums, long words, int tail, long lane, long stride) {
+        const int TOKENS, const type *const *rows, const type *const *next,
+        const float *restrict input, float *restrict sums, long words, int tail, long lane,
+        long stride) {
     const word *row[BATCH];
     for (int r = 0; r < BATCH; r++) row[r] = (const word *)rows[r];
-    VECTORIZE
-    for (long j = 0; j < words; j++)
-        UNROLL
-        for (int k = 0; k < LANES; k++)
+    for (long line = 0; line < words; line += 16) {        // of 64 bytes
+        long end = line + 16 < words ? line + 16 : words;
+        for (int r = 0; r < BATCH; r++) __builtin_prefetch((const word *)next[r] + line, 0, 2);
+        VECTORIZE
+        for (long j = line; j < end; j++)
             UNROLL
-            for (int t = 0; t < TOKENS; t++) {
-                float sum = 0;
+            for (int k = 0; k < LANES; k++)
                 UNROLL
-                for (int r = 0; r < BATCH; r++) sum += input[t * BATCH + r] * LANE(row[r][j], k);
-                sums[t * stride + k * lane + j] += sum;
-            }
+                for (int t = 0; t < TOKENS; t++) {
+                    float sum = 0;
+                    UNROLL
+                    for (int r = 0; r < BATCH; r++)
+                        sum += input[t * BATCH + r] * LANE(row[r][j], k);
+                    sums[t * stride + k * lane + j] += sum;
+                }
+    }
     for (int r = 0; tail && r < BATCH; r++)
         for (int t = 0; t < TOKENS; t++)
             sums[t * stride + words] += input[t * BATCH + r] / FACTOR
@@ -314,22 +321,22 @@ static void outputs(struct list kept, const type *weight, type *y, long tokens, 
             const int *channel = kept.channel + s * SPAN;
             const float *input = kept.input + s * SPAN * tokens;
             for (int k = 0; k < kept.n[s]; k += BATCH, channel += BATCH, input += BATCH * tokens) {
-                const type *rows[BATCH];
+                const type *rows[BATCH], *next[BATCH];
                 for (int r = 0; r < BATCH; r++) rows[r] = weight + channel[r] * out + first;
-                // A processor foresees what follows in a row, but not where the next rows begin.
-                for (int r = BATCH; k + BATCH < kept.n[s] && r < 2 * BATCH; r++) {
-                    const char *next = (const char *)(weight + channel[r] * out + first);
-                    __builtin_prefetch(next);
-                    __builtin_prefetch(next + 64);
+                const int *then = channel + BATCH;
+                if (k + BATCH >= kept.n[s]) {
+                    int more = s + 1 < kept.spans && kept.n[s + 1];
+                    then = more ? kept.channel + (s + 1) * SPAN : channel;
                 }
+                for (int r = 0; r < BATCH; r++) next[r] = weight + then[r] * out + first;
                 for (long t = 0; t < tokens; t += 4) {               // whose sums fit the registers
                     const float *x = input + t * BATCH;
                     float *to = sums + t * stride;
                     switch (tokens - t) {
-                    case 1: add_batch(1, rows, x, to, words, tail, lane, stride); break;
-                    case 2: add_batch(2, rows, x, to, words, tail, lane, stride); break;
-                    case 3: add_batch(3, rows, x, to, words, tail, lane, stride); break;
-                    default: add_batch(4, rows, x, to, words, tail, lane, stride);
+                    case 1: add_batch(1, rows, next, x, to, words, tail, lane, stride); break;
+                    case 2: add_batch(2, rows, next, x, to, words, tail, lane, stride); break;
+                    case 3: add_batch(3, rows, next, x, to, words, tail, lane, stride); break;
+                    default: add_batch(4, rows, next, x, to, words, tail, lane, stride);
                     }
                 }
             }

@@ -262,141 +262,329 @@ def triton_codes(x, weight, threshold):
     return fused.joint_gemv(x, [weight], [threshold])
 
 
-# C. It works as in kernel.py, whose source this one is appended to: `type` is that of x and y. A
-# word holds four or eight codes. The zero point and the scale are applied when a sum is finished:
+# C. It works as in kernel.py, whose source this one is appended to: `type` is that of x and y. Kept
+# channels are listed by spans, and taken eight at a time. To unpack a weight, make it a float and
+# multiply would take longer than to read it. So the activations are rounded to bytes, too, eight
+# with a scale: a processor multiplies four pairs of bytes in each 32 bits of a register and adds
+# them, in one instruction. The four weights must meet in those 32 bits, but they are of four
+# channels, which lie in four rows of memory. Two rounds of interleaving bring them together, here
+# for sixteen outputs a to p of the channels 1 to 4:
+#
+#     rows of memory       after 8 bits of one, 8 of the other      after 16 of one, 16 of the other
+#     a1 b1 c1 d1 ...      a1 a2 b1 b2 c1 c2 d1 d2 ...              a1 a2 a3 a4 b1 b2 b3 b4 ...
+#     a2 b2 c2 d2 ...      i1 i2 j1 j2 ...                          e1 e2 e3 e4 f1 ...
+#     a3 b3 c3 d3 ...      a3 a4 b3 b4 c3 c4 d3 d4 ...              i1 i2 i3 i4 j1 ...
+#     a4 b4 c4 d4 ...      i3 i4 j3 j4 ...                          m1 m2 m3 m4 n1 ...
+#                                                                   └── · x1 x2 x3 x4, added up
+#
+# Bytes of int4 hold two outputs, and are split when they have met. The sums do not stand in the
+# order of the outputs; the same two rounds with 32 and 64 bits bring them into it.
+#
+# The zero point and the scale are applied when a sum is finished:
 #     Σ x · scale · (code - zero) = scale · (Σ x · code - zero · Σ x)
 # Sums are finished after each span of channels. With int4 a span is a group, which has one scale.
 
 C_SOURCE = r"""
-enum { CODES = 32 / BITS };                        // in a word
-#define CODE(word, k) (float)(int32_t)((word) >> BITS * (k) & ((1 << BITS) - 1))
+#define EIGHTS 2                       // that are added in one pass over the sums
+enum { CODES = 32 / BITS, OUTPUTS = 16 * CODES };          // in a word; in the 64 bytes of 16 words
 
-struct span { int n; int *channel; float *input; float total[8]; };
+#ifndef ROUNDED
+const char *const instructions = "activations in floating point";
 
-/* Lists the channels [begin, end) that any token keeps, as kernel.py's list_kept does. total: for
-   each token the sum of the inputs that it keeps. */
+#elif defined __AVX512VNNI__ && defined __AVX512BW__ && !defined NARROW
+const char *const instructions = "AVX-512 VNNI";
+#include <immintrin.h>
+#define WIDTH 64                       // bytes of a register
+#define ZIP(half, bits, a, b) (bytes)_mm512_unpack##half##_epi##bits((__m512i)(a), (__m512i)(b))
+#define DOT(sums, codes, x) (ints)_mm512_dpbusd_epi32((__m512i)(sums), (__m512i)(codes), (__m512i)(x))
+enum { MIDDLE = 128 };                 // of int8's codes, as DOT takes them: unsigned, or signed
+
+#elif defined __AVX2__
+const char *const instructions = "AVX2";
+#include <immintrin.h>
+#define WIDTH 32
+#define ZIP(half, bits, a, b) (bytes)_mm256_unpack##half##_epi##bits((__m256i)(a), (__m256i)(b))
+#define DOT(sums, codes, x) ((sums) + pairs((__m256i)(codes), (__m256i)(x)))
+enum { MIDDLE = 0 };
+
+#elif defined __ARM_FEATURE_DOTPROD
+const char *const instructions = "NEON dot product";
+#include <arm_neon.h>
+#define WIDTH 16
+#define lo 1
+#define hi 2
+#define ZIP(half, bits, a, b) ZIP_(half, bits, a, b)
+#define ZIP_(half, bits, a, b) (bytes)vzip##half##q_u##bits((uint##bits##_t __attribute__(( \
+    vector_size(16))))(a), (uint##bits##_t __attribute__((vector_size(16))))(b))
+#define DOT(sums, codes, x) (ints)vdotq_s32((int32x4_t)(sums), (int8x16_t)(codes), (int8x16_t)(x))
+enum { MIDDLE = 0 };
+
+#else
+#undef ROUNDED
+const char *const instructions = "plain C, activations in floating point";
+#endif
+
+/* Eight channels of a token: what their weights are multiplied with. */
+#ifdef ROUNDED
+struct eight { int8_t x[8]; float scale; };                // x[i] * scale
+#else
+struct eight { float x[8]; };
+#endif
+
+struct span { int eights; int *channel; struct eight *x; float total[8]; };
+
+/* Sets an eight to numbers, as near as it can hold them, and returns the sum of what it holds. What
+   is not finite makes the scale NaN, and so each output. */
+static float fill(struct eight *to, const float *number) {
+    float sum = 0;
+#ifdef ROUNDED
+    float largest = 0, strange = 0;
+    for (int i = 0; i < 8; i++) {
+        largest = fabsf(number[i]) > largest ? fabsf(number[i]) : largest;
+        strange += 0 * number[i];
+    }
+    to->scale = largest / 127 + strange;
+    float factor = to->scale > 1e-30f ? 127 / largest : 0;                 // of NaN: 0
+    for (int i = 0; i < 8; i++) {
+        to->x[i] = factor ? (int)rintf(factor * number[i]) : 0;
+        sum += to->x[i];
+    }
+    return to->scale * sum;
+#else
+    for (int i = 0; i < 8; i++) sum += to->x[i] = number[i];
+    return sum;
+#endif
+}
+
+/* Lists the channels [begin, end) that any token keeps, padded to whole eights with inputs of zero,
+   as kernel.py's list_kept does. eights: [of a span][token]. total: for each token the sum of its
+   inputs. */
 static void list_span(struct span *span, const type *x, const float *threshold, long step,
                       long tokens, long in, long begin, long end) {
+    float kept[tokens][end - begin + 8];
     int n = 0;
-    for (long t = 0; t < tokens; t++) span->total[t] = 0;
     for (long i = begin; i < end; i++) {
-        float *place = span->input + n / BATCH * BATCH * tokens + n % BATCH;
         int needed = 0;
         for (long t = 0; t < tokens; t++) {
             float value = to_float(x[t * in + i]);
             int keep = !(fabsf(value) <= threshold[i * step]);       // NaN is kept
-            place[t * BATCH] = keep ? value : 0.0f;
-            span->total[t] += place[t * BATCH];
+            kept[t][n] = keep ? value : 0.0f;
             needed |= keep;
         }
         span->channel[n] = i;
         n += needed;
     }
-    for (; n % BATCH; n++) {
-        float *place = span->input + n / BATCH * BATCH * tokens + n % BATCH;
-        for (long t = 0; t < tokens; t++) place[t * BATCH] = 0.0f;
+    for (; n % 8; n++) {
+        for (long t = 0; t < tokens; t++) kept[t][n] = 0;
         span->channel[n] = span->channel[n - 1];
     }
-    span->n = n;
+    span->eights = n / 8;
+    for (long t = 0; t < tokens; t++) {
+        span->total[t] = 0;
+        for (int k = 0; k < span->eights; k++)
+            span->total[t] += fill(&span->x[k * tokens + t], kept[t] + 8 * k);
+    }
 }
 
-/* sums[t][k][j] += input[t][r] * code k of row[r][j], for a batch of rows. TOKENS is a constant
-   where this is inlined. */
-static inline __attribute__((always_inline)) void add_codes(
-        const int TOKENS, const word *const *row, const float *restrict input,
-        float *restrict sums, long words, long lane, long stride) {
-    VECTORIZE
-    for (long j = 0; j < words; j++)
-        UNROLL
-        for (int k = 0; k < CODES; k++)
-            UNROLL
-            for (int t = 0; t < TOKENS; t++) {
-                float sum = 0;
-                UNROLL
-                for (int r = 0; r < BATCH; r++) sum += input[t * BATCH + r] * CODE(row[r][j], k);
-                sums[t * stride + k * lane + j] += sum;
-            }
-}
+#ifdef ROUNDED
+typedef uint8_t bytes __attribute__((vector_size(WIDTH), may_alias));
+typedef bytes unaligned __attribute__((aligned(1)));
+typedef int32_t ints __attribute__((vector_size(WIDTH), may_alias));
+typedef float floats __attribute__((vector_size(WIDTH), may_alias));
+enum { VECTOR = WIDTH / 4 };           // numbers of 32 bits in a register
 
-/* Adds the sums [k][j] of one token over a span to its results, and clears them. scales, zeros:
-   those of the span, from the first of these outputs on. */
-static void finish(float *restrict sums, float *restrict result, long columns, long lane,
-                   const void *scales, const uint8_t *zeros, float total) {
-    for (long j = 0; CODES * j < columns; j += 16)
-        for (int k = 0; k < CODES; k++) {          // 16 neighbouring outputs
-            float *of = sums + k * lane + j;
-            long first = CODES * j + 16 * k, n = columns - first < 16 ? columns - first : 16;
-            for (long i = 0; i < n; i++) {
+#if defined __AVX2__ && WIDTH == 32
+/* Returns the sums of four products of bytes. One instruction adds two of them in 16 bits, which
+   may not overflow: 2 * 128 * 127 fits, so int8 lends its sign to x. */
+static inline ints pairs(__m256i codes, __m256i x) {
 #if BITS == 8
-                float scale = ((const float *)scales)[first + i], zero = 128;
-#else
-                float scale = number((uint32_t)((const uint16_t *)scales)[first + i] << 16);
-                float zero = zeros[first + i];
+    x = _mm256_sign_epi8(x, codes);
+    codes = _mm256_abs_epi8(codes);
 #endif
-                result[first + i] += scale * (of[i] - zero * total);
-                of[i] = 0;
-            }
+    return (ints)_mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1));
+}
+#endif
+
+/* The two rounds of the drawing: `bits` of a and b, of c and d; then twice as many of the two. */
+#define MEET(bits, twice, a, b, c, d, to) do {                                  \
+    bytes low_ab = ZIP(lo, bits, a, b), high_ab = ZIP(hi, bits, a, b);          \
+    bytes low_cd = ZIP(lo, bits, c, d), high_cd = ZIP(hi, bits, c, d);          \
+    (to)[0] = ZIP(lo, twice, low_ab, low_cd);                                   \
+    (to)[1] = ZIP(hi, twice, low_ab, low_cd);                                   \
+    (to)[2] = ZIP(lo, twice, high_ab, high_cd);                                 \
+    (to)[3] = ZIP(hi, twice, high_ab, high_cd);                                 \
+} while (0)
+
+static inline ints four(struct eight of, int i) {
+    int32_t x;
+    memcpy(&x, of.x + 4 * i, 4);
+    return x - (ints){0};
+}
+
+/* Adds some eights of rows to the sums of all tokens, `size` bytes of each row. next: the rows that
+   follow, of which a processor does not know. sums: [token][register][half byte][part][lane]. */
+static inline __attribute__((always_inline)) void add_eights(
+        const int eights, const uint8_t *const *row, const uint8_t *const *next,
+        const struct eight *x, float *sums, long size, long tokens, long stride) {
+    for (long j = 0; j < size; j += WIDTH, sums += CODES * VECTOR) {
+        bytes met[EIGHTS][2][4];
+        for (int e = 0; e < 2 * eights; e++) {
+            const uint8_t *const *of = row + 4 * e;
+            for (int r = 0; r < 4; r++) __builtin_prefetch(next[4 * e + r] + j, 0, 2);
+#define AT(r) *(const unaligned *)(of[r] + j)
+            MEET(8, 16, AT(0), AT(1), AT(2), AT(3), met[e / 2][e % 2]);
         }
+        for (long t = 0; t < tokens; t++)
+            for (int half = 0; half < CODES / 4; half++)
+                for (int part = 0; part < 4; part++) {
+                    floats *sum = (floats *)(sums + t * stride) + 4 * half + part, total = *sum;
+                    for (int e = 0; e < eights; e++) {
+                        struct eight of = x[e * tokens + t];
+                        ints products = {0};
+                        for (int i = 0; i < 2; i++) {
+                            bytes codes = met[e][i][part];
+                            if (BITS == 8 && !MIDDLE) codes ^= 128;
+                            if (BITS == 4 && half) codes >>= 4;
+                            if (BITS == 4 && !half) codes &= 15;
+                            products = DOT(products, codes, four(of, i));
+                        }
+                        total += of.scale * __builtin_convertvector(products, floats);
+                    }
+                    *sum = total;
+                }
+    }
+}
+
+/* Brings the sums of 64 bytes of codes into the order of the outputs. */
+static inline void order(const float *sums, float *ordered) {
+    const bytes *of = (const bytes *)sums;
+    for (int j = 0; j < 64 / WIDTH; j++)
+        for (int half = 0; half < CODES / 4; half++, of += 4) {
+            bytes to[4];
+            MEET(32, 64, of[0], of[1], of[2], of[3], to);
+            for (int k = 0; k < 4; k++)
+                memcpy(ordered + 16 * (CODES / 4 * k + half) + VECTOR * j, &to[k], WIDTH);
+        }
+}
+
+#else
+static inline __attribute__((always_inline)) void add_eights(
+        const int eights, const uint8_t *const *row, const uint8_t *const *next,
+        const struct eight *x, float *sums, long size, long tokens, long stride) {
+    for (long j = 0; j < size; j += 64, sums += OUTPUTS)
+        for (int e = 0; e < eights; e++) {
+            for (int r = 0; r < 8; r++) __builtin_prefetch(next[8 * e + r] + j, 0, 2);
+            for (long t = 0; t < tokens; t++)
+                UNROLL
+                for (int k = 0; k < CODES; k++)
+                    VECTORIZE
+                    for (int w = 0; w < 16; w++) {
+                        float sum = 0;
+                        UNROLL
+                        for (int r = 0; r < 8; r++) {
+                            int32_t codes = ((const word *)(row[8 * e + r] + j))[w];
+                            sum += x[e * tokens + t].x[r]
+                                   * (float)(codes >> BITS * k & ((1 << BITS) - 1));
+                        }
+                        sums[t * stride + 16 * k + w] += sum;
+                    }
+        }
+}
+enum { MIDDLE = 128 };
+static inline void order(const float *sums, float *ordered) {
+    memcpy(ordered, sums, OUTPUTS * sizeof(float));
+}
+#endif
+
+/* result += scale * (sum - zero * total), for n outputs. */
+static inline __attribute__((always_inline)) void scale(
+        long n, const float *restrict sums, float *restrict result, const void *scales,
+        const uint8_t *zeros, float total) {
+    for (long i = 0; i < n; i++)
+#if BITS == 8
+        result[i] += ((const float *)scales)[i] * (sums[i] - MIDDLE * total);
+#else
+        result[i] += of_bfloat16(((const uint16_t *)scales)[i]) * (sums[i] - zeros[i] * total);
+#endif
+}
+
+/* Adds the sums of one token over a span to its results, and clears them. scales, zeros: those of
+   the span, from the first of these outputs on. */
+static void finish(float *sums, float *result, long columns, const char *scales,
+                   const uint8_t *zeros, float total) {
+    for (long j = 0; j < columns; j += OUTPUTS) {
+        float ordered[OUTPUTS] __attribute__((aligned(64)));
+        const void *of = scales + (BITS == 8 ? 4 : 2) * j;
+        order(sums + j, ordered);
+        if (columns - j >= OUTPUTS) scale(OUTPUTS, ordered, result + j, of, zeros + j, total);
+        else scale(columns - j, ordered, result + j, of, zeros + j, total);
+    }
+    memset(sums, 0, (columns + OUTPUTS - 1) / OUTPUTS * OUTPUTS * sizeof(float));
+}
+
+/* Points at the rows of the eights of a span from k on, and returns how many there are, at most
+   EIGHTS; of fewer, the rows come again. */
+static int point(const struct span *span, int k, const uint8_t *codes, long pitch,
+                 const uint8_t **row) {
+    int eights = span->eights - k < EIGHTS ? span->eights - k : EIGHTS;
+    for (int r = 0; eights && r < 8 * EIGHTS; r++)
+        row[r] = codes + span->channel[8 * k + r % (8 * eights)] * pitch;
+    return eights;
 }
 
 /* Computes the outputs [begin, end) of all tokens, as many at a time as there is room for. */
-static void codes_outputs(const struct span *spans, long count, const word *codes,
+static void codes_outputs(const struct span *spans, long count, const uint8_t *codes,
                           const char *scales, const uint8_t *zeros, type *y, long tokens, long out,
                           long begin, long end) {
     float sums[ROOM] __attribute__((aligned(64))), result[ROOM] __attribute__((aligned(64)));
-    long stride = ROOM / tokens, lane = stride / CODES / 16 * 16, most = CODES * lane;
-    long block = 16 * CODES, pitch = (out + block - 1) / block * 16;             // words of a row
+    long most = ROOM / tokens / OUTPUTS * OUTPUTS, pitch = (out + OUTPUTS - 1) / OUTPUTS * 64;
     for (long first = begin; first < end; first += most) {
         long columns = end - first < most ? end - first : most;
-        long words = (columns + block - 1) / block * 16;
-        const word *start = codes + first / CODES;
+        long size = (columns + OUTPUTS - 1) / OUTPUTS * 64;
+        const uint8_t *start = codes + first * BITS / 8, *row[8 * EIGHTS], *next[8 * EIGHTS];
+        float total[8] = {0};
         memset(sums, 0, sizeof sums);
         memset(result, 0, sizeof result);
         for (long s = 0; s < count; s++) {
-            const int *channel = spans[s].channel;
-            const float *input = spans[s].input;
-            for (int k = 0; k < spans[s].n; k += BATCH, channel += BATCH, input += BATCH * tokens) {
-                const word *row[BATCH];
-                for (int r = 0; r < BATCH; r++) row[r] = start + channel[r] * pitch;
-                for (int r = BATCH; k + BATCH < spans[s].n && r < 2 * BATCH; r++) {
-                    const word *next = start + channel[r] * pitch;
-                    __builtin_prefetch(next);
-                    __builtin_prefetch(next + 16);
-                }
-                for (long t = 0; t < tokens; t += 4) {               // whose sums fit the registers
-                    const float *x = input + t * BATCH;
-                    float *to = sums + t * stride;
-                    switch (tokens - t) {
-                    case 1: add_codes(1, row, x, to, words, lane, stride); break;
-                    case 2: add_codes(2, row, x, to, words, lane, stride); break;
-                    case 3: add_codes(3, row, x, to, words, lane, stride); break;
-                    default: add_codes(4, row, x, to, words, lane, stride);
-                    }
-                }
+            const struct span *span = &spans[s];
+            for (int k = 0; k < span->eights; k += EIGHTS) {
+                int eights = point(span, k, start, pitch, row);
+                int more = k + EIGHTS < span->eights ? point(span, k + EIGHTS, start, pitch, next)
+                           : s + 1 < count ? point(span + 1, 0, start, pitch, next) : 0;
+                if (!more) memcpy(next, row, sizeof next);
+                const struct eight *x = span->x + k * tokens;
+                if (eights == 1) add_eights(1, row, next, x, sums, size, tokens, most);
+                else add_eights(2, row, next, x, sums, size, tokens, most);
             }
-            const char *scale = scales + (BITS == 8 ? 4 * first : 2 * (s * out + first));
-            for (long t = 0; spans[s].n && t < tokens; t++)
-                finish(sums + t * stride, result + t * stride, columns, lane, scale,
-                       zeros + s * out + first, spans[s].total[t]);
+            for (long t = 0; t < tokens; t++) {
+                total[t] += span->total[t];
+                if (BITS == 8 && s + 1 < count) continue;          // one scale for all spans
+                finish(sums + t * most, result + t * most, columns,
+                       scales + (BITS == 8 ? 4 * first : 2 * (s * out + first)),
+                       zeros + s * out + first, total[t]);
+                total[t] = 0;
+            }
         }
         for (long t = 0; t < tokens; t++)
             for (long j = 0; j < columns; j++)
-                y[t * out + first + j] = from_float(result[t * stride + j]);
+                y[t * out + first + j] = from_float(result[t * most + j]);
     }
 }
 
 /* y (tokens, out) = x (tokens, in), its small channels dropped, times a weight in codes. size: the
    channels of a span. threshold: one (step 0) or (in) (step 1). Returns 1 where memory ran out. */
-int codes_product(const type *x, const word *codes, const void *scales, const uint8_t *zeros,
+int codes_product(const type *x, const uint8_t *codes, const void *scales, const uint8_t *zeros,
                   long size, const float *threshold, long step, type *y, long tokens, long in,
                   long out, int threads) {
-    long count = (in + size - 1) / size;
-    struct span *spans = malloc(count * (sizeof *spans + size * (tokens + 1) * 4));
+    long count = (in + size - 1) / size, eights = (size + 7) / 8;
+    struct span *spans = malloc(count * (sizeof *spans + eights * 8 * sizeof(int)
+                                         + eights * tokens * sizeof(struct eight)));
     if (!spans) return 1;
-    float *room = (float *)(spans + count);
-    for (long s = 0; s < count; s++, room += size * (tokens + 1)) {
-        spans[s].input = room;
-        spans[s].channel = (int *)(room + size * tokens);
+    int *channel = (int *)(spans + count);
+    struct eight *room = (struct eight *)(channel + count * 8 * eights);
+    for (long s = 0; s < count; s++) {
+        spans[s].channel = channel + s * 8 * eights;
+        spans[s].x = room + s * eights * tokens;
     }
     long share = ((out + threads - 1) / threads + 127) / 128 * 128;
     #pragma omp parallel num_threads(threads)
@@ -415,32 +603,46 @@ int codes_product(const type *x, const word *codes, const void *scales, const ui
 }
 """
 SPAN = 512               # channels of a span of int8, which is listed by one thread
+ROUND_ACTIVATIONS = True
 
 
 @functools.cache
-def c_function(bits, dtype):
-    """Return the C function for codes of so many bits and x of a dtype; None without a compiler."""
-    library = kernel.compiled(f"#define {kernel.C_TYPES[dtype]}\n#define BITS {bits}\n"
-                              f"{kernel.C_SOURCE}{C_SOURCE}")
-    if library is None:
-        return None
-    pointer, long = ctypes.c_void_p, ctypes.c_long
-    library.codes_product.argtypes = [pointer, pointer, pointer, pointer, long, pointer, long,
-                                      pointer, long, long, long, ctypes.c_int]
-    return library.codes_product
+def c_library(bits, dtype, rounded, narrow=False):
+    """Return the C library for codes of so many bits and x of a dtype; None without a compiler.
+
+    rounded: whether activations are, where the processor has instructions for that. narrow: without
+    AVX-512, for tests.
+    """
+    defines = [kernel.C_TYPES[dtype], f"BITS {bits}"] + rounded * ["ROUNDED"] + narrow * ["NARROW"]
+    library = kernel.compiled("".join(f"#define {define}\n" for define in defines)
+                              + kernel.C_SOURCE + C_SOURCE)
+    if library is not None:
+        pointer, long = ctypes.c_void_p, ctypes.c_long
+        library.codes_product.argtypes = [pointer, pointer, pointer, pointer, long, pointer, long,
+                                          pointer, long, long, long, ctypes.c_int]
+    return library
+
+
+def instructions(x, bits=8):
+    """Return what multiplies codes by x, as text: a backend, and in C the instructions."""
+    backend = kernel.best_backend(x)
+    if backend != "c":
+        return backend
+    name = ctypes.c_char_p.in_dll(c_library(bits, x.dtype, ROUND_ACTIVATIONS), "instructions")
+    return f"C, {name.value.decode()}"
 
 
 def c_call(x, weight, threshold, y):
     """Return the C function and the arguments that set y (B, out) to the sparse product."""
     zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
-    return c_function(weight.bits, x.dtype), (
+    return c_library(weight.bits, x.dtype, ROUND_ACTIVATIONS).codes_product, (
         x.data_ptr(), weight.codes.data_ptr(), weight.scales.data_ptr(), zeros,
         weight.group or SPAN, threshold.data_ptr(), threshold.ndim, y.data_ptr(), *x.shape,
         weight.shape[1], torch.get_num_threads())
 
 
 def c_codes(x, weight, threshold):
-    if not kernel.fits_c(x) or c_function(weight.bits, x.dtype) is None:
+    if not kernel.fits_c(x):
         raise ValueError(f'backend "codes-c" needs a C compiler and float32, float16 or bfloat16 '
                          f'on the CPU, not {x.dtype} on {x.device.type}')
     y = x.new_empty(len(x), weight.shape[1])
