@@ -283,7 +283,7 @@ class Llama(nn.Module):
     def embed(self, tokens):
         """Return the embeddings (B, T, hidden) of tokens (B, T)."""
         try:
-            return self.model.embed_tokens(tokens)
+            return self.model.embed_tokens(tokens).to(self.dtype)        # they may be stored shorter
         except IndexError:
             check_tokens(tokens, self.config)
             raise
@@ -327,7 +327,7 @@ class Llama(nn.Module):
         for _, tensors in checked_shards(folder, model):
             for name in list(tensors):   # each is forgotten before the next is read
                 put(model, name, tensors.pop(name), device, dtype)
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.eval()
 

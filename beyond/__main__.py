@@ -81,8 +81,7 @@ def write(arguments):
     template = chat.chat_template(arguments.model) if arguments.chat else None
     maker = parallel if ranks > 1 else Llama
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, maker)
-    if arguments.quantize:
-        quantize.quantize_now(model, arguments.model, arguments.quantize)
+    quantize.follow(arguments, model, arguments.model)
     if tokenizer is None and arguments.draft in Writer.OWN_DRAFTS:
         # What a random model would write says nothing.
         writer = Writer(arguments, model, None)

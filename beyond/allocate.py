@@ -498,15 +498,19 @@ def refuse_beside(arguments, meaningless):
 def add_quantize(parser, needs=""):
     """Add --quantize, which `load` follows; needs: what more it asks for."""
     parser.add_argument("--quantize", choices=["int8", "int4"],
-                        help=f"round the blocks' weights first{needs} (default: as they are)")
+                        help=f"round the weights first{needs} (default: as they are)")
+    parser.add_argument("--head-bits", type=int, choices=[16, 8, 4],
+                        help="with --quantize: of the head and the embedding (default: 8)")
+    parser.add_argument("--float-activations", action="store_true",
+                        help="multiply quantized weights by activations as they are, not rounded "
+                             "to 8 bits (default: rounded, where that is faster)")
 
 
 def load(arguments, name=None):
     """Return (model, tokenizer) as --device, --dtype and --quantize ask for; name None: --model."""
     name = name or arguments.model
     model, tokenizer = load_model(name, arguments.device, arguments.dtype)
-    if arguments.quantize:
-        quantize.quantize_now(model, name, arguments.quantize)
+    quantize.follow(arguments, model, name)
     return model, tokenizer
 
 

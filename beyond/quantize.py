@@ -22,12 +22,14 @@ of its own. (Of 96, 64 or 32 where 128 does not divide the inputs of all linears
 
 Where a few weights are large, cutting them off makes the steps of all others finer. Of some
 clipping ratios, each group takes the one with the least squared error. Rounding is to nearest, and
-nothing but the weights is looked at. Only the linears of the blocks are quantized; activations keep
-their 16 or 32 bits, and sums are taken in float32.
+nothing but the weights is looked at. The linears of the blocks are quantized, and the embedding and
+the head, which are read at each step, too: in 8 bits, unless `head_bits` says 4, or 16 for as they
+are. A column of the embedding is turned back into numbers when its token comes.
 
-Decoding unpacks in registers, in the pass that skips. A weight is written out in floating point
-only for products of many rows, a prompt's, where that costs little. The activations of a quantized
-model differ a little, so it is calibrated anew.
+Decoding unpacks in registers, in the pass that skips. On a CPU whose instructions multiply bytes
+the activations are rounded to 8 bits as well, eight with a scale (see below, C); elsewhere, and
+with --float-activations, they keep their 16 or 32 bits. The activations of a quantized model differ
+a little, so it is calibrated anew.
 
 The seams: `sparsify(model, thresholds, make=...)` makes a `QuantizedLinear`, which is a
 SparseLinear; its products stand in `kernel.BACKENDS`, as codes-c, codes-triton and codes-torch;
@@ -54,14 +56,17 @@ from beyond.folders import check_new_folder, is_quantized, rewrite_checkpoint
 from calibrate import calibrate
 from generate import generate
 from model import (DEMO, QUANTIZED, Config, Llama, Parser, block_linears, command_line,
-                   linear_names, load_model, load_tokenizer, natural, progress, read_tokens,
+                   linear_names, load_model, load_tokenizer, natural, note, progress, read_tokens,
                    require)
-from sparsify import SparseLinear, realised_sparsity, reset_counts, sparse_mode, sparsify
+from sparsify import (SparseLinear, TransposedEmbedding, realised_sparsity, reset_counts,
+                      sparse_mode, sparsify)
 
 GROUPS = (128, 96, 64, 32)                 # inputs that share a scale: the first that fits
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)     # of a group's range: those tried
+AT_ONCE = 1 << 14                          # outputs that are rounded at a time: whole words
 METHOD = "minteal"                         # what config.json calls a checkpoint of this file
-VERSION = 1
+VERSION = 2                                # 1: the head and the embedding are as they were
+EMBEDDING = "model.embed_tokens"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,13 +109,28 @@ class QuantizedWeight(nn.Module):
 
     def dequantized(self, dtype):
         """Return the weight (in, out) that is multiplied with, in floating point."""
-        wide = torch.promote_types(dtype, torch.float32)
         codes = unpack_codes(self.codes, self.bits, self.shape[1])              # (in, out)
+        return self._numbers(codes, slice(None), dtype)
+
+    def index_select(self, dimension, outputs):
+        """Return the columns `outputs` (n,) as (in, n) float32, as a tensor's index_select(1, ...).
+
+        For sparsify.TransposedEmbedding: a column is the embedding of a token.
+        """
+        block, inside = outputs // (16 * 32 // self.bits), outputs % (16 * 32 // self.bits)
+        words = self.codes.index_select(1, 16 * block + inside % 16)            # (in, n)
+        codes = words >> self.bits * (inside // 16) & (1 << self.bits) - 1
+        return self._numbers(codes, outputs, torch.float32)
+
+    def _numbers(self, codes, outputs, dtype):
+        """Return what codes (in, n) of some outputs stand for, (in, n)."""
+        wide = torch.promote_types(dtype, torch.float32)
+        scales = self.scales[..., outputs].to(wide)
         if self.bits == 8:
-            return ((codes - 128).to(wide) * self.scales.to(wide)).to(dtype)
-        codes = codes.unflatten(0, (-1, self.group))                          # (groups, group, out)
-        weight = (codes - self.zeros.int()[:, None]).to(wide) * self.scales.to(wide)[:, None]
-        return weight.flatten(0, 1).to(dtype)
+            return ((codes - 128).to(wide) * scales).to(dtype)
+        codes = codes.unflatten(0, (-1, self.group))                            # (groups, group, n)
+        zeros = self.zeros[:, None, outputs].int()
+        return ((codes - zeros).to(wide) * scales[:, None]).flatten(0, 1).to(dtype)
 
     @staticmethod
     def empty(inputs, outputs, bits, group):
@@ -161,6 +181,11 @@ def quantize_weight(weight, bits, group=128, clipping=CLIPPING, name="the weight
     best is taken (int4). Raises InputError, with `name`, for what check_weight refuses.
     """
     check_weight(weight, bits, group, name)
+    if len(weight) > AT_ONCE:            # a head: outputs go their own ways
+        parts = [quantize_weight(part, bits, group, clipping) for part in weight.split(AT_ONCE)]
+        tensors = zip(*(part.buffers() for part in parts))
+        return QuantizedWeight(*(torch.cat(tensor, -1) for tensor in tensors),
+                               **({} if bits == 8 else {"group": group}))
     weight_t = weight.t().float()                                               # (in, out)
     if bits == 8:
         smallest = torch.finfo(torch.float32).tiny
@@ -241,9 +266,10 @@ def codes_dense(x, weight):
     """Return x (..., in) times a QuantizedWeight, nothing dropped: kernel.dense of it."""
     rows = x.numel() // x.shape[-1]
     backend = kernel.best_backend(x)
-    # To write a weight out in floating point takes longer than a few passes that unpack it.
+    # To write a weight out in floating point takes longer than a few passes that unpack it, and
+    # products of bytes are as fast as any of the library's.
     most = {"c": 8 * kernel.MAX_ROWS, "triton": kernel.MAX_ROWS, "torch": 0}[backend]
-    if rows > most or x.requires_grad:
+    if rows > most and not (backend == "c" and rounds(x, weight)) or x.requires_grad:
         return kernel.dense(x, weight.dequantized(x.dtype))
     keep_all = kernel.KEEP_ALL if backend == "c" else -1.0
     parts = x.reshape(rows, -1).split(kernel.MAX_ROWS)
@@ -292,7 +318,7 @@ enum { CODES = 32 / BITS, OUTPUTS = 16 * CODES };          // in a word; in the 
 const char *const instructions = "activations in floating point";
 
 #elif defined __AVX512VNNI__ && defined __AVX512BW__ && !defined NARROW
-const char *const instructions = "AVX-512 VNNI";
+const char *const instructions = "AVX-512 VNNI, activations rounded to 8 bits";
 #include <immintrin.h>
 #define WIDTH 64                       // bytes of a register
 #define ZIP(half, bits, a, b) (bytes)_mm512_unpack##half##_epi##bits((__m512i)(a), (__m512i)(b))
@@ -300,7 +326,7 @@ const char *const instructions = "AVX-512 VNNI";
 enum { MIDDLE = 128 };                 // of int8's codes, as DOT takes them: unsigned, or signed
 
 #elif defined __AVX2__
-const char *const instructions = "AVX2";
+const char *const instructions = "AVX2, activations rounded to 8 bits";
 #include <immintrin.h>
 #define WIDTH 32
 #define ZIP(half, bits, a, b) (bytes)_mm256_unpack##half##_epi##bits((__m256i)(a), (__m256i)(b))
@@ -308,7 +334,7 @@ const char *const instructions = "AVX2";
 enum { MIDDLE = 0 };
 
 #elif defined __ARM_FEATURE_DOTPROD
-const char *const instructions = "NEON dot product";
+const char *const instructions = "NEON dot product, activations rounded to 8 bits";
 #include <arm_neon.h>
 #define WIDTH 16
 #define lo 1
@@ -603,7 +629,7 @@ int codes_product(const type *x, const uint8_t *codes, const void *scales, const
 }
 """
 SPAN = 512               # channels of a span of int8, which is listed by one thread
-ROUND_ACTIVATIONS = True
+ROUND_ACTIVATIONS = True                   # where the processor has instructions for it
 
 
 @functools.cache
@@ -623,13 +649,18 @@ def c_library(bits, dtype, rounded, narrow=False):
     return library
 
 
-def instructions(x, bits=8):
+def instructions(x, bits):
     """Return what multiplies codes by x, as text: a backend, and in C the instructions."""
     backend = kernel.best_backend(x)
     if backend != "c":
-        return backend
-    name = ctypes.c_char_p.in_dll(c_library(bits, x.dtype, ROUND_ACTIVATIONS), "instructions")
-    return f"C, {name.value.decode()}"
+        return f"{backend}, activations in floating point"
+    library = c_library(bits, x.dtype, ROUND_ACTIVATIONS)
+    return f"C, {ctypes.c_char_p.in_dll(library, 'instructions').value.decode()}"
+
+
+def rounds(x, weight):
+    """Return whether the C kernel rounds activations here."""
+    return "floating point" not in instructions(x, weight.bits)
 
 
 def c_call(x, weight, threshold, y):
@@ -682,45 +713,88 @@ class QuantizedLinear(SparseLinear):
 fused.FUSABLE.add(QuantizedLinear)
 
 
-@torch.no_grad()
-def quantize(model, bits, group=None, clipping=CLIPPING):
-    """Quantize the linears of a Llama's blocks in place, one by one, and return the model, dense.
+def bits_by_name(config, bits, head_bits=8):
+    """Return {name of a linear, or EMBEDDING: bits} of what is quantized in a Llama of a Config.
 
+    With a tied head EMBEDDING stands for both.
+    """
+    bits_of = dict.fromkeys(linear_names(config), bits)
+    if head_bits < 16:
+        bits_of |= {EMBEDDING: head_bits}
+        if not config.tie_word_embeddings:
+            bits_of |= {"lm_head": head_bits}
+    return bits_of
+
+
+def replace_linear(model, name, weight_of):
+    """Put the QuantizedWeight weight_of(weight (out, in)) in the place of a linear or EMBEDDING."""
+    def make(weight_t, bias):
+        return QuantizedLinear(weight_of(weight_t.t()), bias)
+
+    if name != EMBEDDING:
+        sparsify(model, {name: None}, make)
+    elif model.config.tie_word_embeddings:
+        sparsify(model, {"lm_head": None}, make)           # the embedding reads the head's weight
+    else:
+        model.model.embed_tokens = TransposedEmbedding(weight_of(model.model.embed_tokens.weight))
+
+
+@torch.no_grad()
+def quantize(model, bits, group=None, clipping=CLIPPING, head_bits=8):
+    """Quantize the linears of a Llama in place, one by one, and return the model, dense.
+
+    bits: 8 or 4, of the blocks' linears; head_bits: 16, 8 or 4, of the head and the embedding.
     group: of inputs, at 4 bits; None: `fitting_group`. Raises InputError, and changes nothing, for
     a model that is sparse or quantized already, and for weights that cannot be quantized.
     """
-    names = linear_names(model.config)
-    require(not any(isinstance(model.get_submodule(name), SparseLinear) for name in names),
+    require(not any(isinstance(module, SparseLinear) for module in model.modules()),
             "the model is quantized or sparse already; quantize it first, then make it sparse")
     group = group or fitting_group(model)
-    for name in names:
-        check_weight(model.get_submodule(name).weight, bits, group, name)
-
-    def make(weight_t, bias):
-        return QuantizedLinear(quantize_weight(weight_t.t(), bits, group, clipping), bias)
-
-    for name in progress(names, f"quantizing to int{bits}"):
-        sparsify(model, {name: None}, make)
-    model.config = replace(model.config, quantization_config=quantization_config(bits, group))
+    bits_of = bits_by_name(model.config, bits, head_bits)
+    for name, number in bits_of.items():
+        check_weight(model.get_submodule(name).weight, number, group, name)
+    for name in progress(list(bits_of), f"quantizing to int{bits}"):
+        replace_linear(model, name,
+                       lambda weight: quantize_weight(weight, bits_of[name], group, clipping))
+    settings = quantization_config(bits, group, head_bits)
+    model.config = replace(model.config, quantization_config=settings)
     return model
 
 
-def quantize_now(model, name, kind):
+def follow(arguments, model, name):
+    """Do what the options say, to a model that was loaded as `name`; say what multiplies it.
+
+    The options are allocate.add_quantize's: --quantize, --head-bits, --float-activations.
+    """
+    global ROUND_ACTIVATIONS
+    ROUND_ACTIVATIONS = not arguments.float_activations
+    require(arguments.quantize or arguments.head_bits is None, "--head-bits is for --quantize")
+    if arguments.quantize:
+        quantize_now(model, name, arguments.quantize, arguments.head_bits)
+    settings = model.config.quantization_config
+    if settings:
+        head = settings.get("head_bits", 16)
+        note(f"{settings['bits']} bits a weight, the head's {head}; products by "
+             f"{instructions(model.model.norm.weight, settings['bits'])}")
+
+
+def quantize_now(model, name, kind, head_bits=None):
     """Quantize a model that was loaded as `name` to `kind`, "int8" or "int4", for --quantize."""
     require(not model.config.quantization_config,
             f"{name}: is quantized already, --quantize is for weights in floating point")
     # Random weights lose nothing where no clipping is tried.
     clipping = (1.0,) if str(name).startswith("random:") else CLIPPING
-    return quantize(model, int(kind.removeprefix("int")), clipping=clipping)
+    return quantize(model, int(kind.removeprefix("int")), clipping=clipping,
+                    head_bits=head_bits or 8)
 
 
 # --------------------------------------------------------------------------------------------------
 # The folder: a linear's `NAME.weight` becomes `NAME.weight_t.codes`, `.scales` and `.zeros`
 
-def quantization_config(bits, group):
+def quantization_config(bits, group, head_bits):
     """Return what config.json says of a quantized checkpoint."""
-    return {"quant_method": METHOD, "version": VERSION, "bits": bits,
-            "group": group if bits == 4 else None}
+    return {"quant_method": METHOD, "version": VERSION, "bits": bits, "head_bits": head_bits,
+            "group": group if 4 in (bits, head_bits) else None}
 
 
 def shape_linears(model, folder):
@@ -729,51 +803,57 @@ def shape_linears(model, folder):
     For Llama.from_pretrained. Raises InputError for a config that this file did not write.
     """
     what = f"{Path(folder) / 'config.json'}: quantization_config"
-    settings = model.config.quantization_config
-    version, bits, group = (settings.get(key) for key in ("version", "bits", "group"))
-    require(version == VERSION, f"{what}: version is {version!r}, known is {VERSION}")
-    require(type(bits) is int and (bits, type(group)) in ((8, type(None)), (4, int)),
-            f"{what}: {bits!r} bits with group {group!r}, expected 8 with null or 4 with a number")
-    for name, (_, inputs) in block_linears(model.config).items():
-        require(bits == 8 or is_group(group, inputs),
+    settings = {"head_bits": 16} | model.config.quantization_config
+    version, bits, head_bits, group = (settings.get(key)
+                                       for key in ("version", "bits", "head_bits", "group"))
+    require(version in (1, VERSION), f"{what}: version is {version!r}, known is {VERSION}")
+    require(type(bits) is int and bits in (4, 8), f"{what}: bits is {bits!r}, expected 4 or 8")
+    require(type(head_bits) is int and head_bits in (4, 8, 16),
+            f"{what}: head_bits is {head_bits!r}, expected 16, 8 or 4")
+    grouped = 4 in (bits, head_bits)
+    require(type(group) is (int if grouped else type(None)),
+            f"{what}: {bits} bits, the head {head_bits}, with group {group!r}, expected "
+            f"{'a number' if grouped else 'null'}")
+    for name, number in bits_by_name(model.config, bits, head_bits).items():
+        inputs = model.get_submodule(name).weight.shape[1]
+        require(number == 8 or is_group(group, inputs),
                 f"{what}: groups of {group}, expected a multiple of 32 that divides the {inputs} "
                 f"inputs of {name}")
-
-    def make(weight_t, bias):
-        return QuantizedLinear(QuantizedWeight.empty(*weight_t.shape, bits, group), bias)
-
-    sparsify(model, dict.fromkeys(linear_names(model.config)), make)
+        replace_linear(model, name, lambda weight: QuantizedWeight.empty(*weight.t().shape, number,
+                                                                         group))
 
 
 QUANTIZED[METHOD] = shape_linears
 
 
-def quantize_folder(folder, out, bits, group=None):
-    """Write the checkpoint in `folder`, its blocks' linears quantized, to the new folder `out`.
+def quantize_folder(folder, out, bits, group=None, head_bits=8):
+    """Write the checkpoint in `folder`, its linears quantized, to the new folder `out`.
 
-    It goes file by file. group: as for `quantize`. Returns {linear: (relative error, bytes before,
-    bytes after)}.
+    It goes file by file. Arguments as of `quantize`. Returns {linear, or EMBEDDING: (relative
+    error, bytes before, bytes after)}.
     """
     require(not is_quantized(folder), f"{folder}: is quantized already")
     model = Llama.shapes(Config.read(folder))
     group = group or fitting_group(model)
-    weights = {f"{name}.weight": name for name in linear_names(model.config)}
+    bits_of = bits_by_name(model.config, bits, head_bits)
     measures = {}
 
     def change(path, tensors):
         changed = {}
         for name in progress(list(tensors), f"quantizing {path.name}"):
             tensor = tensors.pop(name)
-            if name not in weights:
+            linear = name.removesuffix(".weight")
+            if linear not in bits_of:
                 changed[name] = tensor
                 continue
-            quantized = quantize_weight(tensor, bits, group, name=f"{path}: tensor {name}")
+            quantized = quantize_weight(tensor, bits_of[linear], group,
+                                        name=f"{path}: tensor {name}")
             changed |= {f"{name}_t.{part}": values for part, values in quantized.named_buffers()}
-            measures[weights[name]] = measured(tensor, quantized)
+            measures[linear] = measured(tensor, quantized)
         return changed
 
     rewrite_checkpoint(folder, model, out, change,
-                       {"quantization_config": quantization_config(bits, group)})
+                       {"quantization_config": quantization_config(bits, group, head_bits)})
     return measures
 
 
@@ -796,6 +876,8 @@ def main(allocate=None, judge=None):
     parser.add_argument("--group", type=natural,
                         help="inputs that share a scale at 4 bits (default: 128, or as many of "
                              "96, 64 and 32 as divide the inputs of every linear)")
+    parser.add_argument("--head-bits", type=int, choices=[16, 8, 4], default=8,
+                        help="of the head and the embedding (default: 8)")
     parser.add_argument("--out", metavar="FOLDER",
                         help="folder to write, which must not exist (default: only measure)")
     parser.add_argument("--table", action="store_true",
@@ -816,7 +898,8 @@ def main(allocate=None, judge=None):
         table(folder, group, arguments.tokens, allocate, judge)
         return
     if arguments.out:
-        measures = quantize_folder(folder, arguments.out, arguments.bits, group)
+        measures = quantize_folder(folder, arguments.out, arguments.bits, group,
+                                   arguments.head_bits)
         print_errors(folder, arguments.bits, group, measures)
         print(f"{arguments.out}: written. Calibrate it with: python -m beyond.allocate "
               f"--model {arguments.out}")
@@ -824,25 +907,35 @@ def main(allocate=None, judge=None):
     model, _ = load_model(folder)
     for bits in (8, 4):
         measures = {}
-        for name in progress(linear_names(model.config), f"quantizing to int{bits}"):
+        bits_of = bits_by_name(model.config, bits, arguments.head_bits)
+        for name, number in progress(list(bits_of.items()), f"quantizing to int{bits}"):
             weight = model.get_submodule(name).weight
-            measures[name] = measured(weight, quantize_weight(weight, bits, group, name=name))
+            measures[name] = measured(weight, quantize_weight(weight, number, group, name=name))
         print_errors(folder, bits, group, measures)
 
 
 def print_errors(folder, bits, group, measures):
     """Print {linear: (relative error, bytes before, bytes after)}, block by block."""
-    before = sum(size for _, size, _ in measures.values())
-    after = sum(size for _, _, size in measures.values())
-    groups = f", groups of {group}" if bits == 4 else ""
-    print(f"int{bits}{groups}: the blocks' linears {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} "
-          f"MB; relative error of each weight, in percent:")
     config = Config.read(folder)
+    blocks = linear_names(config)
+    rest = [name for name in measures if name not in blocks]
+    print(f"int{bits}{f', groups of {group}' if bits == 4 else ''}: "
+          f"the blocks' linears {sizes_of(measures, blocks)}")
+    if rest:
+        errors = ", ".join(f"{100 * measures[name][0]:.2f}" for name in rest)
+        print(f"{' and '.join(rest)}: {sizes_of(measures, rest)}, relative error {errors} percent")
+    print("relative error of each weight of the blocks, in percent:")
     kinds = list(block_linears(config))
     print(f"{'block':>6}" + "".join(f"{kind.split('.')[1]:>11}" for kind in kinds))
     for layer in range(config.num_hidden_layers):
         errors = [measures[f"model.layers.{layer}.{kind}"][0] for kind in kinds]
         print(f"{layer:6}" + "".join(f"{100 * error:11.2f}" for error in errors))
+
+
+def sizes_of(measures, names):
+    """Return the sizes before and after of some linears, as text."""
+    before, after = (sum(measures[name][i] for name in names) / 1e6 for i in (1, 2))
+    return f"{before:,.1f} MB -> {after:,.1f} MB"
 
 
 def table(folder, group, count, allocate, judge, levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
@@ -891,9 +984,10 @@ def tensors_of(module):
 
 def bytes_a_token(model):
     """Return the bytes of weights that one dense step reads: of an untied embedding one row."""
-    embedding = model.model.embed_tokens.weight
-    unread = 0 if model.config.tie_word_embeddings else embedding.nbytes
-    return sum(tensor.nbytes for tensor in tensors_of(model)) - unread + embedding[0].nbytes
+    embedding = sum(tensor.nbytes for tensor in tensors_of(model.model.embed_tokens))
+    unread = 0 if model.config.tie_word_embeddings else embedding
+    row = embedding // model.config.vocab_size
+    return sum(tensor.nbytes for tensor in tensors_of(model)) - unread + row
 
 
 def tokens_a_second(model, prompt, tokens=200, make_step=record.make_step):
