@@ -344,7 +344,9 @@ class Launches(TorchDispatchMode):
         name = str(function).rpartition(".")[0]
         if not function.is_view and name not in NO_LAUNCH:
             self.note(name.removeprefix("aten."))
-        if name in HOST:
+        by_mask = name in ("aten.index", "aten.index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1])
+        if name in HOST or by_mask:
             self.note(name.removeprefix("aten."), self.waits)
         return function(*args, **kwargs or {})
 
