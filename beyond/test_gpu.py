@@ -103,7 +103,7 @@ def test_the_report_at_toy_size(tmp_path, monkeypatch, folders):
     same = [row for row in report.data["texts: demo"] if "same" in row]
     assert same and all(row["same"] == row["of"] for row in same)
     assert report.data["profile"] and report.data["tiles"] and report.data["gpt-fast: llama-3-8b"]
-    assert list(report.data)[-1] == "products: TEAL"                  # nothing is after what may crash
+    assert list(report.data)[-1] == "products: TEAL"       # nothing is after what may crash
     assert report.data["products: TEAL"][1]["kind"] == "TEAL float16"
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report.data
     assert (tmp_path / "out" / "report.txt").read_text().splitlines() == "\n".join(
