@@ -37,8 +37,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+import kernel
 from calibrate import load_calibration
-from kernel import best_backend
 from model import (DEMO, InputError, KVCache, Llama, Parser, check_tokens, command_line,
                    linear_names, load_model, natural, require, share)
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
@@ -147,11 +147,14 @@ class StaticCache(KVCache):
 
     def __init__(self, cache, T):
         self.keys, self.values, self.length = cache.keys, cache.values, cache.length
-        device = cache.keys.device
+        device, room = cache.keys.device, cache.keys.shape[3]
         self.positions = torch.zeros(T, dtype=torch.int64, device=device)
         self.slots = torch.zeros(T, dtype=torch.int64, device=device)
-        self.mask = torch.zeros(T, cache.length, dtype=torch.bool, device=device)
-        self.all_slots = torch.arange(cache.length, device=device)
+        self.mask = torch.zeros(T, room, dtype=torch.bool, device=device)
+        self.all_slots = torch.arange(room, device=device)
+        self.numbers = None
+        if kernel.best_backend(cache.keys) == "triton":
+            self.numbers = cache.keys.new_zeros(()), cache.keys.new_full((), float("-inf"))
 
     def follow(self, cache, T, window):
         """Make the next step one of T tokens that follow what `cache` holds."""
@@ -164,7 +167,10 @@ class StaticCache(KVCache):
             self.mask[:, :end] = mask
 
     def look(self, T, window):
-        return self.positions, self.mask
+        if self.numbers is None:
+            return self.positions, self.mask
+        # On a GPU attention adds numbers. Here they are made once, and not in every layer.
+        return self.positions, torch.where(self.mask, *self.numbers)
 
     def append(self, layer, k, v):
         keys, values = self.keys[layer], self.values[layer]
@@ -190,6 +196,7 @@ class GraphStep:
         self.cache = cache
         self.graphs = {}
         self.pool = torch.cuda.graph_pool_handle()         # memory that the graphs share
+        self.tickets = kernel.new_tickets(model.device)    # and that is not for other launches
         self.steps = 0
         if cache.used + tokens <= cache.length:
             example = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
@@ -219,7 +226,7 @@ class GraphStep:
         if key not in self.graphs:
             if counting:
                 state.counting = sample
-            with torch.cuda.device_of(tokens):
+            with torch.cuda.device_of(tokens), kernel.using_tickets(self.tickets):
                 self.graphs[key] = self.capture(tokens)
             if counting:
                 state.counting = True
@@ -255,7 +262,7 @@ def uncounted(model):
 
 def fast_step(model, cache, tokens=1):
     """Return the fastest step of this file: a graph on a GPU, else the model itself."""
-    if best_backend(cache.keys) == "triton":
+    if kernel.best_backend(cache.keys) == "triton":
         return GraphStep(model, cache, tokens)
     return plain_step(model, cache, tokens)
 
@@ -287,9 +294,10 @@ def _generate(model, prompt, max_new_tokens, sampling, generator, eos_ids, make_
     step = make_step(model, cache)
     for left in reversed(range(length - prompt.shape[1])):
         tokens, _ = sampling.choose(logits, generator)                          # (1, 1)
-        whole = logits.max().isfinite()                    # NaN, too, is the largest
-        token, whole = torch.stack((tokens[0, 0], whole)).tolist()      # the one wait for a device
-        if not whole:
+        # The one wait for a device. NaN, too, is the largest; a float32 holds any token.
+        token, largest = torch.stack((tokens[0, 0], logits.max())).tolist()
+        token = int(token)
+        if not math.isfinite(largest):
             checked(logits, cache.used - 1)
         if token in eos_ids:
             return

@@ -42,6 +42,8 @@ float64 and takes "torch".
     python kernel.py                                       dense against sparse, Llama-2-7B's shapes
     python kernel.py --shapes llama-3-8b --dtype bfloat16 --sparsity 0 0.5
 """
+import contextlib
+import contextvars
 import ctypes
 import functools
 import hashlib
@@ -526,6 +528,31 @@ if triton is not None:
         return tl.dot(x, weight, sums, input_precision="ieee")
 
     @triton.jit
+    def add_kept(x_ptr, weight_ptr, threshold_ptr, channel_ptr, count, output, rows, channels,
+                 outputs, STEP: tl.constexpr, BLOCK_OUT: tl.constexpr):
+        """Return what the loop over the list sums up, row by row: (16, BLOCK_OUT).
+
+        The loop multiplies what a row drops, and another keeps, by 0. That is NaN where the weight
+        is infinite or NaN; here it is not multiplied. It is slow, and hardly ever needed.
+        """
+        padded = tl.arange(0, 16)[:, None]
+        sums = tl.zeros((16, BLOCK_OUT), tl.float32)
+        for index in range(0, count):
+            channel = tl.load(channel_ptr + index)
+            x = tl.load(x_ptr + padded * channels + channel, mask=padded < rows, other=0.0)
+            x = x.to(tl.float32)                                                # (16, 1)
+            keep = ((tl.abs(x) <= tl.load(threshold_ptr + channel * STEP)) == 0) & (padded < rows)
+            weight = tl.load(weight_ptr + channel.to(tl.int64) * outputs + output,
+                             mask=output < outputs, other=0.0)                  # (BLOCK_OUT,)
+            sums += tl.where(keep, x * weight.to(tl.float32)[None, :], 0.0)
+        return sums
+
+    @triton.jit
+    def is_number(x):
+        """Return where x is neither infinite nor NaN."""
+        return tl.abs(x) < float("inf")
+
+    @triton.jit
     def is_last(ticket_ptr, programs):
         """Return whether this is the last of so many programs to come here, with all it stored."""
         tl.debug_barrier()               # all threads have stored; the atomic orders what follows
@@ -576,6 +603,10 @@ if triton is not None:
             weight = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * outputs + output[None, :],
                              mask=(channel >= 0)[:, None] & (output < outputs)[None, :], other=0.0)
             sums = add_product(sums, x, weight)                                 # (16, BLOCK_OUT)
+        if ROWS > 1:
+            if tl.min((is_number(sums) | (padded >= rows)).to(tl.int32)) == 0:
+                sums = add_kept(x_ptr, weight_ptr, threshold_ptr, channel_ptr, count, output, rows,
+                                channels, outputs, STEP, BLOCK_OUT)
         tl.store(partial_ptr + (split * rows + padded) * outputs + output[None, :], sums,
                  mask=(padded < rows) & (output < outputs)[None, :])
         if is_last(ticket_ptr + tile, splits):
@@ -613,40 +644,69 @@ TILE = {2: {"BLOCK_IN": 32, "BLOCK_OUT": 128, "STAGES": 5},      # by the bytes 
         4: {"BLOCK_IN": 16, "BLOCK_OUT": 128, "STAGES": 5}}
 
 
-def span(tiles, channels, device):
-    """Return how many channels a program lists: more where the tiles alone make enough programs."""
+def span(tiles, channels, processors):
+    """Return how many channels a program lists: more where the tiles alone make enough programs.
+
+    processors: the multiprocessors of the GPU.
+    """
     size = 256
-    while size < 512 and tiles * triton.cdiv(channels, size) > 8 * multiprocessors(device):
+    while size < 512 and tiles * triton.cdiv(channels, size) > 8 * processors:
         size *= 2
     return size
 
 
-TICKETS = 1 << 20
+TICKETS = 1 << 16        # tiles of one launch, at most: 8 million outputs
+
+
+def new_tickets(device):
+    """Return zeros (TICKETS,) int32, by which programs learn which of them is the last.
+
+    A launch leaves them zero for the next one. So launches share tickets if they never run at once:
+    those in one stream, and those in graphs that are replayed one after the other.
+    """
+    return torch.zeros(TICKETS, dtype=torch.int32, device=device)
 
 
 @functools.cache
-def all_tickets(device):
-    """Return (zeros (TICKETS,) int32, a list of one: how many of them are given out)."""
-    zeros = torch.zeros(TICKETS, dtype=torch.int32, device=device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)   # whichever stream comes first
-    return zeros, [0]
+def stream_tickets(device, stream):
+    """Return the tickets of the launches in a stream, which is the current one."""
+    return new_tickets(device)
+
+
+def stream_of(device):
+    """Return the number of the current stream; None while a CUDA graph is captured in it."""
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+own_tickets = contextvars.ContextVar("own_tickets", default=None)
+
+
+@contextlib.contextmanager
+def using_tickets(zeros):
+    """Give the launches inside a `with` the tickets `zeros`, of new_tickets: those of a graph."""
+    token = own_tickets.set(zeros)
+    try:
+        yield
+    finally:
+        own_tickets.reset(token)
 
 
 def tickets(number, device):
-    """Return zeros (number,) int32, by which programs learn which of them is the last.
+    """Return `number` tickets for a launch on a device; ValueError for more than there are.
 
-    A launch leaves them zero, so nothing has to clear them. After a million they come again, which
-    a few texts need: launches that share tickets must not run at once, in two streams. As PyTorch
-    asks for: a product runs once before it is captured in a CUDA graph. Raises ValueError for more
-    than there are.
+    Captured in a graph that brings none of its own, they are zeros that the graph makes itself.
     """
     if number > TICKETS:
         raise ValueError(f"{number} tiles of outputs in one launch, at most {TICKETS}")
-    zeros, used = all_tickets(device)
-    begin = used[0] if used[0] + number <= TICKETS else 0
-    used[0] = begin + triton.cdiv(number, 4) * 4           # addresses are multiples of 16 bytes
-    return zeros[begin:begin + number]
+    zeros = own_tickets.get()
+    if zeros is None:
+        stream = stream_of(device)
+        zeros = new_tickets(device) if stream is None else stream_tickets(device, stream)
+    return zeros[:number]
 
 
 def room(x, tiles, splits, size, width):
@@ -670,7 +730,7 @@ def triton_gemv(x, weight_t, threshold):
         return x.new_zeros(rows, outputs)                  # there would be no program
     sizes = TILE[x.itemsize]
     tiles = triton.cdiv(outputs, sizes["BLOCK_OUT"])
-    size = span(tiles, channels, x.device)
+    size = span(tiles, channels, multiprocessors(x.device))
     splits = triton.cdiv(channels, size)
     y = torch.empty(rows, outputs, device=x.device, dtype=x.dtype)
     with torch.cuda.device_of(x):        # Triton launches on the current device

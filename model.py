@@ -72,7 +72,7 @@ class Context(NamedTuple):
     """What every block is given besides its input; `Llama.context` makes it."""
     cos: torch.Tensor                    # (T, D)
     sin: torch.Tensor                    # (T, D)
-    mask: torch.Tensor | None            # (T, S) bool: what each token sees; None: all before it
+    mask: torch.Tensor | None            # (T, S): what each token sees, as for `attend`
     cache: "KVCache | None"
 
 
@@ -122,7 +122,8 @@ def visible(past, T, window, device):
 def attend(q, k, v, mask):
     """Return softmax(q kᵀ / √D) v.
 
-    q (B, H, T, D), k and v (B, G, S, D), mask (T, S) bool, or None for causal -> (B, H, T, D)
+    q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). mask (T, S): bool, or numbers that are
+    added to q kᵀ / √D, 0 or -inf; None: each token sees all before it.
     """
     B, H, T, D = q.shape
     G = k.shape[1]
@@ -142,7 +143,8 @@ class KVCache:
     """
 
     def __init__(self, layers, batch, heads, length, head_dim, device, dtype):
-        shape = (layers, batch, heads, length, head_dim)
+        room = -(-length // 8) * 8       # attention on a GPU wants masks of so many columns
+        shape = (layers, batch, heads, room, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = length

@@ -834,11 +834,50 @@ def test_triton_with_many_programs_a_tile():
         x = torch.randn(2, channels, device=DEVICE)
         weight_t = torch.randn(channels, outputs, device=DEVICE)
         if DEVICE.type == "cpu":
-            assert kernel.span(-(-outputs // 128), channels, DEVICE) == size
+            assert kernel.span(-(-outputs // 128), channels, 2) == size
         y = kernel.sparse_gemv(x, weight_t, 0.7, "triton")
         assert distance(y, drop(x, 0.7).double() @ weight_t.double()) < 1e-5
-        zeros, _ = kernel.all_tickets(DEVICE)
-        assert not zeros.any()           # what a launch leaves for the next
+        assert not kernel.tickets(kernel.TICKETS, DEVICE).any()      # left for the next launch
+
+
+@needs_triton
+def test_launches_that_may_run_at_once_share_no_tickets(monkeypatch):
+    def address(stream=0):
+        monkeypatch.setattr(kernel, "stream_of", lambda device: stream)
+        return kernel.tickets(9, DEVICE).data_ptr()
+
+    assert address(1) == address(1) != address(2)
+    own = kernel.new_tickets(DEVICE)
+    with kernel.using_tickets(own):      # as GraphStep does
+        assert address(1) == address(None) == own.data_ptr()
+        y = kernel.sparse_gemv(torch.ones(1, 300, device=DEVICE), torch.ones(300, 9, device=DEVICE),
+                               0.0, "triton")
+        assert (y == 300).all() and not own.any()
+    assert address(1) != own.data_ptr()
+    monkeypatch.setattr(kernel, "stream_of", lambda device: None)      # captured by someone else
+    first, second = kernel.tickets(9, DEVICE), kernel.tickets(9, DEVICE)
+    assert first.data_ptr() != second.data_ptr() and not first.any()
+    with pytest.raises(ValueError, match=f"at most {kernel.TICKETS}"):
+        kernel.tickets(kernel.TICKETS + 1, DEVICE)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:invalid value")        # of the interpreter's numpy
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_no_number_can_multiply_is_not_multiplied_where_it_is_dropped(value):
+    torch.manual_seed(0)
+    for rows in (1, 3):
+        x = torch.randn(rows, 70)
+        weight_t = torch.randn(70, 130)
+        x[:, 5] = 0.1                    # dropped by all rows
+        weight_t[5] = value
+        x[0, 9] = 0.1                    # dropped by the first row
+        weight_t[9, ::3] = value
+        keep = x.abs() > 0.4
+        terms = torch.where(keep[:, :, None], x[:, :, None] * weight_t, 0.0)
+        y = kernel.sparse_gemv(x.to(DEVICE), weight_t.to(DEVICE), 0.4, "triton").cpu()
+        torch.testing.assert_close(y, terms.sum(1), equal_nan=True)
+        assert y[0].isfinite().all() and (rows == 1 or not y[1].isfinite().all())
 
 
 @needs_c
@@ -1632,9 +1671,11 @@ def test_sampling_repeats_with_a_seed_and_follows_the_distribution():
 # --------------------------------------------------------------------------------------------------
 # generate.py: steps
 
+@pytest.mark.parametrize("backend", ["c", "triton"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("T", [1, 4])
-def test_a_static_cache_gives_the_same_steps(T, window):
+def test_a_static_cache_gives_the_same_steps(T, window, backend, monkeypatch):
+    monkeypatch.setattr(kernel, "best_backend", lambda x: backend)
     model = tiny_model(sliding_window=window)
     tokens = tokens_of(model, 1, 14)
     expected = stepwise(model, tokens, [2, *[T] * (12 // T)])[:, 2:]
@@ -1643,6 +1684,9 @@ def test_a_static_cache_gives_the_same_steps(T, window):
     cache.keys[:, :, :, 2:] = 1e9        # what is not used yet must not be seen
     cache.values[:, :, :, 2:] = 1e9
     static = StaticCache(cache, T)
+    mask = static.look(T, window)[1]
+    assert mask.dtype == (model.dtype if backend == "triton" else torch.bool)
+    assert mask.shape == (T, 24)         # a multiple of 8, which kernels of a GPU take as it is
     memory = [tensor.data_ptr() for tensor in (static.positions, static.slots, static.mask)]
     logits = []
     for part in tokens[:, 2:].split(T, dim=1):
@@ -1680,6 +1724,20 @@ def test_every_step_is_one_of_make_step():
                                                       make_step=make_step))
     assert passes[:2] == [(model, 5), (draft, 6)]
     assert passes[2:] == steps
+
+
+def test_the_graphs_of_a_step_have_tickets_of_their_own(monkeypatch):
+    class Step(generate.GraphStep):
+        def capture(self, tokens):
+            return kernel.own_tickets.get()
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model = tiny_model()
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    steps = [Step(model, model.make_cache(1, 8)) for _ in range(2)]
+    first, second = (step.graph(tokens, sample=False) for step in steps)
+    assert first is steps[0].tickets and second is steps[1].tickets
+    assert first.data_ptr() != second.data_ptr() and kernel.own_tickets.get() is None
 
 
 @needs_gpu

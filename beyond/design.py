@@ -3,26 +3,28 @@
 A product at batch 1 is a stream of bytes. A multiprocessor that asks for B bytes, and waits L for
 them, gets B / L a second: to use its share of the bandwidth it must have `bandwidth x latency` on
 their way at any time (Little's law). On an H100 that is 3.35 TB/s x 0.7 us / 132 = 17 KB. How many
-there are is read off the compiled kernel:
+there are is read off the compiled kernel, and off the grid:
 
-    programs   a multiprocessor holds as many as its registers, shared memory and threads allow
+    fit        programs that a multiprocessor holds, by registers, shared memory and warps
+    run        programs that the grid has for each, by the tile and by kernel.span
+    waves      run / fit: what does not fit at once comes later, and the last wave has fewer
     ahead      turns of the loop whose rows are asked for before they are needed
-    on the way = programs x ahead x channels a turn x bytes of a row of the tile
+    on the way = programs at once x ahead x channels a turn x bytes of a row of the tile
 
 and the loop must not take longer to compute than its bytes take to come: its instructions, four a
 clock, against the multiprocessor's share of the bandwidth. A list of kept channels makes all this
 independent of sparsity, but for what is left to do: at 75 % a program has half the rows of 50 %.
 
 A step is its bytes and its launches: each costs some 2 us, in which no weight is read. They are
-counted where they are made, on a small model with as many layers as the real one.
+counted where they are made, while a small model with as many layers as the real one writes a text.
 
 No GPU is needed: Triton compiles for one that is not here.
 
     python -m beyond.design                       both tables, for an H100
-    python -m beyond.design --capability 80 --bandwidth 2.04e12 --multiprocessors 108    an A100,
-                            but for its clock and its shared memory, which are an H100's here
+    python -m beyond.design --card a100           for another card
 """
 import contextlib
+import math
 import os
 import re
 import subprocess
@@ -39,17 +41,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel
 from beyond import fused
-from generate import Sampling, StaticCache
+from generate import Sampling, StaticCache, generate
 from model import (PRESETS, Llama, Parser, block_linears, command_line, linear_names,
-                   natural, require)
+                   require)
 from sparsify import sparse_mode, sparsify
 
 LATENCY = 0.7e-6         # seconds from asking memory for a line until it is there, when it is busy
 LAUNCH = 2e-6            # seconds of a launch in a CUDA graph in which the memory is idle
 WAITS = 4                # latencies: x and the list before the rows, ticket and parts after
 LAYER = (4096, 14336)    # inputs, outputs: the largest linears of Llama-3-8B
-CLOCK = 1.755e9          # of an H100
+LEVELS = (0, 0.5, 0.75)  # sparsities of the table
 WARPS = 4                # a program
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a kind of GPU has: by its data sheet, and by the CUDA programming guide."""
+    capability: int              # 90 is sm_90
+    bandwidth: float             # bytes a second
+    multiprocessors: int
+    clock: float                 # cycles a second, boosted
+    shared: int                  # bytes of shared memory of a multiprocessor
+    warps: int                   # that a multiprocessor holds
+    programs: int                # that a multiprocessor holds
+    registers: int = 65_536      # of a multiprocessor
+
+    @property
+    def need(self):
+        """The bytes that must be on their way to each multiprocessor."""
+        return self.bandwidth * LATENCY / self.multiprocessors
+
+
+CARDS = {"h100": Card(90, 3.35e12, 132, 1.98e9, 228 << 10, 64, 32),
+         "h200": Card(90, 4.8e12, 132, 1.98e9, 228 << 10, 64, 32),
+         "a100": Card(80, 2.04e12, 108, 1.41e9, 164 << 10, 64, 32),
+         "rtx-4090": Card(89, 1.01e12, 128, 2.52e9, 100 << 10, 48, 24),
+         "rtx-3090": Card(86, 0.936e12, 82, 1.7e9, 100 << 10, 48, 16)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,88 +166,188 @@ def text_of(sizes):
     return f"{sizes['BLOCK_IN']} x {sizes['BLOCK_OUT']}, {sizes['STAGES']} stages"
 
 
-def on_the_way(built, sizes, row_bytes, span, sparsity):
-    """Return (programs a multiprocessor, bytes on their way to it at a sparsity)."""
-    programs = min(65536 // (-(-built.registers // 8) * 8 * 32 * WARPS),
-                   232_448 // (built.shared + 1024), 64 // WARPS)
+@dataclass
+class Plan:
+    """How a product lies on a card."""
+    name: str
+    card: Card
+    fit: int                     # programs that a multiprocessor holds
+    grid: int                    # programs in all
+    ahead: dict                  # {sparsity: bytes that a program has on their way}
+    compute: float = math.inf    # how often a turn could be computed while its bytes come
+    launches: int = 1
+    row: float = 2.0             # bytes of a weight
+    built: Built | None = None
+
+    @property
+    def run(self):
+        """The programs that the grid has for a multiprocessor, on average."""
+        return self.grid / self.card.multiprocessors
+
+    def over_need(self, sparsity):
+        """Return the bytes on their way to a multiprocessor, over those that must be."""
+        return min(self.fit, self.run) * self.ahead[sparsity] / self.card.need
+
+    def share(self, sparsity):
+        """Return the share of the bandwidth in use, from the first wave to the last, at most 1."""
+        most = self.fit * self.card.multiprocessors
+        time = 0.0                       # over that of all bytes at the full bandwidth
+        for first in range(0, self.grid, most):
+            programs = min(most, self.grid - first)
+            each = programs / self.card.multiprocessors
+            rate = min(1.0, each * self.ahead[sparsity] / self.card.need,
+                       min(1.0, each) * self.compute)      # with less than one, some are idle
+            time += programs / self.grid / rate
+        return 1 / time
+
+    def whole(self, sparsity):
+        """Return the share of the bandwidth with the launch, the beginning and the end."""
+        stream = LAYER[0] * LAYER[1] * self.row * (1 - sparsity) / self.card.bandwidth
+        return stream / (stream / self.share(sparsity) + WAITS * LATENCY + self.launches * LAUNCH)
+
+    def limit(self, sparsity):
+        """Return what keeps the share below 1, or ""."""
+        if self.compute < min(1, self.over_need(sparsity)):
+            return "computing"
+        if self.over_need(sparsity) < 1:
+            return "latency"
+        return "the last wave" * (self.share(sparsity) < 0.995)
+
+    def line(self):
+        """Return the Plan's line of the table."""
+        facts = [""] * 5
+        if self.built:
+            facts = [self.built.registers, f"{self.built.shared / 1024:.1f}", self.built.barriers,
+                     self.built.wide, self.built.loop]
+        programs = min(self.fit, self.run)
+        return COLUMNS.format(
+            self.name, *facts, self.fit, f"{self.run:.1f}", f"{self.run / self.fit:.1f}",
+            *[f"{programs * self.ahead[level] / 1024:.0f}" for level in LEVELS],
+            *[f"{self.over_need(level):.1f}x" for level in LEVELS[1:]],
+            f"{self.compute:.1f}x" if self.compute < math.inf else "",
+            *[f"{self.share(level):.0%}" for level in LEVELS[1:]], f"{self.whole(0.5):.0%}",
+            self.limit(0.5)).rstrip()
+
+
+COLUMNS = ("{:35}{:>7}{:>7}{:>6}{:>6}{:>5}{:>6}{:>5}{:>6}{:>7}{:>5}{:>5}{:>7}{:>6}{:>6}"
+           "{:>6}{:>5}{:>6}  {}")
+HEADING = "\n".join(COLUMNS.format(*words).rstrip() for words in (
+    ("", "regis-", "shared", "bar-", "wide", "turn", "pro-", "", "waves", "KB on", "the", "way",
+     "over", "the", "com-", "share", "at", "whole", ""),
+    ("weights, rows, tile", "ters", "KB", "riers", "loads", "", "fit", "run", "", "0", "50", "75 %",
+     "50", "75 %", "pute", "50", "75 %", "50 %", "")))
+
+
+def plan_before(card):
+    """Return the Plan of the kernel as it was before it listed the kept channels.
+
+    167 registers a thread let three programs fit, of four that a multiprocessor was given. Each had
+    a tile of 8 KB on its way, without the rows whose loads were masked; a second launch added the
+    parts. That each turn waited for x and thresholds first is not counted.
+    """
+    fit = card.registers // (168 * 32 * WARPS)             # registers are given out in eights
+    return Plan("-bfloat16, 167 registers, as it was", card, fit, 4 * card.multiprocessors,
+                {level: 8192 * (1 - level) for level in LEVELS}, launches=2)
+
+
+def plan_of(name, card, pointer, rows, sizes, bits=0):
+    """Return the Plan of the kernel for x of a type, for weights of its type or of `bits`."""
+    channels, outputs = LAYER
+    tiles = -(-outputs // sizes["BLOCK_OUT"])
+    span = 128 if bits == 4 else kernel.span(tiles, channels, card.multiprocessors)
+    constants = {"STEP": 1, "ROWS": rows, "SPAN": span, **sizes}
+    function = kernel.sparse_product_kernel
+    if bits:
+        function = fused.joint_product_kernel
+        constants |= {"BITS": bits, "GATED": False}
+    built = compiled(function, pointer, card.capability, bits, **constants)
+    fit = min(card.registers // (-(-built.registers // 8) * 8 * 32 * WARPS),
+              card.shared // (built.shared + 1024),        # which a program takes beside its own
+              card.warps // WARPS, card.programs)
+    weight = (bits or (32 if pointer == "*fp32" else 16)) / 8
+    row = sizes["BLOCK_OUT"] * weight
     # Weights wait for the list: half of the stages are the list's.
-    ahead = max(1, (sizes["STAGES"] - 1) // 2)
-    channels = min(ahead * sizes["BLOCK_IN"], span * (1 - sparsity))
-    return programs, programs * channels * row_bytes
+    ahead = max(1, (sizes["STAGES"] - 1) // 2) * sizes["BLOCK_IN"]
+    bytes_ahead = {level: row * min(ahead, span * (1 - level)) for level in LEVELS}
+    memory = sizes["BLOCK_IN"] * row / (card.bandwidth / card.multiprocessors / card.clock)
+    compute = built.loop * WARPS / 4                       # cycles of a turn, as those of its bytes
+    return Plan(name, card, fit, tiles * -(-channels // span), bytes_ahead, memory / compute,
+                row=weight, built=built)
 
 
-def show_kernels(arguments):
+def show_kernels(card):
     """Print the table of configurations."""
-    need = arguments.bandwidth * LATENCY / arguments.multiprocessors
-    cycle_bytes = arguments.bandwidth / arguments.multiprocessors / CLOCK
-    print(f"sm_{arguments.capability}, {arguments.bandwidth / 1e12} TB/s, "
-          f"{arguments.multiprocessors} multiprocessors: {need / 1024:.1f} KB must be on their way "
-          f"to each")
-    print(f"{'':36}{'regis-':>7}{'shared':>7}{'pro-':>6}{'bar-':>6}{'wide':>6}{'turn':>6}"
-          f"  KB on the way at      share at   whole")
-    print(f"{'weights, rows, tile':36}{'ters':>7}{'KB':>7}{'grams':>6}{'riers':>6}{'loads':>6}"
-          f"{'':6}{'0':>6}{'50':>6}{'75 %':>6}{'50':>8}{'75 %':>6}{'50 %':>8}")
+    import triton
+    print(f"sm_{card.capability}, {card.bandwidth / 1e12:g} TB/s, {card.multiprocessors} "
+          f"multiprocessors at {card.clock / 1e9:g} GHz with {card.shared >> 10} KB; triton "
+          f"{triton.__version__}, torch {torch.__version__}\n"
+          f"{card.need / 1024:.1f} KB must be on their way to each multiprocessor\n{HEADING}")
+    print(plan_before(card).line())
     cases = [("bfloat16", "*bf16", 0, 1, sizes) for sizes in CONFIGURATIONS]
     cases += [("bfloat16", "*bf16", 0, 8, tile_of("*bf16")), ("float32", "*fp32", 0, 1,
                                                               tile_of("*fp32"))]
     cases += [(f"int{bits}", "*bf16", bits, 1, tile_of("", bits)) for bits in (8, 4)]
     for kind, pointer, bits, rows, sizes in cases:
-        span = 128 if bits == 4 else 256
-        constants = {"STEP": 1, "ROWS": rows, "SPAN": span, **sizes}
-        function = kernel.sparse_product_kernel
-        if bits:
-            function = fused.joint_product_kernel
-            constants |= {"BITS": bits, "GATED": False}
-        built = compiled(function, pointer, arguments.capability, bits, **constants)
-        row = sizes["BLOCK_OUT"] * (bits or (32 if pointer == "*fp32" else 16)) // 8
-        flights = [on_the_way(built, sizes, row, span, level) for level in (0, 0.5, 0.75)]
-        memory = sizes["BLOCK_IN"] * row / cycle_bytes                   # cycles of a turn
-        compute = built.loop * WARPS / 4
-        shares = [min(1, flight / need, memory / compute) for _, flight in flights[1:]]
-        stream = LAYER[0] * LAYER[1] * row / sizes["BLOCK_OUT"] / 2 / arguments.bandwidth
-        whole = stream / (stream / shares[0] + WAITS * LATENCY + LAUNCH)
-        limit = "" if min(shares) == 1 else "  computing" if memory < compute else "  latency"
         used = "*" if sizes == tile_of(pointer, bits) else " "
         name = f"{used}{kind}, {rows} row{'s' * (rows > 1)}, {text_of(sizes)}"
-        print(f"{name:36}{built.registers:7}{built.shared / 1024:7.1f}{flights[0][0]:6}"
-              f"{built.barriers:6}{built.wide:6}{built.loop:6}"
-              + "".join(f"{flight / 1024:6.0f}" for _, flight in flights)
-              + f"{shares[0]:8.0%}{shares[1]:6.0%}{whole:8.0%}{limit}", flush=True)
-    print(f"*: in use. programs: that a multiprocessor holds. turn: instructions of a turn of the "
-          f"loop.\nshare: of the bandwidth, once a product is under way; whole: with its launch, "
-          f"beginning and end,\nat {LAYER[0]} x {LAYER[1]}; after it what holds a share back")
+        print(plan_of(name, card, pointer, rows, sizes, bits).line(), flush=True)
+    print(f"*: in use, -: before; at {LAYER[0]} x {LAYER[1]}. turn: instructions of a turn of the "
+          f"loop. programs: that fit a\nmultiprocessor, and that run on it in all. over the need, "
+          f"compute: what there is over what it takes, enough\nfrom 1x on. share: of the bandwidth "
+          f"while the product is under way, 100 % at most; whole: with its launch,\nbeginning and "
+          f"end. After it, what holds the share at 50 % back.")
 
 
 # --------------------------------------------------------------------------------------------------
 # Steps
 
 NO_LAUNCH = {"aten.detach", "aten._unsafe_view", "aten.empty", "aten.new_empty", "aten.empty_like",
-             "aten.scalar_tensor", "aten.promote_types", "aten._local_scalar_dense",
-             "aten.lift_fresh"}
-HOST = {"aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal"}
+             "aten.promote_types", "aten._local_scalar_dense", "aten.lift_fresh"}
+# What waits for the host: the calls that hand a number to Python or memory to the CPU, and what
+# PyTorch does so inside. On a CPU the former are no operations.
+CALLS_TO_HOST = {"cpu", "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__",
+                 "__index__", "__contains__"}
+HOST = {"aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal",
+        "aten.masked_select"}
 
 
 class Launches(TorchDispatchMode):
     """Counts, inside a `with`, what a GPU would be told to do: {operation: times}.
 
     A view is nothing, an RMSNorm one kernel (on a CPU PyTorch takes it apart), attention one.
+    `waits` counts what makes the host wait for the GPU, in the same way.
     """
 
     def __init__(self):
         super().__init__()
         self.counts = {}
+        self.waits = {}
         self.paused = False
 
-    def note(self, name):
+    def note(self, name, counts=None):
+        counts = self.counts if counts is None else counts
         if not self.paused:
-            self.counts[name] = self.counts.get(name, 0) + 1
+            counts[name] = counts.get(name, 0) + 1
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Count nothing inside a `with`."""
+        before, self.paused = self.paused, True
+        yield
+        self.paused = before
+
+    def clear(self):
+        self.counts.clear()
+        self.waits.clear()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function).rpartition(".")[0]
         if not function.is_view and name not in NO_LAUNCH:
             self.note(name.removeprefix("aten."))
-        if name in HOST:
-            self.note(f"wait for the host: {name}")
+        by_mask = name in ("aten.index", "aten.index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1])
+        if name in HOST or by_mask:
+            self.note(name.removeprefix("aten."), self.waits)
         return function(*args, **kwargs or {})
 
     @property
@@ -228,40 +355,54 @@ class Launches(TorchDispatchMode):
         return sum(self.counts.values())
 
 
-class WholeNorms(TorchFunctionMode):
-    """Shows `Launches` an RMSNorm as one operation."""
+class WholeCalls(TorchFunctionMode):
+    """Shows `Launches` an RMSNorm as one operation, and calls that wait for the host."""
 
     def __init__(self, launches):
         super().__init__()
         self.launches = launches
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        whole = getattr(function, "__name__", "") == "rms_norm"
-        if whole:
-            self.launches.note("rms_norm")
-            self.launches.paused = True
-        y = function(*args, **kwargs or {})
-        if whole:
-            self.launches.paused = False
-        return y
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        to_cpu = name == "to" and any(is_cpu(x) for x in (*args[1:], *kwargs.values()))
+        if name == "rms_norm":
+            self.launches.note(name)
+        elif name in CALLS_TO_HOST or to_cpu:
+            self.launches.note(name, self.launches.waits)
+        else:
+            return function(*args, **kwargs)
+        with self.launches.pause():
+            return function(*args, **kwargs)
+
+
+def is_cpu(value):
+    """Return whether an argument of Tensor.to names the CPU."""
+    return value == "cpu" if isinstance(value, str) else value == torch.device("cpu")
 
 
 class NotedKernel:
-    """Stands for a Triton kernel: notes a launch, and computes nothing."""
+    """Stands for a Triton kernel: notes a launch, and computes zeros."""
 
-    def __init__(self, name, launches):
-        self.name, self.launches = name, launches
+    def __init__(self, name, launches, kernel):
+        self.name, self.launches, self.kernel = name, launches, kernel
 
     def __getitem__(self, grid):
-        return lambda *arguments, **constants: self.launches.note(self.name)
+        def launch(*arguments, **constants):
+            self.launches.note(self.name)
+            with self.launches.pause():
+                for name, argument in zip(self.kernel.arg_names, arguments):
+                    if name in ("y_ptr", "query_ptr"):
+                        argument.zero_()
+        return launch
 
 
 @contextlib.contextmanager
 def counting(launches):
     """Inside a `with`, count as on a GPU: products are Triton's, or the library's where dense."""
-    triton_kernels = [(module, name) for module in (kernel, fused) for name in vars(module)
-                      if name.endswith("_kernel")]
-    replaced = {(module, name): NotedKernel(name, launches) for module, name in triton_kernels}
+    replaced = {(module, name): NotedKernel(name, launches, value)
+                for module in (kernel, fused) for name, value in vars(module).items()
+                if name.endswith("_kernel")}
     replaced |= {(kernel, "best_backend"): lambda x: "triton",
                  (kernel, "fits_c"): lambda x: False,
                  (kernel, "check_triton"): lambda x: None,
@@ -270,16 +411,30 @@ def counting(launches):
     for (module, name), value in replaced.items():
         setattr(module, name, value)
     try:
-        with WholeNorms(launches), launches:
+        with WholeCalls(launches), launches:
             yield
     finally:
         for (module, name), value in before.items():
             setattr(module, name, value)
 
 
+def step_as_in_a_graph(model, cache, tokens=1):
+    """Return a step that does what generate.GraphStep does, without a graph."""
+    place = torch.zeros(1, 1, dtype=torch.int64)
+    static = StaticCache(cache, 1)
+
+    def step(tokens):
+        place.copy_(tokens)
+        static.follow(cache, 1, model.config.sliding_window)
+        cache.advance(1)
+        return model(place, static)
+
+    return step
+
+
 @torch.no_grad()
 def step_launches(preset, mode, fuse=False, sampling=Sampling()):
-    """Return the Launches of a greedy step of decoding: the graph of generate.GraphStep, and more.
+    """Return the Launches of a token that `generate` writes: the graph's, and generate's own.
 
     mode: "off" (dense) or "decode" (sparse). fuse: with fused.py.
     """
@@ -289,19 +444,14 @@ def step_launches(preset, mode, fuse=False, sampling=Sampling()):
     model = Llama(small).to(torch.bfloat16).eval()
     sparsify(model, dict.fromkeys(linear_names(small), 0.5) | {"lm_head": None})
     model.sparse_state.counting = False          # 15 of 16 steps
-    cache = model.make_cache(1, 32)
-    cache.used = 16
-    static = StaticCache(cache, 1)
-    tokens = torch.zeros(1, 1, dtype=torch.int64)
-    kernel.tickets(1, model.device)      # as a warm-up does
     launches = Launches()
     with sparse_mode(model, mode), counting(launches):
         if fuse:
             fused.fuse(model)
-        launches.counts.clear()
-        tokens.copy_(tokens)             # the token that was chosen
-        static.follow(cache, 1, small.sliding_window)
-        sampling.choose(model(tokens, static)[:, -1], torch.Generator())
+        text = generate(model, [1, 2, 3], 4, **vars(sampling), make_step=step_as_in_a_graph)
+        for _ in range(3):               # the prompt's, one in which tickets are made, and one more
+            launches.clear()
+            next(text)
     return launches
 
 
@@ -312,11 +462,11 @@ def step_bytes(preset):
     return (2 * config.num_hidden_layers * block, 2 * config.vocab_size * config.hidden_size)
 
 
-def show_steps(arguments):
+def show_steps(preset, bandwidth):
     """Print the table of launches, and what they leave of the speed-up."""
-    blocks, head = step_bytes(arguments.preset)
-    ideal = {level: ((1 - level) * blocks + head) / arguments.bandwidth for level in (0, 0.4, 0.5)}
-    print(f"\na step of {arguments.preset}, bfloat16, head dense: "
+    blocks, head = step_bytes(preset)
+    ideal = {level: ((1 - level) * blocks + head) / bandwidth for level in (0, 0.4, 0.5)}
+    print(f"\na step of {preset}, bfloat16, head dense: "
           + ", ".join(f"{1e3 * seconds:.2f} ms at {level:.0%}"
                       for level, seconds in ideal.items())
           + f" for the bytes alone: {ideal[0] / ideal[0.4]:.2f}x and "
@@ -328,7 +478,7 @@ def show_steps(arguments):
     rows = {}
     for name, mode, fuse in [("dense", "off", False), ("core", "decode", False),
                              ("beyond", "decode", True)]:
-        rows[name] = step_launches(arguments.preset, mode, fuse)
+        rows[name] = step_launches(preset, mode, fuse)
     least = min(launches.total for launches in rows.values())
     for name, launches in rows.items():
         cost = LAUNCH * launches.total
@@ -341,7 +491,7 @@ def show_steps(arguments):
         print(line)
     print("launches of each block:")
     for name, launches in rows.items():
-        layers = PRESETS[arguments.preset].num_hidden_layers
+        layers = PRESETS[preset].num_hidden_layers
         counts = {"attention" if "scaled_dot" in operation else operation: count // layers
                   for operation, count in launches.counts.items() if count >= layers}
         text = ", ".join(f"{count} {operation}" for operation, count in counts.items())
@@ -350,17 +500,14 @@ def show_steps(arguments):
 
 def main():
     parser = Parser(description="Prints what a GPU can make of the Triton kernels and of a step.")
-    parser.add_argument("--capability", type=natural, default=90,
-                        help="of the GPU, 80 or above (default: 90, an H100)")
-    parser.add_argument("--bandwidth", type=float, default=3.35e12,
-                        help="bytes a second (default: 3.35e12)")
-    parser.add_argument("--multiprocessors", type=natural, default=132, help="(default: 132)")
+    parser.add_argument("--card", default="h100", choices=CARDS,
+                        help=f"{', '.join(CARDS)} (default: h100)")
     parser.add_argument("--preset", default="llama-3-8b", choices=PRESETS,
                         help="whose step (default: llama-3-8b)")
     arguments = parser.parse_args()
     require(kernel.triton is not None, "this needs Triton, which compiles: pip install triton")
-    show_kernels(arguments)
-    show_steps(arguments)
+    show_kernels(CARDS[arguments.card])
+    show_steps(arguments.preset, CARDS[arguments.card].bandwidth)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from sparsify import SparseLinear
 if triton is not None:
     import triton.language as tl
 
-    from kernel import add_parts, add_product, is_last, list_kept
+    from kernel import add_kept, add_parts, add_product, is_last, is_number, list_kept
 
     @triton.jit
     def joint_product_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
@@ -116,6 +116,10 @@ if triton is not None:
                 weight = codes.to(tl.float32).to(x.dtype)           # exact
                 total += tl.sum(x.to(tl.float32), axis=1)
             sums = add_product(sums, x, weight)                                 # (16, BLOCK_OUT)
+        if BITS == 0 and ROWS > 1:       # codes are numbers
+            if tl.min((is_number(sums) | (padded >= rows)).to(tl.int32)) == 0:
+                sums = add_kept(x_ptr, weight_ptr, threshold_ptr, channel_ptr, count, output, rows,
+                                channels, outputs, STEP, BLOCK_OUT)
         real = output < outputs
         if BITS == 8:
             scale = tl.load(scale_ptr + output, mask=real, other=0.0)
@@ -219,7 +223,7 @@ def joint_gemv(x, weights, thresholds, gated=False):
         thresholds = [threshold.expand(channels).contiguous() for threshold in thresholds]
     sizes = TILE[bits] if bits else kernel.TILE[x.itemsize]
     tiles = sum(triton.cdiv(out, sizes["BLOCK_OUT"]) for out in outputs)
-    per_split = group or kernel.span(tiles, channels, x.device)
+    per_split = group or kernel.span(tiles, channels, kernel.multiprocessors(x.device))
     size = triton.next_power_of_2(per_split)
     splits = triton.cdiv(channels, per_split)
     width = sum(outputs)
@@ -252,7 +256,7 @@ def rotate_and_append(y, attention, context):
     with torch.cuda.device_of(y):        # Triton launches on the current device
         rotate_kernel[(B * T, heads)](
             y, context.cos, context.sin, context.cache.slots, q, keys, values, T, q.shape[1],
-            groups, context.cache.length, D=D, HALF=triton.next_power_of_2(D // 2), num_warps=1)
+            groups, keys.shape[2], D=D, HALF=triton.next_power_of_2(D // 2), num_warps=1)
     return q, keys, values
 
 
