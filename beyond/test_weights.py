@@ -183,14 +183,44 @@ def quantized_case(seed):
     return x, weight, pick(0.0, 0.5, 1e9, -1.0, thresholds)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_products_of_codes_against_float64(backend):
+def as_bytes(x, size):
+    """Return x (rows, in) as a row alone is rounded: eight kept channels of a span share a scale."""
+    spans = F.pad(x, (0, -x.shape[1] % size)).view(len(x), -1, size)
+    order = (spans == 0).to(torch.int8).sort(dim=-1, stable=True).indices      # the kept ones first
+    eights = spans.gather(-1, order).unflatten(-1, (-1, 8))
+    scale = eights.abs().amax(-1, keepdim=True) / 127
+    values = (eights / scale.clamp(min=1e-30)).round() * scale
+    return spans.scatter(-1, order, values.flatten(-2)).flatten(1)[:, :x.shape[1]]
+
+
+VARIANTS = {"c": (False, False), "c-bytes": (True, False), "c-narrow": (True, True)}
+
+
+def choose_variant(monkeypatch, backend):
+    """Make codes-c what `backend` names, one of VARIANTS; return a backend's name."""
+    if backend in VARIANTS:
+        rounded, narrow = VARIANTS[backend]
+        library = quantize.c_library
+        monkeypatch.setattr(quantize, "c_library",
+                            lambda bits, dtype, _: library(bits, dtype, rounded, narrow))
+    return backend.split("-")[0]
+
+
+PRODUCTS = [*BACKENDS, *(pytest.param(name, marks=NO_COMPILER) for name in VARIANTS if name != "c")]
+
+
+@pytest.mark.parametrize("backend", PRODUCTS)
+def test_products_of_codes_against_float64(backend, monkeypatch):
+    backend = choose_variant(monkeypatch, backend)
     device = device_of(backend)
     interpreted = backend == "triton" and INTERPRETED
     for seed in range(12 if interpreted else 150):
         x, weight, threshold = quantized_case(seed)
         kept = x.double() * kernel.kept(x.double(), torch.as_tensor(threshold).double())
         exact = weight.dequantized(torch.float64)
+        rounded = backend == "c" and quantize.rounds(x, weight)
+        if rounded and len(x) == 1:
+            kept = as_bytes(kept, weight.group or quantize.SPAN)
         threshold = threshold.to(device) if isinstance(threshold, torch.Tensor) else threshold
         y = quantize.codes_gemv(x.to(device), weight.to(device), threshold, backend).cpu()
         assert y.dtype == x.dtype
@@ -198,23 +228,56 @@ def test_products_of_codes_against_float64(backend):
         scales = weight.scales.cpu().double().view(-1, y.shape[1]).amax(0)
         scale = kept.abs().sum(1, keepdim=True) * scales * (1 << weight.bits - 1)
         allowed = {torch.float32: 2**-13, torch.float16: 2**-9, torch.bfloat16: 2**-7}[x.dtype]
-        allowed = max(allowed, 2**-7 * interpreted)
+        # Rows that are multiplied together share their eights.
+        allowed = max(allowed, 2**-7 * (interpreted or rounded and len(x) > 1))
         assert ((y.double() - kept @ exact).abs() <= allowed * scale + 1e-30).all(), seed
 
 
 @NO_COMPILER
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_more_outputs_than_a_thread_has_room_for(bits):
+def test_more_outputs_than_a_thread_has_room_for(bits, variant, monkeypatch):
+    choose_variant(monkeypatch, variant)
     torch.manual_seed(0)
     weight = quantize.quantize_weight(torch.randn(2500, 64), bits, 32)
     x = torch.randn(7, 64)
     expected = (x * kernel.kept(x, torch.tensor(0.5))).double() @ weight.dequantized(torch.float64)
-    assert close(quantize.codes_gemv(x, weight, 0.5, "c"), expected, 1e-6)
+    tolerance = 2**-7 if quantize.rounds(x, weight) else 1e-6
+    assert close(quantize.codes_gemv(x, weight, 0.5, "c"), expected, tolerance)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@NO_COMPILER
+def test_instructions_that_multiply_bytes_are_used_where_there_are_any():
+    words = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    known = [("avx512_vnni", "AVX-512 VNNI"), ("avx2", "AVX2"), ("asimddp", "NEON dot product")]
+    expected = next((name for flag, name in known if flag in words), None)
+    if expected is None:
+        pytest.skip("none that is known, or a system that does not say")
+    for bits in (8, 4):
+        assert quantize.instructions(torch.zeros(1), bits).startswith(f"C, {expected}")
+        assert quantize.rounds(torch.zeros(1), quantize.QuantizedWeight.empty(32, 64, bits, 32))
+
+
+@NO_COMPILER
 @pytest.mark.parametrize("bits", [8, 4])
-def test_nan_and_outliers_stay_in_their_row(bits, backend):
+def test_rounded_activations_are_a_small_error(bits, monkeypatch):
+    torch.manual_seed(0)
+    weight = quantize.quantize_weight(torch.randn(256, 1024), bits, 128)
+    x = torch.randn(1, 1024) * torch.randn(1024).exp()     # as activations are, of many sizes
+    exact = x.double() @ weight.dequantized(torch.float64)
+    if not quantize.rounds(x, weight):
+        pytest.skip("no instructions that multiply bytes")
+    rounded = quantize.codes_gemv(x, weight, -1.0, "c")
+    error = (rounded - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.008
+    monkeypatch.setattr(quantize, "ROUND_ACTIVATIONS", False)
+    assert close(quantize.codes_gemv(x, weight, -1.0, "c"), exact, 1e-6)
+
+
+@pytest.mark.parametrize("backend", PRODUCTS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_nan_and_outliers_stay_in_their_row(bits, backend, monkeypatch):
+    backend = choose_variant(monkeypatch, backend)
     device = device_of(backend)
     generator = torch.Generator().manual_seed(0)
     weight = quantize.quantize_weight(torch.randn(40, 64, generator=generator), bits, 64).to(device)
@@ -227,7 +290,8 @@ def test_nan_and_outliers_stay_in_their_row(bits, backend):
     outlier = x[1, 5].double() * exact[5]
     rest = x[1].double() @ exact - outlier
     y = quantize.codes_gemv(x, weight, 0.0, backend)[1].double() - outlier
-    if not (backend == "triton" and INTERPRETED):          # whose sums are bfloat16's
+    bytes_of_x = backend == "c" and quantize.rounds(x, weight)       # the outlier's eight is coarse
+    if not (backend == "triton" and INTERPRETED or bytes_of_x):      # whose sums are bfloat16's
         assert (y - rest).abs().median() < 0.01 * rest.abs().median()
 
 
@@ -235,6 +299,8 @@ def test_nan_and_outliers_stay_in_their_row(bits, backend):
 def test_dense_products_of_any_length(dtype):
     weight = quantize.quantize_weight(torch.randn(40, 96), 4, 32)
     tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-5)
+    if kernel.best_backend(torch.zeros(1, dtype=dtype)) == "c":
+        tolerance = 2**-6                                  # activations may be rounded
     for rows in (1, 3, 8, 11, 64, 70):
         x = torch.randn(1, rows, 96).to(dtype)
         expected = x.double() @ weight.dequantized(torch.float64)
@@ -258,12 +324,20 @@ def test_products_refuse_what_does_not_fit():
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-3)])
-def test_a_quantized_model_is_the_model_of_its_rounded_weights(bits, dtype, tolerance):
-    model = quantize.quantize(tiny_model(dtype), bits, 32)
-    rounded = tiny_model(dtype)
+@pytest.mark.parametrize("tied, head_bits", [(False, 16), (True, 8), (False, 8), (True, 4)])
+def test_a_quantized_model_is_the_model_of_its_rounded_weights(bits, dtype, tolerance, tied,
+                                                               head_bits, monkeypatch):
+    monkeypatch.setattr(quantize, "ROUND_ACTIVATIONS", False)
+    shape = {"tie_word_embeddings": tied}
+    model = quantize.quantize(tiny_model(dtype, **shape), bits, 32, head_bits=head_bits)
+    rounded = tiny_model(dtype, **shape)
     names = linear_names(model.config)
-    for name in names:
+    for name in [*names, "lm_head"]:
         rounded.get_submodule(name).weight.copy_(model.get_submodule(name).weight)
+    every = torch.arange(model.config.vocab_size)[None]
+    rounded.model.embed_tokens.weight.copy_(model.embed(every)[0])
+    assert isinstance(model.lm_head, SparseLinear) == (head_bits < 16)
+    assert torch.equal(model.embed(every)[0].float(), model.lm_head.weight.float()) == tied
     tokens = tokens_like(model, 1, 12)
     assert close(model(tokens), rounded(tokens), tolerance)
     # In float32 rounding would move inputs over their thresholds. There nothing is dropped, but the
@@ -299,25 +373,33 @@ def test_thresholds_of_a_quantized_model_are_set_and_taken_away():
     assert not torch.equal(model(token), dense)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_folder(tmp_path, bits):
-    model = tiny_model()
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bits, head_bits", [(8, 16), (4, 16), (8, 8), (4, 8), (8, 4)])
+def test_quantized_folder(tmp_path, bits, head_bits, tied):
+    model = tiny_model(tie_word_embeddings=tied)
     plain, small = tmp_path / "plain", tmp_path / "small"
     save_sharded(model, plain)
-    measures = quantize.quantize_folder(plain, small, bits, 32)
+    measures = quantize.quantize_folder(plain, small, bits, 32, head_bits)
     loaded = Llama.from_pretrained(small)
-    quantize.quantize(model, bits, 32)
+    quantize.quantize(model, bits, 32, head_bits=head_bits)
     tokens = tokens_like(model, 2, 9)
     assert torch.equal(loaded(tokens), model(tokens))
-    assert sorted(measures) == sorted(linear_names(model.config))
+    head = {"model.embed_tokens"} if tied else {"model.embed_tokens", "lm_head"}
+    assert set(measures) == {*linear_names(model.config), *(head if head_bits < 16 else ())}
     assert max(error for error, _, _ in measures.values()) < 0.15
     # What other versions of this program read, and wrote.
     parts = ["codes", "scales"] if bits == 8 else ["codes", "scales", "zeros"]
     names = {name for path in small.glob("*.safetensors") for name in read_safetensors(path)}
     assert {f"model.layers.1.mlp.up_proj.weight_t.{part}" for part in parts} <= names
-    settings = {"quant_method": "minteal", "version": 1, "bits": bits,
-                "group": 32 if bits == 4 else None}
-    assert read_json(small / "config.json")["quantization_config"] == settings
+    settings = {"quant_method": "minteal", "version": 2, "bits": bits, "head_bits": head_bits,
+                "group": 32 if 4 in (bits, head_bits) else None}
+    config = read_json(small / "config.json")
+    assert config["quantization_config"] == settings
+    if head_bits == 16:                  # as version 1 wrote it
+        before = {"quant_method": "minteal", "version": 1, "bits": bits, "group": settings["group"]}
+        write_json(small / "config.json", config | {"quantization_config": before})
+        loaded = Llama.from_pretrained(small)
+        assert torch.equal(loaded(tokens), model(tokens))
     calibration = calibrate(loaded, tokens_like(model, 400, seed=3), 32)
     allocate.add_allocations(calibration, loaded, tokens_like(model, 400, seed=3), 32)  # backward
     sparsify(loaded, calibration.thresholds(0.5))
@@ -356,8 +438,10 @@ def test_what_quantized_folders_are_not_for(tmp_path):
         with pytest.raises(InputError, match=message):
             refused()
     config = read_json(small / "config.json")
-    for changes, message in [({"version": 2}, "version is 2, known is 1"),
-                             ({"bits": 3}, "3 bits with group"),
+    for changes, message in [({"version": 3}, "version is 3, known is 2"),
+                             ({"bits": 3}, "bits is 3, expected 4 or 8"),
+                             ({"head_bits": 2}, "head_bits is 2, expected 16, 8 or 4"),
+                             ({"group": 32}, "with group 32, expected null"),
                              ({"bits": 4, "group": 40}, "groups of 40"),
                              ({"quant_method": "awq"}, "supported is floating point")]:
         settings = config["quantization_config"] | changes
@@ -443,10 +527,10 @@ def test_quantize_measures_and_makes_a_table(monkeypatch, capsys):
     command(monkeypatch, quantize.main, "--group", 32)
     rows = capsys.readouterr().out.splitlines()
     assert [row for row in rows if row.startswith("int")] == [
-        "int8: the blocks' linears 0.4 MB -> 0.1 MB; relative error of each weight, in percent:",
-        "int4, groups of 32: the blocks' linears 0.4 MB -> 0.1 MB; relative error of each weight, "
-        "in percent:"]
-    assert len(rows) == 2 * (2 + 3)
+        "int8: the blocks' linears 0.4 MB -> 0.1 MB",
+        "int4, groups of 32: the blocks' linears 0.4 MB -> 0.1 MB"]
+    assert rows[1].startswith("model.embed_tokens and lm_head: 0.0 MB -> 0.0 MB, relative error 0.")
+    assert len(rows) == 2 * (4 + 3)
     # The table, of a model this small on random text.
     tokens = tokens_like(tiny_model(), 1000)
     monkeypatch.setattr(quantize, "load_tokenizer", lambda folder: None)
@@ -510,7 +594,7 @@ def test_steps_of_a_quantized_model_are_recorded(bits):
             assert close(recorded, model(token, cache), 0.03)
             assert torch.equal(counts, model.sparse_state.counts)
             tape, = step.tapes.values()
-            assert sum(callable(note) for note in tape.notes) < 12    # the products are in C
+            assert sum(callable(note) for note in tape.notes) < 24    # the products are in C
 
 
 # --------------------------------------------------------------------------------------------------
