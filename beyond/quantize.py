@@ -38,9 +38,11 @@ SparseLinear; its products stand in `kernel.BACKENDS`, as codes-c, codes-triton 
     python -m beyond.quantize                                 size and error of the demo model
     python -m beyond.quantize --model FOLDER --bits 4 --out FOLDER     writes a quantized checkpoint
     python -m beyond.quantize --table          bits against sparsity: perplexity, MB a token, speed
+    python -m beyond.quantize --rounding       what rounding the activations adds
 """
 import ctypes
 import functools
+import itertools
 import statistics
 import time
 from dataclasses import replace
@@ -53,11 +55,11 @@ from torch import nn
 import kernel
 from beyond import fused, record
 from beyond.folders import check_new_folder, is_quantized, rewrite_checkpoint
-from calibrate import calibrate
+from calibrate import SINKS, calibrate, load_calibration
 from generate import generate
 from model import (DEMO, QUANTIZED, Config, Llama, Parser, block_linears, command_line,
-                   linear_names, load_model, load_tokenizer, natural, note, progress, read_tokens,
-                   require)
+                   default_context, linear_names, load_model, load_tokenizer, natural, note,
+                   progress, read_tokens, require, windows_of)
 from sparsify import (SparseLinear, TransposedEmbedding, realised_sparsity, reset_counts,
                       sparse_mode, sparsify)
 
@@ -882,8 +884,12 @@ def main(allocate=None, judge=None):
                         help="folder to write, which must not exist (default: only measure)")
     parser.add_argument("--table", action="store_true",
                         help="measure perplexity and speed, bits against sparsity (default: no)")
+    parser.add_argument("--rounding", action="store_true",
+                        help="measure what rounding the activations adds (default: no)")
+    parser.add_argument("--held-out", metavar="FILE",
+                        help="text for --rounding (default: the demo's)")
     parser.add_argument("--tokens", type=natural, default=50_000,
-                        help="of the held-out text for --table (default: 50000)")
+                        help="of the held-out text for --table and --rounding (default: 50000)")
     arguments = parser.parse_args()
     folder, group = arguments.model, arguments.group
     if arguments.out:
@@ -896,6 +902,9 @@ def main(allocate=None, judge=None):
         group = group or fitting_group(Llama.shapes(Config.read(folder)))
     if arguments.table:
         table(folder, group, arguments.tokens, allocate, judge)
+        return
+    if arguments.rounding:
+        rounding_table(folder, group, arguments.head_bits, arguments.tokens, arguments.held_out)
         return
     if arguments.out:
         measures = quantize_folder(folder, arguments.out, arguments.bits, group,
@@ -974,6 +983,48 @@ def table(folder, group, count, allocate, judge, levels=(0.0, 0.25, 0.4, 0.5, 0.
             at = f"{at:10.3f}" if at else f"{'-':>10}"
             print(f"{bits:5} {level:9.0%} {row['sparsity']:9.1%} {row['perplexity']:11.3f} {at} "
                   f"{read / 1e6:11.3f} {rate:9.1f}", flush=True)
+
+
+@torch.no_grad()
+def rounding_table(folder, group, head_bits, count, held_out, levels=(0.0, 0.5, 0.65)):
+    """Print what rounding the activations to 8 bits adds to what rounding the weights does.
+
+    KL is the divergence from the model as the folder has it, dense, in nats a token. Thresholds are
+    those of the folder's calibration, the first tokens of a window dense, as in decoding. held_out:
+    a path, or None for the demo's text.
+    """
+    global ROUND_ACTIVATIONS
+    original, tokenizer = load_model(folder)
+    calibration = load_calibration(original, folder, None)
+    models = {bits: quantize(load_model(folder)[0], bits, group, head_bits=head_bits)
+              for bits in (8, 4)}
+    for model in models.values():
+        sparsify(model, calibration.thresholds(0.5, "uniform") | {"lm_head": None})
+    tokens = read_tokens(tokenizer, held_out, "held-out")[0][:count]
+    windows = windows_of(tokens, min(512, default_context(original)))
+    sums = {}                            # {(bits, level, rounded): (loss, KL)}, summed over windows
+    for window in progress(windows, "rounding activations"):
+        inputs, targets = window[None, :-1], window[1:]
+        exact = original(inputs)[0].log_softmax(-1)
+        for bits, level, rounded in itertools.product(models, levels, (False, True)):
+            ROUND_ACTIVATIONS = rounded
+            thresholds = calibration.thresholds(level, "uniform") if level else None
+            with sparse_mode(models[bits], "all" if level else "off", thresholds, SINKS):
+                log_p = models[bits](inputs)[0].log_softmax(-1)
+            measures = torch.stack((F.nll_loss(log_p, targets),
+                                    F.kl_div(log_p, exact, reduction="batchmean", log_target=True)))
+            sums[bits, level, rounded] = sums.get((bits, level, rounded), 0) + measures
+    ROUND_ACTIVATIONS = True
+    print(f"{folder}: {len(windows)} windows of {len(windows[0]) - 1} tokens; products by "
+          f"{instructions(original.model.norm.weight, 8)}")
+    print(f"{'':>14} {'activations as they are':>25} {'rounded to 8 bits':>25}")
+    print(f"{'bits':>5} {'dropped':>8} {'perplexity':>14} {'KL':>10} {'perplexity':>14} {'KL':>10}"
+          f" {'added':>8}")
+    for bits, level in itertools.product(models, levels):
+        (loss, kl), (loss_rounded, kl_rounded) = (sums[bits, level, rounded] / len(windows)
+                                                  for rounded in (False, True))
+        print(f"{bits:5} {level:8.0%} {loss.exp():14.3f} {kl:10.5f} {loss_rounded.exp():14.3f} "
+              f"{kl_rounded:10.5f} {kl_rounded / kl - 1:+8.1%}")
 
 
 def tensors_of(module):

@@ -122,6 +122,16 @@ def test_rounding_is_to_nearest_and_clipping_helps():
     assert quantize.relative_error(weight, eight) < 0.01
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_head_is_rounded_in_parts(bits, monkeypatch):
+    weight = torch.randn(700, 64)
+    whole = quantize.quantize_weight(weight, bits, 32)
+    monkeypatch.setattr(quantize, "AT_ONCE", 256)
+    parts = quantize.quantize_weight(weight, bits, 32)
+    assert parts.shape == whole.shape and parts.group == whole.group
+    assert all(torch.equal(a, b) for a, b in zip(parts.buffers(), whole.buffers(), strict=True))
+
+
 def test_constant_weights_have_codes():
     constant = quantize.quantize_weight(torch.full((3, 64), 0.37), 4, 64)       # all on one side
     assert close(constant.dequantized(torch.float32), torch.full((64, 3), 0.37), 0.01)
@@ -541,6 +551,20 @@ def test_quantize_measures_and_makes_a_table(monkeypatch, capsys):
     assert [row[:2] for row in rows] == [[bits, level] for bits in ("16", "8", "4")
                                          for level in ("0%", "50%")]
     assert float(rows[0][5]) > float(rows[2][5]) > float(rows[4][5])            # MB a token
+
+
+def test_what_rounding_the_activations_adds(monkeypatch, capsys, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("Once there was a small dog who had a red ball. " * 60)
+    command(monkeypatch, quantize.main, "--rounding", "--tokens", 600, "--held-out", text)
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[:2] for row in rows] == [[bits, level] for bits in "84"
+                                         for level in ("0%", "50%", "65%")]
+    kl = [float(row[3]) for row in rows]
+    assert 0 < kl[0] < kl[1] < kl[2] and kl[0] < kl[3]     # fewer bits and weights cost more
+    rounds = quantize.rounds(torch.zeros(1), quantize.QuantizedWeight.empty(32, 64, 8, None))
+    assert all((row[3] != row[5]) == rounds for row in rows)
+    assert quantize.ROUND_ACTIVATIONS
 
 
 @pytest.mark.parametrize("main, arguments, message", [
