@@ -29,8 +29,7 @@ each block, and a few times the logits of one window in float32.
 Whatever the shares, a threshold drops another share than it was made for where inputs were dropped
 before it: it was read from distributions of the dense model. So at the end all allocations are
 *settled*: at four levels the sparse model runs, each threshold is found where it acts, and the
-table gets the share of the dense inputs that it corresponds to. (Prices are measured with such
-thresholds from the start.)
+table gets the share of the dense inputs that it corresponds to.
 
 The seam: a `Calibration` holds distributions, weights for the channels, and tables of shares that
 one interpolation reads. This file adds to all three. Whatever reads thresholds from a calibration,
@@ -276,17 +275,11 @@ class Dropping:
         return x * keep
 
 
-def shares_at(calibration, values, weights=""):
-    """Return the shares (layers, 7) of |x| times the `weights` below values (layers, 7)."""
-    return share_below(calibration.counts_of(weights), values).clamp(max=MOST)
-
-
 @torch.no_grad()
 def settle(calibration, model, tokens):
     """Make the allocations of a calibration drop, in the sparse model, what they are to drop.
 
-    All but priced, whose thresholds are those of a sparse model already. Once: a table that was
-    settled no longer says what was asked for.
+    Once: a table that was settled no longer says what was asked for.
 
     Distributions are those of the dense model, and where inputs are dropped others come later: the
     uniform allocation at 50 % drops 52 % of SmolLM2. So each table is filled in anew, with the
@@ -294,15 +287,15 @@ def settle(calibration, model, tokens):
     """
     check_dense(model)
     windows = first_windows(model, tokens, *WINDOWS)
-    work = [(name, level) for name in calibration.tables if name != "priced"
-            for level in SETTLED_AT]
     settled = {}
+    work = list(itertools.product(calibration.tables, SETTLED_AT))
     for name, level in progress(work, "calibrating, thresholds in the sparse model"):
         weights = calibration.tables[name].weights
         wanted = calibration.sparsities(level, name)
         with Dropping(model, wanted, calibration.weights.get(weights)) as dropping:
             model(windows, last_only=True)
-        settled.setdefault(name, []).append(shares_at(calibration, dropping.values, weights))
+        shares = share_below(calibration.counts_of(weights), dropping.values)
+        settled.setdefault(name, []).append(shares.clamp(max=MOST))
     levels = torch.tensor(SETTLED_AT, dtype=torch.float64)
     for name, shares in settled.items():
         weights = calibration.tables[name].weights
@@ -379,7 +372,7 @@ class Attempt(NamedTuple):
     """Shares that were tried. The smallest of several has the smallest KL."""
     kl: float
     number: int
-    values: torch.Tensor                 # (layers, 7): the thresholds
+    shares: torch.Tensor                 # (layers, 7)
     moved: torch.Tensor                  # (layers, 7): by how much their log-odds are off balanced
     price: torch.Tensor                  # (layers, 7)
 
@@ -402,7 +395,7 @@ def add_priced(calibration, model, tokens, partial=None):
     dense = model.model.norm(x)
     _, size = calibration.sizes()
     moved = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
-    values = []
+    chosen = []                          # (layers, 7), at each level
     # After the last move of a level only its KL counts.
     work = [(level, move) for level in PRICED_AT for move in range(MOVES + 1)]
     for level, move in progress(work, "calibrating, prices"):
@@ -418,22 +411,21 @@ def add_priced(calibration, model, tokens, partial=None):
             beside_mean = (price - (price @ size).mean()).clamp(-FARTHEST, FARTHEST)
             astray = len(attempts) - 1 - best.number       # attempts since the best: step shorter
             moved = best.moved - STRIDE / 2 ** astray * beside_mean
-        name = f"priced {level} {move}"
+        name = f"priced shares {level} {move}"
         if name not in partial.tensors:
             shares = at_level(start + moved, size, level)
             dropping = Dropping(model, shares, calibration.weights["fisher-channel"])
             price, kl = prices(model, windows, dense, dropping, move < MOVES)
             kl = torch.full_like(price, kl)
-            partial.keep({name: torch.stack((kl, dropping.values.double(), price))})
-        kl, of, price = partial.tensors[name]
-        attempts.append(Attempt(kl[0, 0].item(), move, of, moved, price))
+            partial.keep({name: torch.stack((kl, shares, price))})
+        kl, shares, price = partial.tensors[name]
+        attempts.append(Attempt(kl[0, 0].item(), move, shares, moved, price))
         if move == MOVES:
             best = min(attempts)
             moved = best.moved
-            values.append(best.values)
-    shares = [shares_at(calibration, of, "fisher-channel") for of in values]
+            chosen.append(best.shares)
     levels = torch.tensor(PRICED_AT, dtype=torch.float64)
-    calibration.tables["priced"] = Table(levels, torch.stack(shares), "fisher-channel")
+    calibration.tables["priced"] = Table(levels, torch.stack(chosen), "fisher-channel")
 
 
 def at_level(odds, size, level):
@@ -609,10 +601,10 @@ def main():
         settle(calibration, model, tokens)
 
     # In forward passes: 2 a token for weighted counts, 4 for gradients, and what follows from
-    # WINDOWS for nine prices and up to 24 thresholds.
+    # WINDOWS for nine prices and up to 28 thresholds.
     cost = 2 * arguments.tokens + 80_000
     write_calibration(arguments, path, model, tokenizer, add,
-                      cost + fisher * (4 * arguments.tokens + 240_000))
+                      cost + fisher * (4 * arguments.tokens + 270_000))
 
 
 if __name__ == "__main__":
