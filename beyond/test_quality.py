@@ -692,7 +692,7 @@ def test_judge_prints_a_table(monkeypatch, capsys, tmp_path):
     assert figure.read_bytes()[:4] == b"\x89PNG"
     command(monkeypatch, judge, *options, "--beside", DEMO, "--allocation", "uniform", "--json")
     printed = json.loads(capsys.readouterr().out)
-    assert printed["dense_prefix"] == 0
+    assert printed["dense_prefix"] == SINKS
     names = [row["allocation"] for row in printed["rows"]]
     assert names == ["dense", "uniform", "uniform", "demo dense", "demo uniform", "demo uniform"]
 
