@@ -306,7 +306,7 @@ def settle(calibration, model, tokens):
 # The priced allocation
 
 PRICED_AT = (0.3, 0.5, 0.7)              # model-wide sparsities at which prices are measured
-MOVES = 2                # how often the shares are moved against the prices, at each of them
+MOVES = 3                # how often the shares are moved against the prices, at each of them
 NEAR = 1.25              # inputs up to this factor above and below a threshold tell its price
 # A linear whose price is e times the mean one has the log-odds of its share lowered by STRIDE in
 # one move; a logarithm counts as FARTHEST at most.
@@ -381,9 +381,10 @@ class Attempt(NamedTuple):
 def add_priced(calibration, model, tokens, partial=None):
     """Add the priced allocation to a calibration that holds balanced, by a few windows of `tokens`.
 
-    Starts from the balanced shares, moves their log-odds against the logarithm of the prices, and
-    hands what was moved on to the next level. Of all shares that were tried at a level, those with
-    the smallest KL stay. partial: a Partial, from where the work goes on.
+    Starts from the balanced shares, and moves their log-odds against the logarithm of the prices.
+    The first move of a level is that of the level before, as far as it went. Of all shares that
+    were tried at a level, the balanced ones too, those with the smallest KL stay. partial: a
+    Partial, from where the work goes on.
     """
     check_dense(model)
     partial = partial or Partial()
@@ -394,7 +395,7 @@ def add_priced(calibration, model, tokens, partial=None):
         x = block(x, context)
     dense = model.model.norm(x)
     _, size = calibration.sizes()
-    moved = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
+    carried = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
     chosen = []                          # (layers, 7), at each level
     # After the last move of a level only its KL counts.
     work = [(level, move) for level in PRICED_AT for move in range(MOVES + 1)]
@@ -402,6 +403,9 @@ def add_priced(calibration, model, tokens, partial=None):
         if not move:
             start = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit()
             attempts = []
+            moved = torch.zeros_like(carried)
+        elif move == 1 and carried.any():
+            moved = carried
         else:
             best = min(attempts)
             above = best.price[best.price > 0]
@@ -421,9 +425,8 @@ def add_priced(calibration, model, tokens, partial=None):
         kl, shares, price = partial.tensors[name]
         attempts.append(Attempt(kl[0, 0].item(), move, shares, moved, price))
         if move == MOVES:
-            best = min(attempts)
-            moved = best.moved
-            chosen.append(best.shares)
+            carried = min(attempts).moved
+            chosen.append(min(attempts).shares)
     levels = torch.tensor(PRICED_AT, dtype=torch.float64)
     calibration.tables["priced"] = Table(levels, torch.stack(chosen), "fisher-channel")
 
@@ -601,10 +604,10 @@ def main():
         settle(calibration, model, tokens)
 
     # In forward passes: 2 a token for weighted counts, 4 for gradients, and what follows from
-    # WINDOWS for nine prices and up to 28 thresholds.
+    # WINDOWS for twelve prices and up to 28 thresholds.
     cost = 2 * arguments.tokens + 80_000
     write_calibration(arguments, path, model, tokenizer, add,
-                      cost + fisher * (4 * arguments.tokens + 270_000))
+                      cost + fisher * (4 * arguments.tokens + 320_000))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ coordinates carry most of the energy while most are small: just what a threshold
 
     x in the model's basis    ▃ ▅ ▂ ▄ ▃ ▄ ▂ ▅        in its principal directions    ▇ ▅ ▂ ▁ ▁ ▁ ▁ ▁
 
+Directions fit the text that they come from: along the last of them, other text has more energy. So
+they come from the end of the text, where calibrations take its beginning. With thresholds from the
+same text, less would be dropped elsewhere than was asked for.
+
 The same holds between v_proj and o_proj, head by head. Attention mixes the values of one head by
 weights, so that a rotation of the values, v' = Rᵀ v, comes out of it as it went in, and is undone
 by o_proj. Each key-value head has its own R; the query heads that share it turn with it.
@@ -178,7 +182,7 @@ def main():
     parser.add_argument("--text", metavar="FILE",
                         help="UTF-8 text to run (default: the standard library's held-in part)")
     parser.add_argument("--tokens", type=natural, default=50_000,
-                        help="how many tokens of it at most (default: 50000)")
+                        help="how many tokens of its end at most (default: 50000)")
     parser.add_device()
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="to write (default: the checkpoint's own)")
@@ -191,7 +195,7 @@ def main():
         check_floating_point(folder)
     model, tokenizer = load_model(folder, device)
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
-    windows = windows_of(tokens[:arguments.tokens], default_context(model))
+    windows = windows_of(tokens[-arguments.tokens:], default_context(model))
     check = windows[:1, :-1]
     before = model(check.to(device)).cpu()
     stream, heads = covariances(model, windows)
@@ -200,8 +204,8 @@ def main():
     R = principal_directions(heads)
     rotate(folder, out, Q, R, arguments.dtype and getattr(torch, arguments.dtype))
     after = Llama.from_pretrained(out, device)(check.to(device)).cpu()
-    print(f"{out}: {folder} in the principal directions of {windows[:, 1:].numel():,} tokens of "
-          f"{source}")
+    print(f"{out}: {folder} in the principal directions of the last {windows[:, 1:].numel():,} "
+          f"tokens of {source}")
     energy = torch.linalg.eigvalsh(stream).flip(0).cumsum(0)
     carriers = [int((energy < share * energy[-1]).sum()) + 1 for share in (0.5, 0.9, 0.99)]
     print(f"coordinates that carry half, 90 % and 99 % of the stream's energy: "

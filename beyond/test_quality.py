@@ -141,7 +141,7 @@ def test_allocations_go_on_where_they_were_killed(calibrated, tmp_path, monkeypa
         patch.setattr(allocate, "prices", lambda *of: asked.append(0) or prices(*of))
         patch.setattr(allocate, "backpropagate", no_gradients(allocate.backpropagate))
         again = run(fisher=True)
-    assert len(asked) == 6               # of nine: three were done
+    assert len(asked) == 9               # of twelve: three were done
     for name, counts in calibration.distributions.items():
         assert torch.equal(again.distributions[name], counts)
     for name, table in calibration.tables.items():
