@@ -50,8 +50,8 @@ import torch.nn.functional as F
 
 from beyond import quantize              # with it, load_model reads quantized folders too
 from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITES, Partial,
-                       Table, check_dense, count, even_table, first_windows, histogram,
-                       load_calibration, make_parser, output_of, quantile, write_calibration,
+                       Table, check_dense, count, even_table, histogram, load_calibration,
+                       make_parser, output_of, quantile, some_windows, write_calibration,
                        write_imported)
 from kernel import kept
 from model import (InputError, check_output, command_line, default_context, linear_names,
@@ -286,7 +286,7 @@ def settle(calibration, model, tokens):
     shares of the dense model's inputs that have the right thresholds for the sparse one's.
     """
     check_dense(model)
-    windows = first_windows(model, tokens, *WINDOWS)
+    windows = some_windows(model, tokens, *WINDOWS)
     settled = {}
     work = list(itertools.product(calibration.tables, SETTLED_AT))
     for name, level in progress(work, "calibrating, thresholds in the sparse model"):
@@ -388,7 +388,7 @@ def add_priced(calibration, model, tokens, partial=None):
     """
     check_dense(model)
     partial = partial or Partial()
-    windows = first_windows(model, tokens, *WINDOWS)
+    windows = some_windows(model, tokens, *WINDOWS)
     x = model.embed(windows)
     context = model.context(windows)
     for block in model.model.layers:

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 from beyond.allocate import add_quantize, check_figure, load, pyplot, refuse_beside, save_figure
 from beyond.peers import PEERS, peer_maker
-from calibrate import SINKS, even_table, first_windows, load_calibration
+from calibrate import SINKS, even_table, load_calibration, some_windows
 from kernel import kept
 from model import (Parser, block_linears, check_tokens, command_line, default_context, linear_names,
                    natural, progress, read_tokens, require, share, windows_of)
@@ -394,7 +394,7 @@ def judge_table(arguments, model, tokenizer, calibration, tokens, name=""):
     windows = None
     if "larosa" in allocations:
         held_in = read_tokens(tokenizer, arguments.held_in, "train")[0]
-        windows = first_windows(model, held_in, 32, 512)
+        windows = some_windows(model, held_in, 32, 512)
     settings = table_settings(model, calibration, allocations, levels,
                               arguments.dense_prefix, windows)
     rows = judge(model, tokens, settings, arguments.context, arguments.scored)

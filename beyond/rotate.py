@@ -17,8 +17,8 @@ coordinates carry most of the energy while most are small: just what a threshold
     x in the model's basis    ▃ ▅ ▂ ▄ ▃ ▄ ▂ ▅        in its principal directions    ▇ ▅ ▂ ▁ ▁ ▁ ▁ ▁
 
 Directions fit the text that they come from: along the last of them, other text has more energy. So
-they come from the end of the text, where calibrations take its beginning. With thresholds from the
-same text, less would be dropped elsewhere than was asked for.
+they come from the second half of the text, and a calibration from the first. With thresholds from
+the same text, less would be dropped elsewhere than was asked for.
 
 The same holds between v_proj and o_proj, head by head. Attention mixes the values of one head by
 weights, so that a rotation of the values, v' = Rᵀ v, comes out of it as it went in, and is undone
@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 
 from beyond.folders import check_new_folder, is_quantized, rewrite_checkpoint
-from calibrate import BATCH, SINKS
+from calibrate import BATCH, SINKS, spread
 from model import (DEMO, Config, Llama, Parser, checked_shards, checkpoint_dtype, command_line,
                    default_context, load_model, natural, progress, read_tokens, require, windows_of)
 
@@ -182,7 +182,7 @@ def main():
     parser.add_argument("--text", metavar="FILE",
                         help="UTF-8 text to run (default: the standard library's held-in part)")
     parser.add_argument("--tokens", type=natural, default=50_000,
-                        help="how many tokens of its end at most (default: 50000)")
+                        help="how many tokens of it at most (default: 50000)")
     parser.add_device()
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="to write (default: the checkpoint's own)")
@@ -195,7 +195,9 @@ def main():
         check_floating_point(folder)
     model, tokenizer = load_model(folder, device)
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
-    windows = windows_of(tokens[-arguments.tokens:], default_context(model))
+    context = default_context(model)
+    second_half = tokens[-max(arguments.tokens, len(tokens) // 2):]
+    windows = windows_of(spread(second_half, arguments.tokens, context), context)
     check = windows[:1, :-1]
     before = model(check.to(device)).cpu()
     stream, heads = covariances(model, windows)
@@ -204,8 +206,8 @@ def main():
     R = principal_directions(heads)
     rotate(folder, out, Q, R, arguments.dtype and getattr(torch, arguments.dtype))
     after = Llama.from_pretrained(out, device)(check.to(device)).cpu()
-    print(f"{out}: {folder} in the principal directions of the last {windows[:, 1:].numel():,} "
-          f"tokens of {source}")
+    print(f"{out}: {folder} in the principal directions of {windows[:, 1:].numel():,} tokens of "
+          f"{source}")
     energy = torch.linalg.eigvalsh(stream).flip(0).cumsum(0)
     carriers = [int((energy < share * energy[-1]).sum()) + 1 for share in (0.5, 0.9, 0.99)]
     print(f"coordinates that carry half, 90 % and 99 % of the stream's energy: "

@@ -218,7 +218,7 @@ def test_settled_thresholds_drop_what_they_are_to_drop(calibrated, settled):
     assert settled.allocations == calibration.allocations
     settled.check_whole()
     model = sparsify(tiny_model(), settled.thresholds(0.5))
-    windows = allocate.first_windows(model, tokens, *allocate.WINDOWS)
+    windows = allocate.some_windows(model, tokens, *allocate.WINDOWS)
     for allocation in ("uniform", "wina", "fisher", "balanced", "priced"):
         for level in (0.25, 0.65):
             reset_counts(model)
