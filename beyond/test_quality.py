@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import calibrate as calibrate_module
 import kernel
-from beyond import allocate, judge, peers, quantize, record, timing, watch
+from beyond import allocate, judge, peers, quantize, record, rotate, timing, watch
 from beyond.conftest import random_llama
-from calibrate import (SINKS, SITE_OF, Calibration, Partial, Table, calibrate, histogram, origin_of,
-                       quantile)
+from calibrate import (SINKS, SITE_OF, Calibration, Partial, Table, calibrate, evenly, histogram,
+                       origin_of, quantile, spread)
 from demo import corpus
 from model import (DEMO, Config, InputError, linear_names, load_model, load_tokenizer,
                    windows_of)
@@ -175,6 +176,42 @@ def test_a_short_text_is_enough_for_all():
     allocate.add_priced(calibration, model, tokens)
     allocate.settle(calibration, model, tokens)
     calibration.check_whole()
+
+
+def test_windows_are_spread_over_a_text():
+    tokens = torch.arange(1001)
+    assert evenly(windows_of(tokens, 10), 3)[:, 0].tolist() == [0, 500, 990]
+    chosen = spread(tokens, 35, 10)                        # three stretches, and what follows them
+    assert chosen.tolist() == [*range(10), *range(500, 510), *range(990, 1001)]
+    assert windows_of(chosen, 10)[:, :-1].flatten().tolist() == chosen[:-1].tolist()
+    assert spread(tokens[:30], 35, 10).tolist() == list(range(30))         # all there is
+    assert spread(tokens, 9, 10).tolist() == list(range(9))                # less than a stretch
+
+
+def test_calibration_and_rotation_see_two_halves(monkeypatch, tmp_path):
+    """Of a text that is long enough: what fits one of them by accident does not fit the other."""
+    seen = []
+
+    def stop(*arguments):
+        seen.append(next(of for of in arguments if isinstance(of, torch.Tensor)))
+        raise InputError("stopped")
+
+    text = tmp_path / "text"
+    text.write_text("".join(f"line {i}\n" for i in range(3000)))
+    options = ["--text", text, "--tokens", 1100]
+    monkeypatch.setattr(calibrate_module, "calibrate", stop)
+    monkeypatch.setattr(rotate, "covariances", stop)
+    for module, more in ((allocate, tmp_path / "calibration"), (rotate, tmp_path / "rotated")):
+        with pytest.raises(InputError, match="stopped"):
+            command(monkeypatch, module, *options, "--out", more)
+    tokenizer = load_tokenizer(DEMO)
+    lines = []
+    for tokens in seen:
+        written = tokenizer.decode(tokens.flatten().tolist())
+        lines.append([int(of) for of in re.findall(r"line (\d+)(?=\n)", written)])
+    assert len(lines[0]) > 50 and len(lines[1]) > 50
+    assert max(lines[0]) < 1510 and min(lines[1]) > 1490
+    assert min(lines[0]) < 10 and max(lines[1]) > 2900
 
 
 def test_share_below_inverts_the_quantile():
