@@ -385,13 +385,30 @@ def calibrate(model, tokens, context=None, source="unknown text", partial=None):
                        {"uniform": even_table(len(model.model.layers))})
 
 
-def first_windows(model, tokens, number, length):
-    """Return windows (W, T) from the beginning of tokens (N,), on the model's device.
+def evenly(windows, number):
+    """Return `number` of windows (W, ...), evenly apart; all of them if there are no more."""
+    return windows[torch.linspace(0, len(windows) - 1, min(number, len(windows))).round().long()]
+
+
+def some_windows(model, tokens, number, length):
+    """Return windows (W, T) of tokens (N,), evenly apart, on the model's device.
 
     At most `number` of at most `length` tokens: shorter where the model's context or the text is.
     """
     length = min(length, default_context(model), len(tokens) - 1)
-    return windows_of(tokens, length)[:number, :-1].to(model.device)
+    return evenly(windows_of(tokens, length), number)[:, :-1].to(model.device)
+
+
+def spread(tokens, number, length):
+    """Return at most `number` of tokens (N,), in stretches of `length` that lie evenly apart.
+
+    A text may speak of one thing for thousands of tokens, and what is small there is not small
+    elsewhere.
+    """
+    if number <= length or len(tokens) <= number:
+        return tokens[:number]
+    stretches = evenly(windows_of(tokens, length), number // length)
+    return torch.cat((stretches[:, :-1].flatten(), stretches[-1, -1:]))
 
 
 def check_dense(model):
@@ -476,14 +493,14 @@ def table_of(paths, size):
 
 @torch.no_grad()
 def add_greedy(calibration, model, tokens, partial=None):
-    """Add the greedy allocation to a calibration of the model, from the beginning of `tokens` (N,).
+    """Add the greedy allocation to a calibration of the model, by a few windows of `tokens` (N,).
 
     The block inputs are computed once, in the dense model, and handed from block to block. partial:
     a Partial, from where the work goes on after the last block that was done.
     """
     check_dense(model)
     partial = partial or Partial()
-    windows = first_windows(model, tokens, *GREEDY)
+    windows = some_windows(model, tokens, *GREEDY)
     _, size = calibration.sizes()
     x = model.embed(windows)
     context = model.context(windows)
@@ -667,8 +684,9 @@ def write_calibration(arguments, path, model, tokenizer, add=None, cost=0):
     be needed.
     """
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
-    tokens = tokens[:arguments.tokens]
     context = asked_context(model, arguments.context)
+    first_half = tokens[:max(arguments.tokens, len(tokens) // 2)]    # rotate.py takes the second
+    tokens = spread(first_half, arguments.tokens, context)
     partial_path = path.with_name(f"{path.name}.partial")
     partial = Partial(partial_path, origin_of(model, tokens, context))
     announce(model, tokens, context, 1.3 * len(tokens) + arguments.greedy * GREEDY_COST + cost)

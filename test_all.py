@@ -1233,7 +1233,7 @@ def test_shares_between_the_levels_of_a_table():
 def test_the_greedy_path_is_monotone_and_each_step_is_the_best(calibrated):
     model, tokens, calibration = calibrated
     _, sizes = calibration.sizes()
-    windows = windows_of(tokens, 64)[:calibrate.GREEDY[0], :-1]
+    windows = calibrate.some_windows(model, tokens, calibrate.GREEDY[0], 64)
     x = model.embed(windows)
     context = model.context(windows)
     block = model.model.layers[0]
@@ -1264,7 +1264,7 @@ def test_the_greedy_path_is_monotone_and_each_step_is_the_best(calibrated):
         errors = [error_of(shares) for shares in path[step] + torch.diag(0.01 / sizes)]
         taken = errors[steps[step].argmax()]
         assert taken < 1.02 * min(errors)
-        assert taken < sorted(errors)[3]
+        assert taken <= sorted(errors)[3]
 
 
 def test_a_calibration_goes_on_where_it_was_killed(monkeypatch, tmp_path):

@@ -29,8 +29,7 @@ each block, and a few times the logits of one window in float32.
 Whatever the shares, a threshold drops another share than it was made for where inputs were dropped
 before it: it was read from distributions of the dense model. So at the end all allocations are
 *settled*: at four levels the sparse model runs, each threshold is found where it acts, and the
-table gets the share of the dense inputs that it corresponds to. (Prices are measured with such
-thresholds from the start.)
+table gets the share of the dense inputs that it corresponds to.
 
 The seam: a `Calibration` holds distributions, weights for the channels, and tables of shares that
 one interpolation reads. This file adds to all three. Whatever reads thresholds from a calibration,
@@ -51,8 +50,8 @@ import torch.nn.functional as F
 
 from beyond import quantize              # with it, load_model reads quantized folders too
 from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITES, Partial,
-                       Table, check_dense, count, even_table, first_windows, histogram,
-                       load_calibration, make_parser, output_of, quantile, write_calibration,
+                       Table, check_dense, count, even_table, histogram, load_calibration,
+                       make_parser, output_of, quantile, some_windows, write_calibration,
                        write_imported)
 from kernel import kept
 from model import (InputError, check_output, command_line, default_context, linear_names,
@@ -276,33 +275,27 @@ class Dropping:
         return x * keep
 
 
-def shares_at(calibration, values, weights=""):
-    """Return the shares (layers, 7) of |x| times the `weights` below values (layers, 7)."""
-    return share_below(calibration.counts_of(weights), values).clamp(max=MOST)
-
-
 @torch.no_grad()
 def settle(calibration, model, tokens):
     """Make the allocations of a calibration drop, in the sparse model, what they are to drop.
 
-    All but priced, whose thresholds are those of a sparse model already. Once: a table that was
-    settled no longer says what was asked for.
+    Once: a table that was settled no longer says what was asked for.
 
     Distributions are those of the dense model, and where inputs are dropped others come later: the
     uniform allocation at 50 % drops 52 % of SmolLM2. So each table is filled in anew, with the
     shares of the dense model's inputs that have the right thresholds for the sparse one's.
     """
     check_dense(model)
-    windows = first_windows(model, tokens, *WINDOWS)
-    work = [(name, level) for name in calibration.tables if name != "priced"
-            for level in SETTLED_AT]
+    windows = some_windows(model, tokens, *WINDOWS)
     settled = {}
+    work = list(itertools.product(calibration.tables, SETTLED_AT))
     for name, level in progress(work, "calibrating, thresholds in the sparse model"):
         weights = calibration.tables[name].weights
         wanted = calibration.sparsities(level, name)
         with Dropping(model, wanted, calibration.weights.get(weights)) as dropping:
             model(windows, last_only=True)
-        settled.setdefault(name, []).append(shares_at(calibration, dropping.values, weights))
+        shares = share_below(calibration.counts_of(weights), dropping.values)
+        settled.setdefault(name, []).append(shares.clamp(max=MOST))
     levels = torch.tensor(SETTLED_AT, dtype=torch.float64)
     for name, shares in settled.items():
         weights = calibration.tables[name].weights
@@ -313,7 +306,7 @@ def settle(calibration, model, tokens):
 # The priced allocation
 
 PRICED_AT = (0.3, 0.5, 0.7)              # model-wide sparsities at which prices are measured
-MOVES = 2                # how often the shares are moved against the prices, at each of them
+MOVES = 3                # how often the shares are moved against the prices, at each of them
 NEAR = 1.25              # inputs up to this factor above and below a threshold tell its price
 # A linear whose price is e times the mean one has the log-odds of its share lowered by STRIDE in
 # one move; a logarithm counts as FARTHEST at most.
@@ -379,7 +372,7 @@ class Attempt(NamedTuple):
     """Shares that were tried. The smallest of several has the smallest KL."""
     kl: float
     number: int
-    values: torch.Tensor                 # (layers, 7): the thresholds
+    shares: torch.Tensor                 # (layers, 7)
     moved: torch.Tensor                  # (layers, 7): by how much their log-odds are off balanced
     price: torch.Tensor                  # (layers, 7)
 
@@ -388,27 +381,31 @@ class Attempt(NamedTuple):
 def add_priced(calibration, model, tokens, partial=None):
     """Add the priced allocation to a calibration that holds balanced, by a few windows of `tokens`.
 
-    Starts from the balanced shares, moves their log-odds against the logarithm of the prices, and
-    hands what was moved on to the next level. Of all shares that were tried at a level, those with
-    the smallest KL stay. partial: a Partial, from where the work goes on.
+    Starts from the balanced shares, and moves their log-odds against the logarithm of the prices.
+    The first move of a level is that of the level before, as far as it went. Of all shares that
+    were tried at a level, the balanced ones too, those with the smallest KL stay. partial: a
+    Partial, from where the work goes on.
     """
     check_dense(model)
     partial = partial or Partial()
-    windows = first_windows(model, tokens, *WINDOWS)
+    windows = some_windows(model, tokens, *WINDOWS)
     x = model.embed(windows)
     context = model.context(windows)
     for block in model.model.layers:
         x = block(x, context)
     dense = model.model.norm(x)
     _, size = calibration.sizes()
-    moved = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
-    values = []
+    carried = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
+    chosen = []                          # (layers, 7), at each level
     # After the last move of a level only its KL counts.
     work = [(level, move) for level in PRICED_AT for move in range(MOVES + 1)]
     for level, move in progress(work, "calibrating, prices"):
         if not move:
             start = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit()
             attempts = []
+            moved = torch.zeros_like(carried)
+        elif move == 1 and carried.any():
+            moved = carried
         else:
             best = min(attempts)
             above = best.price[best.price > 0]
@@ -418,22 +415,20 @@ def add_priced(calibration, model, tokens, partial=None):
             beside_mean = (price - (price @ size).mean()).clamp(-FARTHEST, FARTHEST)
             astray = len(attempts) - 1 - best.number       # attempts since the best: step shorter
             moved = best.moved - STRIDE / 2 ** astray * beside_mean
-        name = f"priced {level} {move}"
+        name = f"priced shares {level} {move}"
         if name not in partial.tensors:
             shares = at_level(start + moved, size, level)
             dropping = Dropping(model, shares, calibration.weights["fisher-channel"])
             price, kl = prices(model, windows, dense, dropping, move < MOVES)
             kl = torch.full_like(price, kl)
-            partial.keep({name: torch.stack((kl, dropping.values.double(), price))})
-        kl, of, price = partial.tensors[name]
-        attempts.append(Attempt(kl[0, 0].item(), move, of, moved, price))
+            partial.keep({name: torch.stack((kl, shares, price))})
+        kl, shares, price = partial.tensors[name]
+        attempts.append(Attempt(kl[0, 0].item(), move, shares, moved, price))
         if move == MOVES:
-            best = min(attempts)
-            moved = best.moved
-            values.append(best.values)
-    shares = [shares_at(calibration, of, "fisher-channel") for of in values]
+            carried = min(attempts).moved
+            chosen.append(min(attempts).shares)
     levels = torch.tensor(PRICED_AT, dtype=torch.float64)
-    calibration.tables["priced"] = Table(levels, torch.stack(shares), "fisher-channel")
+    calibration.tables["priced"] = Table(levels, torch.stack(chosen), "fisher-channel")
 
 
 def at_level(odds, size, level):
@@ -613,10 +608,10 @@ def main():
         settle(calibration, model, tokens)
 
     # In forward passes: 2 a token for weighted counts, 4 for gradients, and what follows from
-    # WINDOWS for nine prices and up to 24 thresholds.
+    # WINDOWS for twelve prices and up to 28 thresholds.
     cost = 2 * arguments.tokens + 80_000
     write_calibration(arguments, path, model, tokenizer, add,
-                      cost + fisher * (4 * arguments.tokens + 240_000))
+                      cost + fisher * (4 * arguments.tokens + 320_000))
 
 
 if __name__ == "__main__":

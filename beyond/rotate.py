@@ -16,6 +16,10 @@ coordinates carry most of the energy while most are small: just what a threshold
 
     x in the model's basis    ▃ ▅ ▂ ▄ ▃ ▄ ▂ ▅        in its principal directions    ▇ ▅ ▂ ▁ ▁ ▁ ▁ ▁
 
+Directions fit the text that they come from: along the last of them, other text has more energy. So
+they come from the second half of the text, and a calibration from the first. With thresholds from
+the same text, less would be dropped elsewhere than was asked for.
+
 The same holds between v_proj and o_proj, head by head. Attention mixes the values of one head by
 weights, so that a rotation of the values, v' = Rᵀ v, comes out of it as it went in, and is undone
 by o_proj. Each key-value head has its own R; the query heads that share it turn with it.
@@ -34,7 +38,7 @@ from pathlib import Path
 import torch
 
 from beyond.folders import check_new_folder, is_quantized, rewrite_checkpoint
-from calibrate import BATCH, SINKS
+from calibrate import BATCH, SINKS, spread
 from model import (DEMO, Config, Llama, Parser, checked_shards, checkpoint_dtype, command_line,
                    default_context, load_model, natural, progress, read_tokens, require, windows_of)
 
@@ -191,7 +195,9 @@ def main():
         check_floating_point(folder)
     model, tokenizer = load_model(folder, device)
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
-    windows = windows_of(tokens[:arguments.tokens], default_context(model))
+    context = default_context(model)
+    second_half = tokens[-max(arguments.tokens, len(tokens) // 2):]
+    windows = windows_of(spread(second_half, arguments.tokens, context), context)
     check = windows[:1, :-1]
     before = model(check.to(device)).cpu()
     stream, heads = covariances(model, windows)
