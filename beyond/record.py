@@ -19,7 +19,8 @@ forward that looks at values while it runs (`if x.max() > 3`) cannot be recorded
 so, and the model runs itself.
 
 The seam: `generate(..., make_step=record.make_step)`. The cache of the step is
-`generate.StaticCache`, the one that CUDA graphs use.
+`generate.StaticCache`, the one that CUDA graphs use. A chapter that has operations of its own says
+in NOTES how they are noted.
 """
 import contextlib
 import ctypes
@@ -262,6 +263,7 @@ int replay(const call *calls, long n) {
 C_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"copy": 0, "add": 1, "sub": 2, "mul": 3, "addcmul": 4, "silu": 5}
 ARGUMENTS = 32
+NOTES = {}               # {name of a chapter's own operation: function(tape, y, *its arguments)}
 
 
 class Call(ctypes.Structure):
@@ -351,6 +353,8 @@ class Tape(TorchFunctionMode):
     def note(self, again, name, y, args, kwargs):
         """Note an operation that sets y: in C if there is a function for it, else as `again`."""
         write = getattr(self, f"note_{name}", None)
+        if name in NOTES:
+            write = functools.partial(NOTES[name], self)
         with torch._C.DisableTorchFunction():
             try:
                 noted = write is not None and y is not None and write(y, *args, **kwargs)
@@ -447,11 +451,23 @@ class Tape(TorchFunctionMode):
                 or not y.is_contiguous() or q.shape[-1] != v.shape[-1]
                 or not all(x.stride(-1) == 1 for x in (q, k, v, mask))):
             return False
+        return self.attend(y, q, k, v, mask, scale=scale)
+
+    def attend(self, y, q, k, v, mask, positions=None, scale=None):
+        """Note an attention: q (1, G, R, D), k and v (1, G, S, D), mask (R or 1, S) -> y.
+
+        positions: None, or those that are read, (1, G or 1, K) int64.
+        """
         _, G, R, D = q.shape
-        return self.call(c_functions().attend, q, k, v, mask, y, C_TYPES[y.dtype], G, R, k.shape[2],
-                         D, float(D ** -0.5 if scale is None else scale),
+        S = k.shape[2]
+        listed = 0, 0
+        if positions is not None:
+            S = positions.shape[2]
+            listed = positions, S if positions.shape[1] > 1 else 0
+        return self.call(c_functions().attend, q, k, v, mask, y, C_TYPES[y.dtype], G, R, S, D,
+                         float(D ** -0.5 if scale is None else scale),
                          *[x.stride(1) for x in (q, k, v)], *[x.stride(2) for x in (q, k, v)],
-                         mask.stride(0), torch.get_num_threads(), 0, 0)
+                         mask.stride(0) if len(mask) > 1 else 0, torch.get_num_threads(), *listed)
 
     def note_repeat(self, y, mask, *repeats):
         """Note the mask, once for each head of a group."""
