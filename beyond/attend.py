@@ -99,7 +99,9 @@ def recency(q, k, mask, over, shared):
 def page_bounds(q, k, mask, over, shared):
     """Return for each position what q kᵀ is at most in its page; arguments as for `products`."""
     S = k.shape[2]
-    pages = F.pad(k, (0, 0, 0, -S % PAGE)).unflatten(2, (-1, PAGE))          # (B, G, pages, 16, D)
+    position = torch.arange(S + -S % PAGE, device=k.device)      # the last key fills up the last page
+    k = k.index_select(2, torch.minimum(position, last_shown(mask, position[:S])))
+    pages = k.unflatten(2, (-1, PAGE))                                       # (B, G, pages, 16, D)
     low, high = pages.amin(3), pages.amax(3)                                 # (B, G, pages, D)
     q = grouped(q, k)
     bounds = q.clamp(min=0) @ high.transpose(-1, -2) + q.clamp(max=0) @ low.transpose(-1, -2)
@@ -114,18 +116,23 @@ def pick(scores, mask, K):
     """Return the K positions that are read, (B, G or 1, K) int64, of scores (B, G or 1, S).
 
     The first SINKS and the last RECENT that the mask (1, S) shows are among them, or half of K if
-    that is less, and no hidden one while others are left.
+    that is less, and no hidden one while others are left; of equal scores the earlier ones.
     """
     if has_torch_function((scores,)):
         return handle_torch_function(pick, (scores,), scores, mask, K)
     position = torch.arange(scores.shape[-1], device=scores.device)
-    last = position[-1] if mask is None else (position * mask[0]).amax()
+    last = last_shown(mask, position)
     first, recent = always_read(K)
     always = (position < first) | (position > last - recent)
     scores = scores.masked_fill(always, math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask[0], -math.inf)
-    return scores.topk(K, sorted=False).indices
+    return scores.sort(descending=True, stable=True).indices[..., :K].contiguous()
+
+
+def last_shown(mask, position):
+    """Return the last of all positions (S,) that the mask (1, S) shows, a tensor ()."""
+    return position[-1] if mask is None else (position * mask[0]).amax()
 
 
 def always_read(K):
@@ -152,6 +159,8 @@ def attend_to(q, k, v, mask, positions):
 # The same in C, for steps that record.py replays. Its `attend` reads listed positions, too.
 
 C_SOURCE = record.C_SOURCE + r"""
+#include <stdlib.h>
+
 /* score = q k^T, summed over the R queries of a group or the largest of them; over all groups if
    the scores are shared. q (G, R, D), k (G, S, D), score (G or 1, S) float32.
    q, k, mask, score, type, G, R, S, D, largest, shared, group strides of q, k, row strides of q, k,
@@ -192,19 +201,20 @@ int products(const args *a) {
 
 /* The K positions with the largest scores that the mask shows, rising; the first ones and the last
    ones in any case. Floats are compared as whole numbers in the same order, whose K-th largest is
-   found bit by bit. score (rows, S) float32, which is written over; positions (rows, K) int64.
+   found bit by bit. score (rows, S) float32, positions (rows, K) int64.
    score, mask, positions, rows, S, K, first, recent */
 int pick(const args *a) {
     const uint8_t *mask = POINTER(1);
     long S = a[4], K = a[5], last = S - 1;
+    uint32_t *order = malloc(S * sizeof *order);
+    if (!order) return 1;
     while (last && !mask[last]) last--;
     for (long row = 0; row < a[3]; row++) {
-        uint32_t *order = (uint32_t *)a[0] + row * S, smallest = 0;
+        const float *score = (const float *)a[0] + row * S;
+        uint32_t smallest = 0;
         for (long s = 0; s < S; s++) {
-            float score;
-            memcpy(&score, order + s, 4);
-            uint32_t bits = bits_of(score);
-            bits = score != score ? 0xfffffffe : bits >> 31 ? ~bits : bits | 0x80000000;
+            uint32_t bits = bits_of(score[s]);
+            bits = score[s] != score[s] ? 0xfffffffe : bits >> 31 ? ~bits : bits | 0x80000000;
             order[s] = !mask[s] ? 0 : s < a[6] || s > last - a[7] ? 0xffffffff : bits;
         }
         for (uint32_t bit = 0x80000000; bit; bit >>= 1) {
@@ -218,6 +228,7 @@ int pick(const args *a) {
         for (long s = 0; s < S; s++)
             if (order[s] > smallest || (order[s] == smallest && equal-- > 0)) *to++ = s;
     }
+    free(order);
     return 0;
 }
 """
@@ -231,8 +242,8 @@ def c_functions():
 
 def fits_c(mask, *tensors):
     """Return whether the C functions take these tensors (1, heads, rows, D), and a mask (1, S)."""
-    one_type = len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in record.C_TYPES
-    return (one_type and mask is not None and mask.is_contiguous() and c_functions() is not None
+    types = {x.dtype for x in tensors}
+    return (len(types) <= 1 and types <= record.C_TYPES.keys() and mask is not None and mask.is_contiguous() and c_functions() is not None
             and all(len(x) == 1 and x.stride(-1) == 1 for x in tensors))
 
 
@@ -250,7 +261,8 @@ def note_products(tape, scores, q, k, mask, over, shared):
 
 def note_pick(tape, positions, scores, mask, K):
     """Note `pick` as note_products does."""
-    if not fits_c(mask) or not scores.is_contiguous() or len(scores) > 1:
+    if not fits_c(mask) or len(scores) > 1 or not scores.is_contiguous() \
+            or not positions.is_contiguous():
         return False
     return tape.call(c_functions().pick, scores, mask, positions, *scores.shape[1:], K,
                      *always_read(K))

@@ -1,0 +1,473 @@
+"""Tests of attend.py: which positions are read, that no others are, and that nothing else changes."""
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernel
+from beyond import __main__ as beyond
+from beyond import attend, drafts, record
+from beyond.attend import Plan, read_less
+from beyond.conftest import random_llama
+from generate import StaticCache, generate, plain_step
+from model import InputError, linear_names
+from sparsify import sparse_mode, sparsify
+
+needs_c = pytest.mark.skipif(kernel.c_function(torch.float32) is None, reason="no C compiler")
+
+
+def tiny_model(dtype=torch.float64, seed=0, **changes):
+    """Return a small Llama with three query heads on each of two key-value heads."""
+    shape = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=5, num_attention_heads=6,
+                 num_key_value_heads=2, head_dim=8, vocab_size=31, max_position_embeddings=256)
+    return random_llama(dtype, seed, **shape | changes)
+
+
+def tokens_of(model, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (1, length), generator=generator)
+
+
+def random_qkv(S, dtype=torch.float64, seed=0, H=6, G=2, D=8):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(1, heads, rows, D, generator=generator, dtype=torch.float64).to(dtype)
+            for heads, rows in ((H, 1), (G, S), (G, S)))
+
+
+def mask_of(S, first, end):
+    """Return a mask (1, S) that shows the positions from `first` to before `end`."""
+    position = torch.arange(S)
+    return ((position >= first) & (position < end))[None]
+
+
+# --------------------------------------------------------------------------------------------------
+# Choosing
+
+@pytest.mark.parametrize("K, first, recent", [(1, 0, 1), (2, 1, 1), (3, 2, 1), (8, 4, 4),
+                                              (64, 4, 32), (128, 4, 64), (1000, 4, 64)])
+def test_the_first_and_the_last_positions_are_always_read(K, first, recent):
+    assert attend.always_read(K) == (first, recent)
+    S = 1200
+    scores = torch.zeros(1, 2, S)
+    scores[0, 0, 500:600] = 1
+    scores[0, 1, 700:800] = -1
+    positions = attend.pick(scores, mask_of(S, 0, 1100), K)
+    assert positions.shape == (1, 2, K)
+    expected = {*range(first), *range(1100 - recent, 1100)}
+    for of_head in positions[0].tolist():
+        assert len(set(of_head)) == K and expected <= set(of_head) <= set(range(1100))
+    others = set(positions[0, 0].tolist()) - expected
+    assert len(others & set(range(500, 600))) == min(100, len(others))
+
+
+@pytest.mark.parametrize("mask", [None, mask_of(90, 0, 90), mask_of(90, 0, 61), mask_of(90, 30, 61),
+                                  mask_of(90, 50, 61)])
+@pytest.mark.parametrize("K", [7, 40])
+def test_those_with_the_largest_scores_are_picked(mask, K):
+    scores = torch.randn(1, 2, 90, generator=torch.Generator().manual_seed(0))
+    positions = attend.pick(scores.clone(), mask, K)
+    shown = range(90) if mask is None else mask[0].nonzero().flatten().tolist()
+    first, recent = attend.always_read(K)
+    for row, of_head in zip(scores[0], positions[0].tolist()):
+        always = {s for s in shown if s < first or s > shown[-1] - recent}
+        rest = sorted(set(shown) - always, key=lambda s: -row[s])
+        expected = always | set(rest[:K - len(always)])
+        assert len(set(of_head)) == K
+        assert set(of_head) & set(shown) == expected
+
+
+@pytest.mark.parametrize("over", ["sum", "max"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_scores_of_positions(over, shared):
+    q, k, _ = random_qkv(40)
+    scores = attend.products(q, k, None, over, shared)
+    each = torch.einsum("hd,hsd->hs", q[0, :, 0], k[0].repeat_interleave(3, 0))     # (H, S)
+    groups = each[None] if shared else each.unflatten(0, (2, 3))
+    expected = groups.sum(1) if over == "sum" else groups.amax(1)
+    assert torch.allclose(scores[0].double(), expected, atol=1e-5)
+    assert torch.equal(attend.recency(q, k, None, over, shared)[0, 0], torch.arange(40.0))
+
+
+@pytest.mark.parametrize("S", [48, 41])
+def test_a_page_has_no_product_above_its_bound(S):
+    q, k, _ = random_qkv(S)
+    bounds = attend.page_bounds(q, k, None, "max", False)
+    assert bounds.shape == (1, 2, S)
+    assert (attend.products(q, k, None, "max", False) <= bounds + 1e-6).all()
+    pages = bounds[..., :32].unflatten(-1, (2, 16))
+    assert (pages == pages[..., :1]).all()
+    alone = q.clone()
+    alone[..., 1:] = 0                                     # with one channel the bound is reached
+    bounds = attend.page_bounds(alone, k, None, "max", False)[..., :32].unflatten(-1, (2, 16))
+    reached = attend.products(alone, k, None, "max", False)[..., :32].unflatten(-1, (2, 16)).amax(-1)
+    assert torch.allclose(bounds[..., 0], reached)
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention to what was chosen
+
+def by_hand(q, k, v, mask, positions):
+    """Return attention over positions, head by head."""
+    S = k.shape[2]
+    heads = []
+    for h in range(q.shape[1]):
+        g = h * k.shape[1] // q.shape[1]
+        listed = positions[0, g if positions.shape[1] > 1 else 0]
+        if mask is not None:
+            listed = listed[mask[0][listed]]
+        assert len(listed.unique()) == len(listed) <= S
+        scores = k[0, g, listed] @ q[0, h, 0] * q.shape[-1] ** -0.5
+        heads.append(scores.softmax(-1) @ v[0, g, listed])
+    return torch.stack(heads)[None, :, None]
+
+
+@pytest.mark.parametrize("mask", [None, mask_of(50, 0, 44), mask_of(50, 20, 33)])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_to_chosen_positions(mask, heads):
+    q, k, v = random_qkv(50)
+    scores = torch.randn(1, heads, 50, generator=torch.Generator().manual_seed(1))
+    positions = attend.pick(scores, mask, 17)
+    expected = by_hand(q, k, v, mask, positions)
+    assert torch.allclose(attend.attend_to(q, k, v, mask, positions), expected, atol=1e-12)
+
+
+@needs_c
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02),
+                                              (torch.float16, 0.002)])
+@pytest.mark.parametrize("over, shared", [("sum", False), ("max", False), ("sum", True),
+                                          ("max", True)])
+@pytest.mark.parametrize("first, end", [(0, 300), (0, 290), (100, 250), (200, 240)])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_c_does_what_pytorch_does(monkeypatch, dtype, tolerance, over, shared, first, end, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    S, K = 300, 50
+    q, k, v = random_qkv(S, dtype, D=72)
+    k[:, :, end:] = v[:, :, end:] = float("nan")           # what comes after is not read
+    mask = mask_of(S, first, end)
+
+    def forward(q, k, v, mask):
+        scores = attend.products(q, k, mask, over, shared)
+        positions = attend.pick(scores, mask, K)
+        return positions, attend.attend_to(q, k, v, mask, positions)
+
+    tape = record.Tape(torch.nn.Module(), [q, k, v, mask])
+    with tape:
+        positions, y = forward(q, k, v, mask)
+    assert not any(callable(each) for each in tape.notes) and len(tape.notes) == 3
+    positions.zero_()
+    y.zero_()
+    tape.finish()
+    tape.replay()
+    shown = mask[0][positions]
+    exact = attend.products(*(x.double().nan_to_num() for x in (q, k)), mask, over, shared)
+    expected = attend.pick(exact, mask, K)
+    if dtype == torch.float32:                             # in others float32 sums differ
+        for row, others in zip(positions[0], expected[0]):
+            assert row.tolist() == sorted(row.tolist())
+            assert set(row[mask[0][row]].tolist()) == set(others[mask[0][others]].tolist())
+    assert (shown.sum(-1) == min(K, end - first)).all()
+    exact = by_hand(*(x.double() for x in (q, k, v)), mask, positions)
+    assert (y - exact).norm() <= tolerance * exact.norm()
+
+
+@needs_c
+def test_c_shows_nan():
+    q, k, v = random_qkv(300, torch.float32)
+    mask = mask_of(300, 0, 300)
+    tape = record.Tape(torch.nn.Module(), [q, k, v, mask])
+    with tape:
+        scores = attend.products(q, k, mask, "sum", False)
+        positions = attend.pick(scores, mask, 20)
+        y = attend.attend_to(q, k, v, mask, positions)
+    tape.finish()
+    k[0, 1, 100, 3] = float("nan")
+    tape.replay()
+    assert 100 in positions[0, 1] and 100 not in positions[0, 0]
+    assert y[0, 3:].isnan().all() and y[0, :3].isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------
+# In the model
+
+PLANS = [Plan(20, (0, 1, 3)), Plan(20, (0, 2), over="max"), Plan(20, (1,), shared=True),
+         Plan(20, (0,), by="window"), Plan(32, (0, 1), by="pages"), Plan(20, (), by="pages"),
+         Plan(1, (2,)), Plan(20, ())]
+
+
+@torch.no_grad()
+def reference(model, tokens, plan, past):
+    """Return the logits after each of tokens (1, N) from `past` on, layer by layer, by masks.
+
+    All tokens run at once; each sees what it would choose, in a mask (G, N, N) of its own.
+    """
+    N = tokens.shape[1]
+    config = model.config
+    G = config.num_key_value_heads
+    position = torch.arange(N)
+    causal = position <= position[:, None]
+    if config.sliding_window:
+        causal &= position > position[:, None] - config.sliding_window
+    chosen = None
+
+    def attention(layer, q, k, v, _):
+        nonlocal chosen
+        heads = k.repeat_interleave(q.shape[1] // G, 1)
+        values = v.repeat_interleave(q.shape[1] // G, 1)
+        sees = causal.expand(G, N, N).clone()
+        if layer == 0:
+            chosen = None
+        if plan.chooses(layer) or chosen is None and layer not in plan.layers:
+            by = plan.by if plan.chooses(layer) else "window"
+            chosen = causal.expand(G, N, N).clone()
+            for t in range(past, N):
+                if t + 1 > plan.positions:
+                    scores = attend.SCORES[by](q[:, :, t:t + 1], k[:, :, :t + 1], None, plan.over,
+                                               plan.shared)
+                    picked = attend.pick(scores, causal[None, t, :t + 1].reshape(1, -1),
+                                         plan.positions)
+                    chosen[:, t] = False
+                    chosen[:, t].scatter_(1, picked[0].expand(G, -1), True)
+                    chosen[:, t] &= causal[t]
+        if layer not in plan.layers:
+            sees = chosen
+        return F.scaled_dot_product_attention(q, heads, values,
+                                              attn_mask=sees.repeat_interleave(q.shape[1] // G, 0))
+
+    attends = [block.self_attn.attend for block in model.model.layers]
+    for layer, block in enumerate(model.model.layers):
+        block.self_attn.attend = lambda *qkvm, layer=layer: attention(layer, *qkvm)
+    logits = model(tokens)[0, past:]
+    for block, own in zip(model.model.layers, attends):
+        block.self_attn.attend = own
+    return logits
+
+
+@torch.no_grad()
+def steps(model, tokens, past, make_step=plain_step, length=None):
+    """Return the logits after each of tokens (1, N) from `past` on, one by one."""
+    cache = model.make_cache(1, length or tokens.shape[1])
+    model(tokens[:, :past], cache)
+    step = make_step(model, cache)
+    return torch.cat([step(tokens[:, t:t + 1]).clone()[0] for t in range(past, tokens.shape[1])])
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("window", [None, 30])
+def test_a_step_reads_what_was_planned(plan, window):
+    model = tiny_model(sliding_window=window)
+    tokens = tokens_of(model, 70)
+    expected = reference(model, tokens, plan, 10)          # the first steps see less than K
+    whole = steps(model, tokens, 10)
+    read_less(model, plan)
+    ours = steps(model, tokens, 10)
+    assert torch.allclose(ours, expected, atol=1e-9)
+    reads_less = plan.positions < (window or 70)
+    assert ((ours - whole)[30:].norm() > 0.01 * whole[30:].norm()) == reads_less
+    few = min(plan.positions, 70) - 10
+    assert few <= 0 or torch.allclose(ours[:few], whole[:few], atol=1e-12)
+    with model.reading.switched(False):
+        assert torch.equal(steps(model, tokens, 10), whole)
+    assert torch.equal(model(tokens[:, :50]), tiny_model(sliding_window=window)(tokens[:, :50]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_step", [plain_step, pytest.param(record.make_step, marks=needs_c)])
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan.by != "pages"], ids=str)
+def test_nothing_else_is_read(monkeypatch, plan, make_step):
+    """What was not chosen may be no number at all."""
+    model = tiny_model(torch.float32)
+    sparsify(model, dict.fromkeys([*linear_names(model.config), "lm_head"], 0.0))
+    read_less(model, plan)
+    tokens = tokens_of(model, 61)
+    cache = model.make_cache(1, 64)
+    model(tokens[:, :60], cache)
+    chosen = []
+    attend_to = attend.attend_to
+    with monkeypatch.context() as patch:
+        patch.setattr(attend, "attend_to",
+                      lambda *arguments: chosen.append(arguments[-1]) or attend_to(*arguments))
+        expected = model(tokens[:, 60:], cache)
+    cache.used = 60
+    step = make_step(model, cache)
+    layers = [layer for layer in range(5) if layer not in plan.layers]
+    assert len(chosen) == len(layers)
+    for layer, positions in zip(layers, chosen):
+        unread = torch.ones(2, 64, dtype=torch.bool).scatter_(1, positions[0].expand(2, -1), False)
+        assert (unread[:, :61].sum(1) == 61 - plan.positions).all()
+        for states in (cache.keys, cache.values):
+            states[layer, 0, unread] = float("nan")
+    assert (step(tokens[:, 60:]) - expected).norm() <= 1e-4 * expected.norm()
+
+
+@needs_c
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("window", [None, 30])
+def test_a_recorded_step_reads_the_same(plan, window):
+    model = tiny_model(torch.float32, sliding_window=window)
+    sparsify(model, dict.fromkeys([*linear_names(model.config), "lm_head"], 0.0))
+    tokens = tokens_of(model, 70)
+    read_less(model, plan)
+    expected = steps(model, tokens, 10)
+    ours = steps(model, tokens, 10, record.make_step, length=100)
+    assert (ours - expected).norm() <= 1e-4 * expected.norm()
+
+
+@needs_c
+def test_all_of_a_recorded_step_is_c():
+    """The operations of the chapter, too: Python is left for the embedding and the angles."""
+    model = tiny_model(torch.bfloat16)
+    sparsify(model, dict.fromkeys([*linear_names(model.config), "lm_head"], 0.0))
+    numbers = []
+    for plan in (None, Plan(20, (0, 1, 3)), Plan(20, (0, 3), over="max", shared=True)):
+        if plan:
+            read_less(model, plan)
+        cache = model.make_cache(1, 100)
+        model(tokens_of(model, 50), cache)
+        tape, = record.make_step(model, cache).tapes.values()
+        numbers.append(sum(callable(each) for each in tape.notes))
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_static_step_reads_the_same(plan):
+    """So a CUDA graph does: the cache has one length, and K is fixed."""
+    model = tiny_model()
+    read_less(model, plan)
+    tokens = tokens_of(model, 70)
+
+    def static_step(model, cache):
+        static = StaticCache(cache, 1)
+
+        def step(tokens):
+            static.follow(cache, 1, model.config.sliding_window)
+            logits = model(tokens, static)
+            cache.advance(1)
+            return logits
+        return step
+    ours = steps(model, tokens, 10, static_step, length=100)
+    assert torch.allclose(ours, steps(model, tokens, 10), atol=1e-9)
+
+
+def test_a_second_plan_takes_the_place_of_the_first():
+    model = tiny_model()
+    tokens = tokens_of(model, 60)
+    read_less(model, Plan(20, (0, 1, 3)))
+    read_less(model, Plan(12, (0, 2)))
+    expected = reference(model, tokens, Plan(12, (0, 2)), 30)
+    assert torch.allclose(steps(model, tokens, 30), expected, atol=1e-9)
+
+
+def test_the_share_that_is_read_is_counted():
+    model = tiny_model(sliding_window=50)
+    reading = read_less(model, Plan(20, (0, 3)))
+    step = attend.make_step
+    steps(model, tokens_of(model, 63), 10, lambda *a: step(*a, make_step=plain_step))
+    seen = [min(n, 50) for n in range(11, 64)]
+    assert reading.there == 5 * sum(seen)
+    assert reading.read == sum(2 * n + 3 * min(n, 20) for n in seen)
+    assert reading.share == reading.read / reading.there
+    reading.reset()
+    assert reading.share == 1.0
+    assert Plan(20, (0,), by="pages").read(100, 5) == 100 + 4 * (20 + 7)
+
+
+# --------------------------------------------------------------------------------------------------
+# What you read is what runs
+
+def test_another_attention_is_left_alone(capsys):
+    def capped(q, k, v, mask):
+        return 0.5 * original(q, k, v, mask)
+    model = tiny_model()
+    original = model.model.layers[2].self_attn.attend
+    model.model.layers[2].self_attn.attend = capped
+    tokens = tokens_of(model, 60)
+    whole = steps(model, tokens, 30)
+    reading = read_less(model, Plan(20, (0, 1)))
+    said = capsys.readouterr().err
+    assert said.count("attend.py steps aside") == 1 and "layer 2" in said
+    make_step = attend.make_step
+    assert torch.equal(steps(model, tokens, 30, lambda *a: make_step(*a, make_step=plain_step)),
+                       whole)
+    assert reading.share == 1.0
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft_tokens", [1, 3, None])
+def test_speculation_loses_nothing(draft_tokens):
+    model = tiny_model()
+    sparsify(model, dict.fromkeys(linear_names(model.config), 0.0))
+    prompt = tokens_of(model, 50)[0].tolist()
+    text = list(generate(model, prompt, 40))
+    reading = read_less(model, Plan(16, (0, 3)))
+    reading.active = False
+    thresholds = dict.fromkeys(linear_names(model.config), 0.2)
+    run = drafts.speculate(model, prompt, 40, "sparse", thresholds, draft_tokens,
+                           kind=attend.Speculation, make_step=attend.make_step)
+    assert list(run) == text
+    assert not reading.active
+    assert draft_tokens is None or reading.there > 0       # the draft has read less
+    assert reading.share < 1 or not reading.there
+
+
+def command(monkeypatch, *options):
+    """Return what python -m beyond prints with options."""
+    monkeypatch.setattr(sys, "argv", ["beyond", "--device", "cpu", *map(str, options)])
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        beyond.main()
+    return out.getvalue()
+
+
+PROMPT = Path(attend.__file__).read_text()[:600]
+
+
+def test_the_command_line(monkeypatch):
+    options = ["--prompt", PROMPT, "--max-new-tokens", 16, "--temperature", 0]
+    whole = command(monkeypatch, *options, "--sparsity", 0)
+    compared = command(monkeypatch, *options, "--attend", 64)
+    texts = [out.split("--- ")[1].split("\n", 1)[1] for out in (whole, compared)]
+    assert texts[0] == texts[1]                            # the dense text reads everything
+    assert "100.0% of the cache read" in compared
+    assert "--- 50% sparse, 64 positions: 16 tokens" in compared
+    for by in attend.SCORES:
+        out = command(monkeypatch, *options, "--sparsity", 0, "--attend", 32, "--attend-by", by,
+                      "--attend-layers", 0, 2)
+        assert 0.2 < float(out.split("% of the cache read")[0].split(" ")[-1]) / 100 < 0.7
+    drafted = command(monkeypatch, *options, "--draft", "sparse", "--attend", 32, "--compare")
+    assert "the same text, all 16 tokens" in drafted and "the draft read" in drafted
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--attend", "0"], "argument --attend: 0 is not a whole number above 0"),
+    (["--attend", "-3"], "argument --attend: -3 is not a whole number above 0"),
+    (["--attend", "513"], "--attend 513, expected 1 to 512, the model's context"),
+    (["--attend", "64", "--attend-layers", "1", "7", "-1"],
+     "--attend-layers 7 -1, expected numbers from 0 to 6, the model's layers"),
+    (["--attend-layers", "1"], "--attend-layers is for --attend, which is not given"),
+    (["--attend-shared"], "--attend-shared is for --attend, which is not given"),
+    (["--attend", "64", "--attend-by", "luck"], "argument --attend-by: invalid choice: 'luck'"),
+    (["--attend", "64", "--draft", "recycle"],
+     "--attend with --draft recycle: only --draft sparse has steps that read less"),
+    (["--attend", "64", "--draft", "sparse", "--model", "random:llama-3.2-1b"],
+     "--attend is not for the table of what guesses cost"),
+])
+def test_bad_options(monkeypatch, options, message):
+    with pytest.raises(InputError) as refused:
+        command(monkeypatch, *options)
+    assert message in str(refused.value)
+
+
+def test_a_bad_option_ends_the_program_with_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["beyond", "--attend", "100000"])
+    with pytest.raises(SystemExit) as ended:
+        from model import command_line
+        command_line(beyond.main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
