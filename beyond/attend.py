@@ -39,14 +39,15 @@ in each layer. On a CPU a recorded step runs it in C, by functions that this fil
 elsewhere it is PyTorch with a fixed K, which a CUDA graph can hold.
 
     python -m beyond --attend 512 --model FOLDER --prompt "$(cat LONG.txt)"
-    python -m beyond.attend layers --model FOLDER --text FILE     which layers are to read all
-    python -m beyond.attend perplexity | needle | speed | draft   what it costs, and what it brings
+    python -m beyond.longtext layers --model FOLDER --text FILE     which layers are to read all
+    python -m beyond.longtext perplexity | needle | speed | draft   what it costs, and what it brings
 """
 import ast
 import contextlib
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 import kernel
 from beyond import drafts, record
 from beyond.fused import code_of, without_name
-from model import natural, note, require
+from model import natural, note, read_json, require
 
 SINKS = 4                # first positions, which are always read
 RECENT = 64              # last positions, which are always read
@@ -445,15 +446,24 @@ class Speculation(drafts.TreeSpeculation):
 # --------------------------------------------------------------------------------------------------
 # Options
 
+LAYERS_FILE = "attend.json"              # in a checkpoint folder: which layers are to read all
+
+
 def add_options(parser):
-    """Add the options of which `plan_of` makes a Plan."""
+    """Add --attend and what belongs to it, of which `plan_of` makes a Plan."""
     parser.add_argument("--attend", type=natural, metavar="K",
                         help="positions of the cache that a step reads in most layers (default: "
                              "all)")
     parser.add_argument("--attend-by", choices=SCORES,
                         help="how they are chosen (default: tidal)")
+    add_choices(parser)
+
+
+def add_choices(parser):
+    """Add the options that say who chooses, and how."""
     parser.add_argument("--attend-layers", type=int, nargs="+", metavar="N",
-                        help="the layers that read all of it (default: TODO)")
+                        help=f"the layers that read all (default: those in {LAYERS_FILE} in the "
+                             f"checkpoint folder, else the first three and the middle one)")
     parser.add_argument("--attend-over", choices=["sum", "max"],
                         help="the score of a position over query heads (default: sum)")
     parser.add_argument("--attend-shared", action="store_true",
@@ -467,10 +477,24 @@ def check_options(arguments):
                 f"--attend-{name} is for --attend, which is not given")
 
 
-def plan_of(arguments, config):
-    """Return the Plan that the options ask for."""
+def plan_of(arguments, config, positions=None, by=None):
+    """Return the Plan that the options ask for; positions and by: in the place of theirs."""
     layers = arguments.attend_layers
     if layers is None:
-        layers = (0, 1, 2, config.num_hidden_layers // 2)
-    return Plan(arguments.attend, tuple(layers), arguments.attend_by or "tidal",
-                arguments.attend_over or "sum", arguments.attend_shared)
+        layers = layers_beside(arguments.model, config)
+    return Plan(positions or arguments.attend, tuple(sorted(set(layers))),
+                by or arguments.attend_by or "tidal", arguments.attend_over or "sum",
+                arguments.attend_shared)
+
+
+def layers_beside(name, config):
+    """Return the layers that read all by default, for a checkpoint folder or random:PRESET."""
+    path = Path(name) / LAYERS_FILE
+    layers = config.num_hidden_layers
+    if not path.exists():              # as in TidalDecode
+        return sorted({0, *[1] * (layers > 1), *[2] * (layers > 2), layers // 2})
+    found = read_json(path).get("layers")
+    require(isinstance(found, list)
+            and all(type(layer) is int and 0 <= layer < layers for layer in found),
+            f"{path}: layers is {found}, expected a list of numbers from 0 to {layers - 1}")
+    return found

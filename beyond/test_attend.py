@@ -15,7 +15,7 @@ from beyond.attend import Plan, read_less
 from beyond.conftest import random_llama
 from generate import StaticCache, generate, plain_step
 from model import InputError, linear_names
-from sparsify import sparse_mode, sparsify
+from sparsify import sparsify
 
 needs_c = pytest.mark.skipif(kernel.c_function(torch.float32) is None, reason="no C compiler")
 

@@ -1,0 +1,611 @@
+"""How reading less of the cache is measured: behind long texts.
+
+    layers       which layers are to read all (attend.py): those whose choices the next ones can
+                 take over at the least cost. That is measured for every pair of layers: how far the
+                 distributions of the next token move (KL, in nats) when one layer alone reads what
+                 one before it chose
+    perplexity   of the last 512 tokens of windows as long as the context, read one by one
+    needle       a sentence with a number, hidden in a text at ten depths and asked for at its end.
+                 The text is read as a prompt is, the question token by token (as in Quest), for
+                 there the number is found or not
+    speed        milliseconds a step: weights dense and sparse, the cache whole and in part
+    draft        speculation whose draft reads less: tokens a pass, and tokens a second
+
+Parts 4, 8 and 16 stand for a quarter, an eighth and a sixteenth of the text's positions, which a
+layer reads. With --out the text goes to FOLDER/attend_NAME.txt, with a figure beside it. What takes
+long goes on, if it was interrupted, from FOLDER/attend_NAME.partial.
+
+The seams: attend.py's, and that a step is make_step(model, cache).
+
+    python -m beyond.longtext layers --model FOLDER --text FILE      writes FOLDER/attend.json
+    python -m beyond.longtext perplexity --model FOLDER --text FILE --out figures
+    python -m beyond.longtext needle --model FOLDER --text FILE --out figures
+    python -m beyond.longtext speed --model random:llama-3.2-1b --behind 1000 8000 32000
+    python -m beyond.longtext draft --model FOLDER --text FILE --behind 4000
+"""
+import functools
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from beyond import attend, drafts, record
+from beyond.allocate import add_quantize, check_figure, load, pyplot, save_figure
+from beyond.attend import Plan, plan_of, read_less
+from calibrate import Partial, load_calibration, origin_of
+from generate import generate, stream
+from kernel import memory_bandwidth
+from model import (Parser, check_output, command_line, linear_names, natural, progress,
+                   read_tokens, replacing, require, share, windows_of, write_json)
+from sparsify import SparseLinear, realised_sparsity, reset_counts, sparse_mode, sparsify
+
+MODES = {"dense": "off", "sparse": "decode"}
+QUESTION = "The secret number of {} is"
+PLACES = ("Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Quito", "Riga", "Accra", "Hanoi", "Turin")
+ANSWER = 8               # tokens in which a number of five digits has room
+ROUNDS = 23              # of timed steps
+WARM_UP = 3              # of them, which set things up
+
+
+class Setting(NamedTuple):
+    """One way to decode."""
+    weights: str                     # "dense" or "sparse"
+    cache: str                       # "whole", or a name in attend.SCORES
+    part: int                        # a layer reads 1 / part of the positions
+    plan: Plan
+
+
+def settings_of(arguments, config, positions):
+    """Return the Settings that the command line asks for, behind a text of so many positions."""
+    settings = []
+    for weights in ("dense", "sparse") if arguments.sparsity else ("dense",):
+        settings.append(Setting(weights, "whole", 1, Plan(config.max_position_embeddings, ())))
+        for by in arguments.by:
+            for part in arguments.parts:
+                plan = plan_of(arguments, config, max(1, positions // part), by)
+                settings.append(Setting(weights, by, part, plan))
+    return settings
+
+
+class Page:
+    """What a command says: it is printed, and with a folder written there, with a figure."""
+
+    def __init__(self, folder, name):
+        self.folder, self.name, self.lines = folder, name, []
+        if folder is not None:
+            check_figure(self.path("png"), "--out")
+
+    def path(self, ending):
+        """Return the path of a file of this page, None without a folder."""
+        return None if self.folder is None else self.folder / f"attend_{self.name}.{ending}"
+
+    def say(self, text):
+        print(text, flush=True)
+        self.lines.append(text)
+
+    def write(self, draw):
+        """Write the text, and the figure that draw(pyplot) returns."""
+        if self.folder is not None:
+            with replacing(self.path("txt")) as file:
+                file.write("".join(f"{line}\n" for line in self.lines).encode())
+            save_figure(draw(pyplot()), self.path("png"))
+            self.path("partial").unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Behind a text
+
+@torch.no_grad()
+def behind(model, tokens, room):
+    """Return a cache that holds tokens (N,), read dense and whole, with room for more."""
+    cache = model.make_cache(1, len(tokens) + room)
+    with sparse_mode(model, "off"):
+        model(tokens[None].to(model.device), cache, last_only=True)
+    return cache
+
+
+def begin(model, cache, used, setting):
+    """Return a step as a setting says, with a cache of which `used` positions count."""
+    cache.used = used
+    read_less(model, setting.plan)
+    reset_counts(model)
+    return attend.make_step(model, cache)
+
+
+@torch.no_grad()
+def losses_behind(model, cache, used, tokens, setting):
+    """Return the cross-entropy (N,) of tokens[1:], as tokens (N + 1,) are read one by one."""
+    losses = []
+    with sparse_mode(model, MODES[setting.weights]):
+        step = begin(model, cache, used, setting)
+        for token, following in zip(tokens[:-1].view(-1, 1, 1), tokens[1:]):
+            losses.append(F.cross_entropy(step(token)[0], following[None]))
+    return torch.stack(losses)
+
+
+def measure_perplexity(arguments, model, tokens, page):
+    """Measure the command `perplexity`, on tokens (N,)."""
+    context, scored = arguments.context, arguments.scored
+    windows = windows_of(tokens, context)[:arguments.texts]
+    settings = settings_of(arguments, model.config, context)
+    results = torch.zeros(len(windows), len(settings), scored + 2)     # losses, cache read, skipped
+    work = [(w, s) for w in range(len(windows)) for s in range(len(settings))]
+    origin = f"{origin_of(model, tokens, context)}, {settings}, {arguments.sparsity}"
+    partial = Partial(page.path("partial"), origin)
+    last = None
+    for w, s in partial.rest(work, "perplexity", results):
+        window = windows[w]
+        if w != last:
+            cache = behind(model, window[:-scored - 1], scored)
+            last = w
+        results[w, s, :scored] = losses_behind(model, cache, context - scored,
+                                               window[-scored - 1:].to(model.device), settings[s])
+        results[w, s, scored:] = torch.tensor([model.reading.share, realised_sparsity(model)])
+    page.say(f"perplexity of the last {scored} of {context} tokens, {len(windows)} texts; layers "
+             f"that read all: {listed(settings[-1].plan.layers)}")
+    page.say(f"{'weights':>8} {'skipped':>8} {'cache':>8} {'positions':>10} {'read':>7} "
+             f"{'perplexity':>11} {'over whole':>11}")
+    points = {}                          # {(weights, cache): [(share read, ratio), ...]}
+    for s, setting in enumerate(settings):
+        losses = results[:, s, :scored].flatten().double()
+        read, skipped = results[:, s, scored:].mean(0).tolist()
+        if setting.cache == "whole":
+            whole = losses
+        over = losses - whole
+        ratio = over.mean().exp().item() - 1
+        error = over.std().item() / math.sqrt(len(over))
+        points.setdefault((setting.weights, setting.cache), []).append((read, ratio))
+        positions = "all" if setting.part == 1 else f"1/{setting.part}"
+        page.say(f"{setting.weights:>8} {skipped:8.1%} {setting.cache:>8} {positions:>10} "
+                 f"{read:7.1%} {losses.mean().exp():11.3f} "
+                 + (f"{ratio:+6.1%} ± {error:.1%}" if setting.part > 1 else ""))
+    page.write(functools.partial(draw_quality, points, "perplexity above the whole cache's (%)",
+                                 "share of the cache"))
+
+
+def listed(numbers):
+    return " ".join(map(str, numbers)) or "none"
+
+
+def draw_quality(points, label, what, plt):
+    """Return a figure with a panel for each kind of weights, and a line for each way to choose.
+
+    points: {(weights, cache): [(share of what was read, value), ...]}
+    """
+    kinds = list(dict.fromkeys(weights for weights, _ in points))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(1 + 3.2 * len(kinds), 3), sharey=True,
+                                layout="constrained", squeeze=False)
+    for (weights, cache), line in points.items():
+        axis = axes[0, kinds.index(weights)]
+        if cache != "whole":
+            axis.plot([100 * read for read, _ in line], [100 * value for _, value in line],
+                      marker="o", ms=3.5, lw=1.3, label=cache)
+        axis.set(title=f"{weights} weights", xlabel=f"{what} read (%)")
+    axes[0, 0].set_ylabel(label)
+    axes[0, 0].legend()
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# A needle
+
+def hide(tokenizer, text, number, place, depth):
+    """Return (tokens of a text with a sentence in it, tokens of the question), two tensors.
+
+    text (N,): what it is hidden in, at the end of the line nearest to the share `depth` of it.
+    """
+    question = "\n" + QUESTION.format(place)
+    sentence = torch.tensor(tokenizer.encode(f"{question} {number}.\n", bos=False))
+    ends = [i + 1 for i, token in enumerate(text.tolist()) if "\n" in tokenizer.decode([token])]
+    at = min([0, *ends, len(text)], key=lambda end: abs(end - depth * len(text)))
+    return (torch.cat((text[:at], sentence, text[at:])),
+            torch.tensor(tokenizer.encode(question, bos=False)))
+
+
+@torch.no_grad()
+def answers(model, tokenizer, cache, used, question, number, setting):
+    """Return whether a model writes the number after the question, read token by token."""
+    written = []
+    with sparse_mode(model, MODES[setting.weights]):
+        step = begin(model, cache, used, setting)
+        for token in question.to(model.device):
+            logits = step(token.view(1, 1))
+        for _ in range(ANSWER):
+            written.append(logits[0, -1].argmax().item())
+            if len(written) < ANSWER:
+                logits = step(torch.tensor([[written[-1]]], device=model.device))
+    return tokenizer.decode(written).strip().startswith(str(number))
+
+
+def measure_needle(arguments, model, tokenizer, tokens, page):
+    """Measure the command `needle`, in tokens (N,)."""
+    room = 64                            # for the sentence, the question and the answer
+    length = arguments.context - room
+    texts = windows_of(tokens, length)[:, :-1]
+    depths = len(PLACES)
+    require(len(texts) >= -(-arguments.prompts // depths),
+            f"the text has {len(tokens)} tokens, {arguments.prompts} prompts of "
+            f"{arguments.context} need {-(-arguments.prompts // depths)} times {length}")
+    settings = settings_of(arguments, model.config, length)
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(10000, 100000, (arguments.prompts,), generator=generator).tolist()
+    found = torch.zeros(arguments.prompts, len(settings))
+    origin = f"{origin_of(model, tokens, length)}, {settings}, {arguments.sparsity}, {QUESTION}"
+    partial = Partial(page.path("partial"), origin)
+    for i in partial.rest(list(range(arguments.prompts)), "needle", found):
+        depth = (i % depths + 0.5) / depths
+        text, question = hide(tokenizer, texts[i // depths], numbers[i], PLACES[i % depths], depth)
+        cache = behind(model, text, room)
+        for s, setting in enumerate(settings):
+            found[i, s] = answers(model, tokenizer, cache, len(text), question, numbers[i], setting)
+    page.say(f"a number hidden in {arguments.context} tokens, asked for at the end, "
+             f"{arguments.prompts} prompts; of those that the whole cache answers. Layers that read "
+             f"all: {listed(settings[-1].plan.layers)}")
+    page.say(f"{'weights':>8} {'cache':>8} {'positions':>10} {'found':>9}  by depth, "
+             f"{depths} of them")
+    points = {}
+    for s, setting in enumerate(settings):
+        if setting.cache == "whole":
+            known = found[:, s] > 0
+            kept, total, positions = known, arguments.prompts, "all"
+        else:
+            kept, total, positions = known & (found[:, s] > 0), int(known.sum()), "1/%d" % setting.part
+        depth_of = torch.arange(arguments.prompts) % depths
+        by_depth = " ".join(str(int(kept[depth_of == depth].sum())) for depth in range(depths))
+        page.say(f"{setting.weights:>8} {setting.cache:>8} {positions:>10} "
+                 f"{int(kept.sum()):3} of {total:2}  {by_depth}")
+        points.setdefault((setting.weights, setting.cache), []).append(
+            (1 / setting.part, int(kept.sum()) / max(1, total)))
+    page.write(functools.partial(draw_quality, points, "numbers still found (%)",
+                                 "positions that a layer"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Speed
+
+WAYS = {                 # {name: (sparse_mode, whether steps read less)}
+    "neither": ("off", False), "weights": ("decode", False), "cache": ("off", True),
+    "both": ("decode", True),
+}
+
+
+def bytes_read(model, realised, positions):
+    """Return the bytes that a step reads: of the linears, and of so many positions in a layer."""
+    blocks = head = 0
+    for name, linear in model.named_modules():
+        if isinstance(linear, (torch.nn.Linear, SparseLinear)):
+            size = sum(parameter.nbytes for parameter in linear.parameters())
+            head += size if name == "lm_head" else 0
+            blocks += size if name != "lm_head" else 0
+    attention = model.model.layers[0].self_attn
+    a_position = 2 * attention.k_proj.out_features * model.dtype.itemsize      # its key and value
+    return blocks * (1 - realised) + head + positions * a_position
+
+
+@torch.no_grad()
+def time_behind(model, used, plan):
+    """Return {name in WAYS: (seconds of a step behind `used` tokens, bytes it reads)}.
+
+    The cache holds random numbers, of which neighbours have nothing in common. All ways take turns.
+    """
+    cache = model.make_cache(1, used + 1)
+    cache.keys.normal_()
+    cache.values.normal_()
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    reading = read_less(model, plan)
+    steps, times, sizes = {}, {}, {}
+    for _ in range(ROUNDS):
+        for name, (mode, less) in WAYS.items():
+            with sparse_mode(model, mode), reading.switched(less):
+                cache.used = used
+                if name not in steps:
+                    steps[name] = record.make_step(model, cache)
+                began = time.perf_counter()
+                steps[name](token)
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.setdefault(name, []).append(time.perf_counter() - began)
+    layers = len(model.model.layers)
+    for name, (mode, less) in WAYS.items():
+        with sparse_mode(model, mode):
+            reset_counts(model)
+            cache.used = used
+            steps[name](token)
+        positions = plan.read(used + 1, layers) if less else layers * (used + 1)
+        sizes[name] = bytes_read(model, realised_sparsity(model), positions)
+    return {name: (statistics.median(times[name][WARM_UP:]), sizes[name]) for name in WAYS}
+
+
+def measure_speed(arguments, model, page):
+    """Measure the command `speed`."""
+    bandwidth = memory_bandwidth(model.device)
+    part = arguments.parts[-1]
+    plan = plan_of(arguments, model.config, 1)
+    page.say(f"{arguments.model}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
+             f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
+             f"{bandwidth / 1e9:.1f} GB/s")
+    page.say(f"weights: {arguments.sparsity:.0%} skipped; cache: 1/{part} of the positions, layers "
+             f"that read all: {listed(plan.layers)}")
+    page.say(f"{'ms a step':>10}" + "".join(f"{name:>9}" for name in WAYS)
+             + f"{'both/weights':>14}  share of the bandwidth")
+    timed = {}
+    for used in progress(arguments.behind, "timing steps behind several texts"):
+        plan = plan_of(arguments, model.config, max(1, used // part))
+        timed[used] = time_behind(model, used, plan)
+        seconds = {name: one for name, (one, _) in timed[used].items()}
+        shares = [size / one / bandwidth for one, size in timed[used].values()]
+        page.say(f"{used:10}" + "".join(f"{1e3 * seconds[name]:9.2f}" for name in WAYS)
+                 + f"{seconds['weights'] / seconds['both']:13.2f}x  "
+                 + " ".join(f"{one:4.0%}" for one in shares))
+    page.write(functools.partial(draw_speed, timed))
+
+
+def draw_speed(timed, plt):
+    """Return a figure of milliseconds a step against the tokens before it, a line for each way."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
+    for name in WAYS:
+        axis.plot(list(timed), [1e3 * ways[name][0] for ways in timed.values()], marker="o", ms=3.5,
+                  lw=1.3, label=name)
+    axis.set(xlabel="tokens before the step", ylabel="ms a step", ylim=(0, None))
+    axis.legend(title="skipped in part")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# Drafts
+
+def measure_draft(arguments, model, tokens, page):
+    """Measure the command `draft`, behind texts of tokens (N,)."""
+    used, new = arguments.behind[-1], arguments.max_new_tokens
+    prompts = [text.tolist() for text in windows_of(tokens, used)[:arguments.texts, :-1]]
+    calibration = load_calibration(model, arguments.model)
+    names = linear_names(model.config)
+    plan = plan_of(arguments, model.config, max(1, used // arguments.parts[-1]))
+    page.say(f"{len(prompts)} texts of {used} tokens, {new} more; drafts that read 1/"
+             f"{arguments.parts[-1]} of the positions, layers that read all: {listed(plan.layers)}")
+    page.say(f"{'draft':>24} {'cache read':>11} {'tokens a pass':>14} {'tokens/s':>9} {'ratio':>7}")
+    drafting = [(sparsity, less) for sparsity in arguments.draft_sparsity for less in (False, True)]
+    rows = {}
+    for prompt in progress(prompts, "drafts, texts"):
+        for kind in [None, *drafting]:
+            reading = read_less(model, plan)
+            with sparse_mode(model, "off"):
+                if kind is None:
+                    with reading.switched(False):
+                        text = generate(model, prompt, new, make_step=record.make_step)
+                        ids, _, seconds, _ = stream(text, None, lambda _: None)
+                    did = None
+                else:
+                    sparsity, less = kind
+                    thresholds = (calibration.thresholds(sparsity) if sparsity
+                                  else dict.fromkeys(names, 0.0))
+                    reading.active = False
+                    text = drafts.speculate(
+                        model, prompt, new, "sparse", thresholds, arguments.draft_tokens,
+                        kind=attend.Speculation if less else drafts.TreeSpeculation,
+                        make_step=attend.make_step)
+                    ids, _, seconds, _ = stream(text, None, lambda _: None)
+                    did = text.statistics
+            row = rows.setdefault(kind, [0, 0.0, 0, 0, []])
+            row[0] += len(ids) - 1
+            row[1] += seconds
+            row[2] += did.tokens if did else len(ids) - 1
+            row[3] += did.passes if did else len(ids) - 1
+            row[4].append(reading.share)
+    for kind, (count, seconds, written, passes, shares) in rows.items():
+        name = "none" if kind is None else f"{kind[0]:.0%} sparse" + ", less cache" * kind[1]
+        plain = rows[None][0] / rows[None][1]
+        page.say(f"{name:>24} {statistics.mean(shares):11.1%} {written / passes:14.2f} "
+                 f"{count / seconds:9.1f} {count / seconds / plain:6.2f}x")
+    page.write(functools.partial(draw_drafts, rows))
+
+
+def draw_drafts(rows, plt):
+    """Return a figure of tokens a second, a bar for each kind of draft."""
+    figure, axis = plt.subplots(figsize=(4.6, 3), layout="constrained")
+    names = ["none" if kind is None else f"{kind[0]:.0%}" + "\nless cache" * kind[1]
+             for kind in rows]
+    axis.bar(names, [count / seconds for count, seconds, *_ in rows.values()])
+    axis.set(xlabel="weights that the draft skips", ylabel="tokens/s")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# Which layers are to read all?
+
+def masked(q, k, v, sees):
+    """Return attention of q (1, H, T, D) to what `sees` (1 or G, T, S) shows, (1, H, T, D)."""
+    heads, groups = q.shape[1], k.shape[1]
+    sees = sees.expand(groups, -1, -1).repeat_interleave(heads // groups, 0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees[None], enable_gqa=True)
+
+
+def choices(q, k, sees, plan, by):
+    """Return what each of T queries q (1, H, T, D) would choose of k (1, G, S, D), (G, T, S) bool.
+
+    sees (T, S): what it can see.
+    """
+    T, S = sees.shape
+    chosen = torch.zeros(k.shape[1], T, S, dtype=torch.bool, device=k.device)
+    for t in range(T):
+        mask = sees[t:t + 1]
+        scores = attend.SCORES[by](q[:, :, t:t + 1], k, mask, plan.over, plan.shared)
+        positions = attend.pick(scores, mask, plan.positions)[0]
+        chosen[:, t].scatter_(1, positions.expand(len(chosen), -1), True)
+    return chosen & sees
+
+
+@torch.no_grad()
+def costs_of_taking_over(model, tokens, scored, plan):
+    """Return what it costs that a layer reads what another chose, float64 (layers + 1, layers).
+
+    [i, l]: the KL in nats from the whole cache's distributions, a mean over the last `scored` of
+    tokens (N,), where layer l alone reads what layer i - 1 chose, i <= l. Row 0: the last positions
+    and the first, which are read where no layer has chosen.
+    """
+    blocks = model.model.layers
+    cache = behind(model, tokens[:-scored], scored)
+    rest = tokens[None, -scored:].to(model.device)
+    context = model.context(rest, cache)
+    inputs, chosen = [], []
+    x = model.embed(rest)
+    own = [block.self_attn.attend for block in blocks]
+
+    def note_choice(whole, q, k, v, mask):
+        if not chosen:
+            chosen.append(choices(q, k, mask, plan, "window"))
+        chosen.append(choices(q, k, mask, plan, "tidal"))
+        return whole(q, k, v, mask)
+
+    def log_p(x):
+        return model.lm_head(model.model.norm(x))[0].float().log_softmax(-1)
+
+    for block, whole in zip(blocks, own):
+        inputs.append(x)
+        block.self_attn.attend = functools.partial(note_choice, whole)
+        x = block(x, context)
+        block.self_attn.attend = whole
+    expected = log_p(x)
+    costs = torch.full((len(blocks) + 1, len(blocks)), float("inf"), dtype=torch.float64)
+    pairs = [(i, layer) for layer in range(len(blocks)) for i in range(layer + 1)]
+    for i, layer in progress(pairs, "what taking over costs, pairs of layers"):
+        attention = blocks[layer].self_attn
+        attention.attend = lambda q, k, v, mask: masked(q, k, v, chosen[i])
+        x = blocks[layer](inputs[layer], context)
+        attention.attend = own[layer]
+        for block in blocks[layer + 1:]:
+            x = block(x, context)
+        costs[i, layer] = F.kl_div(log_p(x), expected, reduction="sum", log_target=True) / scored
+    return costs
+
+
+def best_layers(costs, count):
+    """Return (sum of what all layers pay, the `count` layers that are to read all for the least).
+
+    costs: as above. A layer takes over from the last one before it that reads all. The best ways to
+    place one such layer after another are found from the first to the last (dynamic programming).
+    """
+    layers = costs.shape[1]
+    sums = torch.cat((torch.zeros(len(costs), 1), costs.nan_to_num(posinf=0).cumsum(1)), 1)
+
+    def paid(last, end):
+        """What the layers between the reading layer `last` (-1: none) and `end` pay."""
+        return float(sums[last + 1, end] - sums[last + 1, last + 1])
+
+    ways = {-1: (0.0, ())}               # {the last layer that reads all: (paid so far, all such)}
+    for _ in range(count):
+        ways = {layer: min((total + paid(last, layer), (*before, layer))
+                           for last, (total, before) in ways.items() if last < layer)
+                for layer in range(min(ways) + 1, layers)}
+    return min((total + paid(last, layers), before) for last, (total, before) in ways.items())
+
+
+def measure_layers(arguments, model, tokens):
+    """Measure the command `layers`, on tokens (N,), and write what is best."""
+    context, layers = arguments.context, len(model.model.layers)
+    part = arguments.parts[-1]
+    plan = plan_of(arguments, model.config, context // part)
+    costs = sum(costs_of_taking_over(model, window, arguments.scored, plan)
+                for window in windows_of(tokens, context - 1)[:arguments.texts]) / arguments.texts
+    print(f"{arguments.texts} texts of {context} tokens, of which the last {arguments.scored} "
+          f"count; 1/{part} of the positions")
+    print(f"{'read all':>8} {'KL':>8} {'cache read':>11}  layers")
+    for count in range(1, layers // 2 + 1):
+        total, best = best_layers(costs, count)
+        read = Plan(context // part, best).read(context, layers) / (context * layers)
+        print(f"{count:8} {total:8.4f} {read:11.1%}  {listed(best)}")
+    chosen = best_layers(costs, arguments.count or layers // 3)[1]
+    path = Path(arguments.model) / attend.LAYERS_FILE
+    write_json(path, {"layers": list(chosen)})
+    print(f"{path}: {listed(chosen)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+def main():
+    parser = Parser(description="Measures what reading less of the cache costs, and brings.")
+    parser.add_argument("what", choices=["layers", "perplexity", "needle", "speed", "draft"])
+    parser.add_model()
+    add_quantize(parser)
+    attend.add_choices(parser)
+    parser.add_argument("--text", metavar="FILE",
+                        help="UTF-8 text (default: the standard library's held-out part, for layers "
+                             "its held-in part)")
+    parser.add_argument("--context", type=natural, metavar="N",
+                        help="tokens of a text (default: the model's context)")
+    parser.add_argument("--scored", type=natural, metavar="N",
+                        help="tokens at its end that count (default: 512; for layers 128)")
+    parser.add_argument("--texts", type=natural, default=2, metavar="N",
+                        help="how many at most (default: 2)")
+    parser.add_argument("--prompts", type=natural, default=40, metavar="N",
+                        help="for needle (default: 40)")
+    parser.add_argument("--by", nargs="+", choices=attend.SCORES, default=list(attend.SCORES),
+                        help="how positions are chosen (default: all ways)")
+    parser.add_argument("--parts", nargs="+", type=natural, default=[4, 8, 16], metavar="N",
+                        help="a layer reads 1/N of the positions; speed, draft and layers take the "
+                             "last (default: 4 8 16)")
+    parser.add_argument("--count", type=natural, metavar="N",
+                        help="layers: how many are to read all (default: a third)")
+    parser.add_argument("--sparsity", type=share, default=0.5, metavar="S",
+                        help="share of the blocks' weights to skip; 0: only dense (default: 0.5)")
+    parser.add_argument("--behind", nargs="+", type=natural, metavar="N",
+                        help="tokens before a step, for speed and draft (default: 1000 2000 4000 "
+                             "8000; for draft 4000)")
+    parser.add_argument("--draft-sparsity", nargs="+", type=share, default=[0.0, 0.5],
+                        metavar="S", help="of drafts (default: 0 0.5)")
+    parser.add_argument("--draft-tokens", type=natural, metavar="N",
+                        help="guesses a pass (default: what is fastest)")
+    parser.add_argument("--max-new-tokens", type=natural, default=128, metavar="N",
+                        help="for draft (default: 128)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER",
+                        help="where text and figure go (default: the text is printed)")
+    arguments = parser.parse_args()
+    what = arguments.what
+    random = arguments.model.startswith("random:")
+    require(not random or what == "speed", f"{arguments.model} has random weights: only its speed "
+                                           f"can be measured")
+    path = Path(arguments.model) / attend.LAYERS_FILE
+    if what == "layers":
+        check_output(path, "--model")
+    page = Page(arguments.out, what)
+    model, tokenizer = load(arguments)
+    longest = model.config.max_position_embeddings
+    arguments.context = arguments.context or longest
+    arguments.scored = arguments.scored or (128 if what == "layers" else 512)
+    arguments.behind = arguments.behind or ([4000] if what == "draft" else [1000, 2000, 4000, 8000])
+    require(arguments.context <= longest,
+            f"--context {arguments.context} does not fit the model's context of {longest}")
+    require(arguments.scored < arguments.context - 1,
+            f"--scored {arguments.scored}, expected less than the context of {arguments.context}")
+    require(max(arguments.behind) < longest,
+            f"--behind {max(arguments.behind)} does not fit the model's context of {longest}")
+    if what != "speed":
+        part = "train" if what == "layers" else "held-out"
+        tokens, _ = read_tokens(tokenizer, arguments.text, part)
+    if what == "layers":
+        measure_layers(arguments, model, tokens)
+        return
+    if what == "draft":                  # which has thresholds of its own
+        thresholds = dict.fromkeys(linear_names(model.config), 0.0)
+    elif arguments.sparsity:
+        thresholds = load_calibration(model, arguments.model).thresholds(arguments.sparsity)
+    else:
+        thresholds = dict.fromkeys(linear_names(model.config))
+    sparsify(model, thresholds | {"lm_head": None})
+    if what == "perplexity":
+        measure_perplexity(arguments, model, tokens, page)
+    elif what == "needle":
+        measure_needle(arguments, model, tokenizer, tokens, page)
+    elif what == "speed":
+        measure_speed(arguments, model, page)
+    else:
+        measure_draft(arguments, model, tokens, page)
+
+
+if __name__ == "__main__":
+    command_line(main)
