@@ -127,7 +127,7 @@ def losses_behind(model, cache, used, tokens, setting):
     return torch.stack(losses)
 
 
-def measure_perplexity(arguments, model, tokens, page):
+def measure_perplexity(arguments, model, tokenizer, tokens, page):
     """Measure the command `perplexity`, on tokens (N,)."""
     context, scored = arguments.context, arguments.scored
     windows = windows_of(tokens, context)[:arguments.texts]
@@ -320,11 +320,11 @@ def time_behind(model, used, plan):
     return {name: (statistics.median(times[name][WARM_UP:]), sizes[name]) for name in WAYS}
 
 
-def measure_speed(arguments, model, page):
+def measure_speed(arguments, model, tokenizer, tokens, page):
     """Measure the command `speed`."""
     bandwidth = memory_bandwidth(model.device)
-    part = arguments.parts[-1]
-    plan = plan_of(arguments, model.config, 1)
+    part = arguments.part
+    plan = plan_of(arguments, model.config, 1, "tidal")
     page.say(f"{arguments.model}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
              f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
              f"{bandwidth / 1e9:.1f} GB/s")
@@ -334,7 +334,7 @@ def measure_speed(arguments, model, page):
              + f"{'both/weights':>14}  share of the bandwidth")
     timed = {}
     for used in progress(arguments.behind, "timing steps behind several texts"):
-        plan = plan_of(arguments, model.config, max(1, used // part))
+        plan = plan_of(arguments, model.config, max(1, used // part), "tidal")
         timed[used] = time_behind(model, used, plan)
         seconds = {name: one for name, (one, _) in timed[used].items()}
         shares = [size / one / bandwidth for one, size in timed[used].values()]
@@ -358,15 +358,15 @@ def draw_speed(timed, plt):
 # --------------------------------------------------------------------------------------------------
 # Drafts
 
-def measure_draft(arguments, model, tokens, page):
+def measure_draft(arguments, model, tokenizer, tokens, page):
     """Measure the command `draft`, behind texts of tokens (N,)."""
-    used, new = arguments.behind[-1], arguments.max_new_tokens
+    used, new = arguments.behind, arguments.max_new_tokens
     prompts = [text.tolist() for text in windows_of(tokens, used)[:arguments.texts, :-1]]
     calibration = load_calibration(model, arguments.model)
     names = linear_names(model.config)
-    plan = plan_of(arguments, model.config, max(1, used // arguments.parts[-1]))
+    plan = plan_of(arguments, model.config, max(1, used // arguments.part), "tidal")
     page.say(f"{len(prompts)} texts of {used} tokens, {new} more; drafts that read 1/"
-             f"{arguments.parts[-1]} of the positions, layers that read all: {listed(plan.layers)}")
+             f"{arguments.part} of the positions, layers that read all: {listed(plan.layers)}")
     page.say(f"{'draft':>24} {'cache read':>11} {'tokens a pass':>14} {'tokens/s':>9} {'ratio':>7}")
     drafting = [(sparsity, less) for sparsity in arguments.draft_sparsity for less in (False, True)]
     rows = {}
@@ -504,14 +504,15 @@ def best_layers(costs, count):
     return min((total + paid(last, layers), before) for last, (total, before) in ways.items())
 
 
-def measure_layers(arguments, model, tokens):
+def measure_layers(arguments, model, tokenizer, tokens, page):
     """Measure the command `layers`, on tokens (N,), and write what is best."""
     context, layers = arguments.context, len(model.model.layers)
-    part = arguments.parts[-1]
-    plan = plan_of(arguments, model.config, context // part)
+    part = arguments.part
+    plan = plan_of(arguments, model.config, max(1, context // part), "tidal")
+    windows = windows_of(tokens, context - 1)[:arguments.texts]
     costs = sum(costs_of_taking_over(model, window, arguments.scored, plan)
-                for window in windows_of(tokens, context - 1)[:arguments.texts]) / arguments.texts
-    print(f"{arguments.texts} texts of {context} tokens, of which the last {arguments.scored} "
+                for window in windows) / len(windows)
+    print(f"{len(windows)} texts of {context} tokens, of which the last {arguments.scored} "
           f"count; 1/{part} of the positions")
     print(f"{'read all':>8} {'KL':>8} {'cache read':>11}  layers")
     for count in range(1, layers // 2 + 1):
@@ -527,84 +528,109 @@ def measure_layers(arguments, model, tokens):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-def main():
+COMMANDS = {             # {name: its function of arguments, model, tokenizer, tokens, page}
+    "layers": (measure_layers, "which layers are to read all"),
+    "perplexity": (measure_perplexity, "of the last tokens of long texts"),
+    "needle": (measure_needle, "numbers hidden in long texts and asked for"),
+    "speed": (measure_speed, "milliseconds a step"),
+    "draft": (measure_draft, "speculation whose draft reads less"),
+}
+
+
+def make_parser():
+    """Return the Parser of all commands, each of which has options of its own."""
     parser = Parser(description="Measures what reading less of the cache costs, and brings.")
-    parser.add_argument("what", choices=["layers", "perplexity", "needle", "speed", "draft"])
-    parser.add_model()
-    add_quantize(parser)
-    attend.add_choices(parser)
-    parser.add_argument("--text", metavar="FILE",
-                        help="UTF-8 text (default: the standard library's held-out part, for layers "
-                             "its held-in part)")
-    parser.add_argument("--context", type=natural, metavar="N",
-                        help="tokens of a text (default: the model's context)")
-    parser.add_argument("--scored", type=natural, metavar="N",
-                        help="tokens at its end that count (default: 512; for layers 128)")
-    parser.add_argument("--texts", type=natural, default=2, metavar="N",
-                        help="how many at most (default: 2)")
-    parser.add_argument("--prompts", type=natural, default=40, metavar="N",
-                        help="for needle (default: 40)")
-    parser.add_argument("--by", nargs="+", choices=attend.SCORES, default=list(attend.SCORES),
-                        help="how positions are chosen (default: all ways)")
-    parser.add_argument("--parts", nargs="+", type=natural, default=[4, 8, 16], metavar="N",
-                        help="a layer reads 1/N of the positions; speed, draft and layers take the "
-                             "last (default: 4 8 16)")
-    parser.add_argument("--count", type=natural, metavar="N",
-                        help="layers: how many are to read all (default: a third)")
-    parser.add_argument("--sparsity", type=share, default=0.5, metavar="S",
-                        help="share of the blocks' weights to skip; 0: only dense (default: 0.5)")
-    parser.add_argument("--behind", nargs="+", type=natural, metavar="N",
-                        help="tokens before a step, for speed and draft (default: 1000 2000 4000 "
-                             "8000; for draft 4000)")
-    parser.add_argument("--draft-sparsity", nargs="+", type=share, default=[0.0, 0.5],
-                        metavar="S", help="of drafts (default: 0 0.5)")
-    parser.add_argument("--draft-tokens", type=natural, metavar="N",
-                        help="guesses a pass (default: what is fastest)")
-    parser.add_argument("--max-new-tokens", type=natural, default=128, metavar="N",
-                        help="for draft (default: 128)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="where text and figure go (default: the text is printed)")
-    arguments = parser.parse_args()
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    for name, (_, help_text) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=f"Measures {help_text}.")
+        command.add_model()
+        add_quantize(command)
+        attend.add_choices(command)
+
+        def add(option, default, help_text, **more):
+            told = " ".join(map(str, default)) if isinstance(default, list) else default
+            command.add_argument(option, default=default, help=f"{help_text} (default: {told})",
+                                 **more)
+
+        several = {"nargs": "+", "metavar": "N", "type": natural}
+        one = {"metavar": "N", "type": natural}
+        if name != "speed":
+            part = "held-in" if name == "layers" else "held-out"
+            command.add_argument("--text", metavar="FILE", help=f"UTF-8 text (default: the standard "
+                                                                f"library's {part} part)")
+        if name in ("layers", "perplexity", "needle"):
+            command.add_argument("--context", help="tokens of a text (default: the model's context)",
+                                 **one)
+        if name in ("layers", "perplexity"):
+            add("--scored", 128 if name == "layers" else 512, "tokens at its end that count", **one)
+        if name in ("layers", "perplexity", "draft"):
+            add("--texts", 2, "how many at most", **one)
+        if name in ("perplexity", "needle"):
+            add("--by", list(attend.SCORES), "how positions are chosen", nargs="+",
+                choices=attend.SCORES)
+            add("--parts", [4, 8, 16], "a layer reads 1/N of the positions", **several)
+        else:
+            add("--part", 16, "a layer reads 1/N of the positions", **one)
+        if name in ("perplexity", "needle", "speed"):
+            add("--sparsity", 0.5, "share of the blocks' weights to skip; 0: only dense", type=share,
+                metavar="S")
+        if name == "layers":
+            command.add_argument("--count", help="how many are to read all (default: a third)", **one)
+        else:
+            command.add_argument("--out", type=Path, metavar="FOLDER",
+                                 help="where text and figure go (default: the text is printed)")
+        if name == "needle":
+            add("--prompts", 40, "how many", **one)
+        if name == "speed":
+            add("--behind", [1000, 2000, 4000, 8000], "tokens before a step", **several)
+        if name == "draft":
+            add("--behind", 4000, "tokens of a text", **one)
+            add("--max-new-tokens", 128, "how many follow", **one)
+            add("--draft-sparsity", [0.0, 0.5], "of drafts", nargs="+", type=share, metavar="S")
+            command.add_argument("--draft-tokens", help="guesses a pass (default: what is fastest)",
+                                 **one)
+    return parser
+
+
+def settle(arguments, config):
+    """Check the arguments that depend on the model, and put values where none were given."""
+    longest = config.max_position_embeddings
+    if "context" in arguments:
+        arguments.context = arguments.context or longest
+        require(arguments.context <= longest, f"--context {arguments.context} does not fit the "
+                                              f"model's context of {longest}")
+    if "scored" in arguments:
+        require(arguments.scored < arguments.context - 1,
+                f"--scored {arguments.scored}, expected less than the {arguments.context} tokens of "
+                f"a text")
+    if "behind" in arguments:
+        most = max(arguments.behind) if arguments.what == "speed" else (
+            arguments.behind + arguments.max_new_tokens)
+        require(most < longest, f"--behind {most} does not fit the model's context of {longest}")
+    plan_of(arguments, config, 1, "tidal").check(config)
+
+
+def main():
+    arguments = make_parser().parse_args()
     what = arguments.what
-    random = arguments.model.startswith("random:")
-    require(not random or what == "speed", f"{arguments.model} has random weights: only its speed "
-                                           f"can be measured")
-    path = Path(arguments.model) / attend.LAYERS_FILE
+    require(what == "speed" or not arguments.model.startswith("random:"),
+            f"{arguments.model} has random weights: only its speed can be measured")
     if what == "layers":
-        check_output(path, "--model")
-    page = Page(arguments.out, what)
+        check_output(Path(arguments.model) / attend.LAYERS_FILE, "--model")
+    page = Page(getattr(arguments, "out", None), what)
     model, tokenizer = load(arguments)
-    longest = model.config.max_position_embeddings
-    arguments.context = arguments.context or longest
-    arguments.scored = arguments.scored or (128 if what == "layers" else 512)
-    arguments.behind = arguments.behind or ([4000] if what == "draft" else [1000, 2000, 4000, 8000])
-    require(arguments.context <= longest,
-            f"--context {arguments.context} does not fit the model's context of {longest}")
-    require(arguments.scored < arguments.context - 1,
-            f"--scored {arguments.scored}, expected less than the context of {arguments.context}")
-    require(max(arguments.behind) < longest,
-            f"--behind {max(arguments.behind)} does not fit the model's context of {longest}")
+    settle(arguments, model.config)
+    tokens = None
     if what != "speed":
         part = "train" if what == "layers" else "held-out"
         tokens, _ = read_tokens(tokenizer, arguments.text, part)
-    if what == "layers":
-        measure_layers(arguments, model, tokens)
-        return
-    if what == "draft":                  # which has thresholds of its own
-        thresholds = dict.fromkeys(linear_names(model.config), 0.0)
-    elif arguments.sparsity:
+    if getattr(arguments, "sparsity", 0):
         thresholds = load_calibration(model, arguments.model).thresholds(arguments.sparsity)
-    else:
-        thresholds = dict.fromkeys(linear_names(model.config))
-    sparsify(model, thresholds | {"lm_head": None})
-    if what == "perplexity":
-        measure_perplexity(arguments, model, tokens, page)
-    elif what == "needle":
-        measure_needle(arguments, model, tokenizer, tokens, page)
-    elif what == "speed":
-        measure_speed(arguments, model, page)
-    else:
-        measure_draft(arguments, model, tokens, page)
+        sparsify(model, thresholds | {"lm_head": None})
+    elif what != "layers":               # the same kernels; a draft has thresholds of its own
+        value = 0.0 if what == "draft" else None
+        sparsify(model, dict.fromkeys(linear_names(model.config), value) | {"lm_head": None})
+    COMMANDS[what][0](arguments, model, tokenizer, tokens, page)
 
 
 if __name__ == "__main__":

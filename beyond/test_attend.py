@@ -1,6 +1,9 @@
-"""Tests of attend.py: which positions are read, that no others are, and that nothing else changes."""
+"""Tests of attend.py and longtext.py: which positions are read, and that nothing else changes."""
 import contextlib
 import io
+import itertools
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,11 +13,11 @@ import torch.nn.functional as F
 
 import kernel
 from beyond import __main__ as beyond
-from beyond import attend, drafts, record
+from beyond import attend, drafts, longtext, record
 from beyond.attend import Plan, read_less
 from beyond.conftest import random_llama
 from generate import StaticCache, generate, plain_step
-from model import InputError, linear_names
+from model import DEMO, InputError, command_line, linear_names, load_model
 from sparsify import sparsify
 
 needs_c = pytest.mark.skipif(kernel.c_function(torch.float32) is None, reason="no C compiler")
@@ -449,7 +452,7 @@ def test_the_command_line(monkeypatch):
     (["--attend", "-3"], "argument --attend: -3 is not a whole number above 0"),
     (["--attend", "513"], "--attend 513, expected 1 to 512, the model's context"),
     (["--attend", "64", "--attend-layers", "1", "7", "-1"],
-     "--attend-layers 7 -1, expected numbers from 0 to 6, the model's layers"),
+     "--attend-layers -1 7, expected numbers from 0 to 6, the model's layers"),
     (["--attend-layers", "1"], "--attend-layers is for --attend, which is not given"),
     (["--attend-shared"], "--attend-shared is for --attend, which is not given"),
     (["--attend", "64", "--attend-by", "luck"], "argument --attend-by: invalid choice: 'luck'"),
@@ -467,7 +470,182 @@ def test_bad_options(monkeypatch, options, message):
 def test_a_bad_option_ends_the_program_with_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["beyond", "--attend", "100000"])
     with pytest.raises(SystemExit) as ended:
-        from model import command_line
         command_line(beyond.main)
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# longtext.py
+
+def test_the_best_layers_are_those_of_all_choices():
+    generator = torch.Generator().manual_seed(0)
+    costs = torch.rand(7, 6, generator=generator, dtype=torch.float64)
+    costs[torch.arange(7)[:, None] > torch.arange(6)] = float("inf")
+
+    def paid(layers):
+        last, total = -1, 0.0
+        for layer in range(6):
+            if layer in layers:
+                last = layer
+            else:
+                total += costs[last + 1, layer].item()
+        return total
+    for count in range(7):
+        total, layers = longtext.best_layers(costs, count)
+        every = min(paid(layers) for layers in itertools.combinations(range(6), count))
+        assert len(layers) == count
+        assert total == pytest.approx(paid(layers)) == pytest.approx(every)
+
+
+@torch.no_grad()
+def test_what_it_costs_to_take_over_is_what_steps_lose():
+    """The costs, found for many tokens at once, are those of tokens that are read one by one."""
+    model = tiny_model()
+    tokens = tokens_of(model, 60)[0]
+    plan = Plan(16, ())
+    costs = longtext.costs_of_taking_over(model, tokens, 20, plan)
+    expected = model(tokens[None])[0, -20:].log_softmax(-1)
+    for layers in ((0, 1, 2, 3), (0, 1, 3, 4), (1, 2, 3, 4)):
+        read_less(model, Plan(16, layers))
+        log_p = steps(model, tokens[None], 40).log_softmax(-1)
+        kl = F.kl_div(log_p, expected, reduction="sum", log_target=True).item() / 20
+        borrower = min(set(range(5)) - set(layers))
+        assert costs[borrower, borrower] == pytest.approx(kl, rel=1e-6) and kl > 1e-6
+    assert all(costs[i, layer] == float("inf") for layer in range(5) for i in range(layer + 1, 6))
+
+
+@torch.no_grad()
+def test_losses_are_those_of_the_whole_text():
+    model = tiny_model()
+    tokens = tokens_of(model, 61)[0]
+    cache = longtext.behind(model, tokens[:40], 20)
+    setting = longtext.Setting("dense", "whole", 1, Plan(256, ()))
+    losses = longtext.losses_behind(model, cache, 40, tokens[40:], setting)
+    logits = model(tokens[None, :60])[0, 40:]
+    assert torch.allclose(losses, F.cross_entropy(logits, tokens[41:], reduction="none"), atol=1e-9)
+
+
+def test_a_needle_is_hidden_at_the_end_of_a_line():
+    _, tokenizer = load_model(DEMO)
+    text = torch.tensor(tokenizer.encode("one two\nthree four\nfive six seven\neight\n" * 5, bos=False))
+    for depth in (0.05, 0.5, 0.95):
+        tokens, question = longtext.hide(tokenizer, text, 48217, "Oslo", depth)
+        written = tokenizer.decode(tokens.tolist())
+        sentence = "\nThe secret number of Oslo is 48217.\n"
+        assert written.count(sentence) == 1
+        before = written.index(sentence)
+        assert before == 0 or written[before - 1] == "\n"
+        assert abs(before / (len(written) - len(sentence)) - depth) < 0.1
+        assert tokenizer.decode(question.tolist()) == "\nThe secret number of Oslo is"
+
+
+def measured(monkeypatch, *options):
+    """Return what python -m beyond.longtext prints with options."""
+    monkeypatch.setattr(sys, "argv", ["longtext.py", *map(str, options), "--device", "cpu"])
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        longtext.main()
+    return out.getvalue()
+
+
+def test_each_measurement_runs(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    text = tmp_path / "text.txt"
+    text.write_text(Path(attend.__file__).read_text() * 2)
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__", "training"))
+    text = ["--model", folder, "--text", text]
+    common = [*text, "--context", 96]
+    out = measured(monkeypatch, "layers", *common, "--texts", 1, "--part", 8, "--scored", 12,
+                   "--count", 2)
+    layers = json.loads((folder / "attend.json").read_text())["layers"]
+    assert len(layers) == 2 and out.endswith(f"attend.json: {layers[0]} {layers[1]}\n")
+    costs = [float(line.split()[1]) for line in out.splitlines()[2:-1]]
+    assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
+    to = ["--out", tmp_path]
+    common += ["--parts", 8]
+    out = measured(monkeypatch, "perplexity", *common, *to, "--scored", 12, "--texts", 1)
+    rows = [line.split() for line in out.splitlines()[2:]]
+    assert [row[2] for row in rows] == 2 * ["whole", "tidal", "window", "pages"]
+    assert {row[1] for row in rows[:4]} == {"0.0%"} and "0.0%" not in {row[1] for row in rows[4:]}
+    assert [row[4] for row in rows[:2]] == ["100.0%", rows[2][4]] and rows[2][4] < "50"
+    assert f"layers that read all: {layers[0]} {layers[1]}" in out
+    out += measured(monkeypatch, "needle", *common, *to, "--prompts", 3, "--by", "tidal")
+    assert out.count(" of  3") == 2
+    out += measured(monkeypatch, "draft", *text, *to, "--behind", 60, "--texts", 1, "--part", 8,
+                    "--max-new-tokens", 8)
+    assert out.splitlines()[-5].split()[0] == "none" and "50% sparse, less cache" in out
+    assert not list(tmp_path.glob("*.partial"))
+    for name in ("perplexity", "needle", "draft"):
+        told = (tmp_path / f"attend_{name}.txt").read_text()
+        assert told in out and told
+        assert (tmp_path / f"attend_{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_speed_is_measured(monkeypatch):
+    monkeypatch.setattr(longtext, "memory_bandwidth", lambda device: 1e10)
+    out = measured(monkeypatch, "speed", "--behind", 40, 80, "--part", 4)
+    rows = [line.split() for line in out.splitlines()[3:]]
+    assert [row[0] for row in rows] == ["40", "80"]
+    assert all(float(row[5][:-1]) > 0 and row[6].endswith("%") for row in rows)
+
+
+def test_the_bytes_of_a_step():
+    model = tiny_model(torch.bfloat16)
+    names = linear_names(model.config)
+    blocks = sum(model.get_submodule(name).weight.numel() for name in names)
+    head = model.lm_head.weight.numel()
+    expected = 2 * (0.75 * blocks + head + 100 * 2 * 2 * 8)
+    assert longtext.bytes_read(model, 0.25, 100) == expected
+    sparsify(model, dict.fromkeys(names, 0.0))
+    assert longtext.bytes_read(model, 0.25, 100) == expected
+
+
+@torch.no_grad()
+def test_interrupted_work_goes_on(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    text = tmp_path / "text.txt"
+    text.write_text(Path(attend.__file__).read_text())
+    options = ["perplexity", "--text", text, "--context", 64, "--scored", 8, "--texts", 2, "--parts",
+               8, "--by", "tidal", "--sparsity", 0, "--out", tmp_path]
+    expected = measured(monkeypatch, *options)
+    losses_behind, left = longtext.losses_behind, [3]
+
+    def interrupted(*arguments):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return losses_behind(*arguments)
+    monkeypatch.setattr(longtext, "losses_behind", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(monkeypatch, *options)
+    assert (tmp_path / "attend_perplexity.partial").exists()
+    left[0] = 1                          # of four there is one left
+    assert measured(monkeypatch, *options) == expected
+
+
+@pytest.mark.parametrize("options, message", [
+    (["perplexity", "--model", "random:llama-3.2-1b"], "has random weights: only its speed"),
+    (["perplexity", "--context", "513"], "--context 513 does not fit the model's context of 512"),
+    (["perplexity", "--context", "100"], "--scored 512, expected less than the 100 tokens of"),
+    (["speed", "--behind", "512"], "--behind 512 does not fit the model's context of 512"),
+    (["needle", "--out", "nowhere"], "nowhere is no folder; see --out"),
+    (["heat"], "invalid choice: 'heat'"),
+    (["speed", "--behind", "40", "--attend-layers", "9"], "--attend-layers 9, expected numbers"),
+])
+def test_bad_options_of_measurements(monkeypatch, options, message):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(longtext, "memory_bandwidth", lambda device: 1e10)
+    with pytest.raises(InputError) as refused:
+        measured(monkeypatch, *options)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("layers", ["[0, 7]", "3", "[-1]", "[true]", "null"])
+def test_a_bad_file_of_layers_is_refused(tmp_path, layers):
+    (tmp_path / "attend.json").write_text(f'{{"layers": {layers}}}')
+    with pytest.raises(InputError, match="attend.json: layers is .*, expected a list of numbers"):
+        attend.layers_beside(tmp_path, tiny_model(num_hidden_layers=7).config)
+    assert attend.layers_beside("random:x", tiny_model(num_hidden_layers=7).config) == [0, 1, 2, 3]
+    assert attend.layers_beside("random:x", tiny_model(num_hidden_layers=1).config) == [0]
