@@ -1,5 +1,6 @@
 """How reading less of the cache is measured: behind long texts.
 
+    sizes        what a step reads of weights and cache, on paper
     layers       which layers are to read all (attend.py): those whose choices the next ones can
                  take over at the least cost. That is measured for every pair of layers: how far the
                  distributions of the next token move (KL, in nats) when one layer alone reads what
@@ -39,8 +40,9 @@ from beyond.attend import Plan, plan_of, read_less
 from calibrate import Partial, load_calibration, origin_of
 from generate import generate, stream
 from kernel import memory_bandwidth
-from model import (Parser, check_output, command_line, linear_names, natural, progress,
-                   read_tokens, replacing, require, share, windows_of, write_json)
+from model import (Config, Llama, Parser, check_output, command_line, linear_names, natural,
+                   preset_config, progress, read_tokens, replacing, require, share, windows_of,
+                   write_json)
 from sparsify import SparseLinear, realised_sparsity, reset_counts, sparse_mode, sparsify
 
 MODES = {"dense": "off", "sparse": "decode"}
@@ -265,7 +267,7 @@ def measure_needle(arguments, model, tokenizer, tokens, page):
 
 
 # --------------------------------------------------------------------------------------------------
-# Speed
+# Bytes and time
 
 WAYS = {                 # {name: (sparse_mode, whether steps read less)}
     "neither": ("off", False), "weights": ("decode", False), "cache": ("off", True),
@@ -284,6 +286,23 @@ def bytes_read(model, realised, positions):
     attention = model.model.layers[0].self_attn
     a_position = 2 * attention.k_proj.out_features * model.dtype.itemsize      # its key and value
     return blocks * (1 - realised) + head + positions * a_position
+
+
+def show_sizes(arguments):
+    """Print what a step of each model reads behind texts of several lengths: `sizes`."""
+    sparsity = arguments.sparsity
+    print(f"{'MB a step, bfloat16':22} {'weights':>8} {f'{sparsity:.0%} of them':>11} "
+          + f"{'cache,':>7}" + "".join(f"{used:>9,}" for used in arguments.behind))
+    print(f"{'':22} {'':8} {'skipped':>11} {'a token':>7}" + f"{'tokens':>9}" * len(arguments.behind))
+    for name in arguments.model:
+        preset = name.removeprefix("random:")
+        config = Config.read(name) if preset == name else preset_config(preset)
+        model = Llama.shapes(config).to(torch.bfloat16)
+        weights = [bytes_read(model, skipped, 0) for skipped in (0, sparsity)]
+        token = bytes_read(model, sparsity, config.num_hidden_layers) - weights[1]
+        print(f"{Path(preset).name:22} {weights[0] / 1e6:8,.0f} {weights[1] / 1e6:11,.0f} "
+              f"{token / 1e6:7.3f}" + "".join(f"{used * token / 1e6:9,.0f}"
+                                             for used in arguments.behind))
 
 
 @torch.no_grad()
@@ -541,6 +560,15 @@ def make_parser():
     """Return the Parser of all commands, each of which has options of its own."""
     parser = Parser(description="Measures what reading less of the cache costs, and brings.")
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    sizes = commands.add_parser("sizes", help="what a step reads, on paper")
+    sizes.add_argument("--model", nargs="+", default=["random:llama-3-8b", "random:llama-2-7b"],
+                       help="checkpoint folders, or random:PRESET (default: random:llama-3-8b "
+                            "random:llama-2-7b)")
+    sizes.add_argument("--sparsity", type=share, default=0.5, metavar="S",
+                       help="share of the blocks' weights to skip (default: 0.5)")
+    sizes.add_argument("--behind", nargs="+", type=natural, metavar="N",
+                       default=[1000, 4000, 8000, 32000], help="tokens before a step (default: 1000 "
+                                                               "4000 8000 32000)")
     for name, (_, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=f"Measures {help_text}.")
         command.add_model()
@@ -603,7 +631,7 @@ def settle(arguments, config):
         require(arguments.scored < arguments.context - 1,
                 f"--scored {arguments.scored}, expected less than the {arguments.context} tokens of "
                 f"a text")
-    if "behind" in arguments:
+    if "behind" in arguments and not arguments.model.startswith("random:"):
         most = max(arguments.behind) if arguments.what == "speed" else (
             arguments.behind + arguments.max_new_tokens)
         require(most < longest, f"--behind {most} does not fit the model's context of {longest}")
@@ -613,6 +641,9 @@ def settle(arguments, config):
 def main():
     arguments = make_parser().parse_args()
     what = arguments.what
+    if what == "sizes":
+        show_sizes(arguments)
+        return
     require(what == "speed" or not arguments.model.startswith("random:"),
             f"{arguments.model} has random weights: only its speed can be measured")
     if what == "layers":
