@@ -112,8 +112,6 @@ def settle(arguments):
             f"--attend with --draft {arguments.draft}: only --draft sparse has steps that read less")
     require(not arguments.attend or not (arguments.draft and random),
             "--attend is not for the table of what guesses cost, --draft with a random: model")
-    require(ranks == 1 or not arguments.attend_shared,
-            "--attend-shared is for one process: each of several has heads of its own")
     require(ranks == 1 or not (arguments.draft and random),
             "--draft with a random: model, a table of what guesses cost, is for one process")
     require(ranks == 1 or not arguments.draft or arguments.draft_tokens,

@@ -2,24 +2,26 @@
 
 Sparsity saves weights. But each step reads a second stream from memory, the keys and values of all
 that was written before, and that one grows with the text. What a token attends to is mostly little:
-a few positions hold nearly all of the softmax, and leaving out the others changes nothing. Which
-ones they are differs from token to token, and only the scores q kᵀ tell, for which all keys must be
-read. TidalDecode (arXiv 2410.05076) reads them in a few layers alone: what scores high in one layer
-does so in the next ones, too. *Position-persistent* sparse attention:
+a few positions hold nearly all of the softmax, and leaving out the others changes next to nothing.
+Which ones they are differs from token to token, and only the scores q kᵀ tell, for which all keys
+must be read. TidalDecode (arXiv 2410.05076) reads them in a few layers alone, for what scores high
+in one layer does so in the next ones, too. *Position-persistent* sparse attention:
 
     positions   0 1 2 3 4 5 6 7 8 9 ...                 now
-    layer  0    ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■    reads all, and chooses: the K with
-           1    ■ ■ · · ■ · · · · ■ ■ · · · · · ■ · · ■ ■ ■    the largest scores ─► 0 1 4 9 10 ...
-           2    ■ ■ · · ■ · · · · ■ ■ · · · · · ■ · · ■ ■ ■    these alone
+    layer  2    ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■    reads all, and chooses: the K with
+           3    ■ ■ · · ■ · · · · ■ ■ · · · · · ■ · · ■ ■ ■    the largest scores ─► 0 1 4 9 10 ...
+           4    ■ ■ · · ■ · · · · ■ ■ · · · · · ■ · · ■ ■ ■    these alone
           ...
-          15    ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■    reads all, and chooses anew
-          16    ■ ■ · ■ · · · · · · ■ ■ · · ■ · · · · ■ ■ ■    these alone
+           7    ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■    reads all, and chooses anew
+           8    ■ ■ · ■ · · · · · · ■ ■ · · ■ · · · · ■ ■ ■    these alone
                 └┬┘                                 └─┬─┘
                  the first positions and the last ones, always: attention sinks (arXiv 2309.17453)
 
-A key-value head has positions of its own: those with the largest score, summed over the query heads
-that share it. The cache holds the keys of a head one after the other, so that a chosen position is
-a run of memory, and what lies between two of them is not touched.
+All heads share the positions, those with the largest score summed over the query heads; or each
+key-value head has its own. The cache holds the keys of a head one after the other, so that a chosen
+position is a run of memory, and what lies between two of them is not touched. Which layers are to
+read all differs from model to model, and decides how much is lost: longtext.py measures it, and
+writes them to attend.json in the checkpoint folder.
 
 Two other ways to choose stand beside it, to compare with. They differ in the score alone:
 
@@ -289,7 +291,7 @@ class Plan:
     layers: tuple                    # those that read all; by "tidal" they choose for the next ones
     by: str = "tidal"                # a name in SCORES
     over: str = "sum"                # or "max", over the query heads that share positions
-    shared: bool = False             # whether all key-value heads share positions
+    shared: bool = True              # whether all key-value heads share positions
 
     def check(self, config):
         """Raise InputError for a plan that does not fit a model."""
@@ -466,13 +468,14 @@ def add_choices(parser):
                              f"checkpoint folder, else the first three and the middle one)")
     parser.add_argument("--attend-over", choices=["sum", "max"],
                         help="the score of a position over query heads (default: sum)")
-    parser.add_argument("--attend-shared", action="store_true",
-                        help="the same positions for all key-value heads (default: no)")
+    parser.add_argument("--attend-heads", choices=["shared", "own"],
+                        help="all heads read the same positions, or each key-value head its own "
+                             "(default: shared; of several processes each has its own)")
 
 
 def check_options(arguments):
     """Raise InputError for options of how to read less without --attend."""
-    for name in ("by", "layers", "over", "shared"):
+    for name in ("by", "layers", "over", "heads"):
         require(arguments.attend or not getattr(arguments, f"attend_{name}"),
                 f"--attend-{name} is for --attend, which is not given")
 
@@ -484,7 +487,7 @@ def plan_of(arguments, config, positions=None, by=None):
         layers = layers_beside(arguments.model, config)
     return Plan(positions or arguments.attend, tuple(sorted(set(layers))),
                 by or arguments.attend_by or "tidal", arguments.attend_over or "sum",
-                arguments.attend_shared)
+                arguments.attend_heads != "own")
 
 
 def layers_beside(name, config):

@@ -196,8 +196,9 @@ def test_c_shows_nan():
 # --------------------------------------------------------------------------------------------------
 # In the model
 
-PLANS = [Plan(20, (0, 1, 3)), Plan(20, (0, 2), over="max"), Plan(20, (1,), shared=True),
-         Plan(20, (0,), by="window"), Plan(32, (0, 1), by="pages"), Plan(20, (), by="pages"),
+PLANS = [Plan(20, (0, 1, 3)), Plan(20, (0, 2), over="max"), Plan(20, (1,), shared=False),
+         Plan(20, (0,), by="window"), Plan(32, (0, 1), by="pages"),
+         Plan(20, (), by="pages", shared=False), Plan(20, (3,), over="max", shared=False),
          Plan(1, (2,)), Plan(20, ())]
 
 
@@ -325,7 +326,7 @@ def test_all_of_a_recorded_step_is_c():
     model = tiny_model(torch.bfloat16)
     sparsify(model, dict.fromkeys([*linear_names(model.config), "lm_head"], 0.0))
     numbers = []
-    for plan in (None, Plan(20, (0, 1, 3)), Plan(20, (0, 3), over="max", shared=True)):
+    for plan in (None, Plan(20, (0, 1, 3)), Plan(20, (0, 3), over="max", shared=False)):
         if plan:
             read_less(model, plan)
         cache = model.make_cache(1, 100)
@@ -454,7 +455,7 @@ def test_the_command_line(monkeypatch):
     (["--attend", "64", "--attend-layers", "1", "7", "-1"],
      "--attend-layers -1 7, expected numbers from 0 to 6, the model's layers"),
     (["--attend-layers", "1"], "--attend-layers is for --attend, which is not given"),
-    (["--attend-shared"], "--attend-shared is for --attend, which is not given"),
+    (["--attend-heads", "own"], "--attend-heads is for --attend, which is not given"),
     (["--attend", "64", "--attend-by", "luck"], "argument --attend-by: invalid choice: 'luck'"),
     (["--attend", "64", "--draft", "recycle"],
      "--attend with --draft recycle: only --draft sparse has steps that read less"),
