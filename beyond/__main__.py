@@ -3,15 +3,15 @@
     python -m beyond                                          the demo: dense, then sparse
     python -m beyond --model FOLDER --prompt TEXT --sparsity 0.5 --quantize int8
     python -m beyond --draft recycle --compare                guesses without a model
-    python -m beyond --model FOLDER --prompt "$(cat LONG)" --attend 512   512 positions of the cache
+    python -m beyond --model FOLDER --prompt "$(cat LONG)" --attend 512   reads 512 positions
     python -m beyond --model FOLDER --chat                    a conversation
     python -m beyond --model random:llama-3.2-1b --draft sparse   a table of what guesses cost
     torchrun --nproc-per-node=2 -m beyond --model FOLDER      on two GPUs: see parallel.py
 
 What is added: steps are recorded (record.py), and fused on a GPU (fused.py); --quantize, and
 folders with quantized weights (quantize.py); --draft recycle, and as many guesses a pass as are
-fastest here unless --draft-tokens says how many (drafts.py); --attend, by which a step, or a step of
---draft sparse, reads less of the cache (attend.py); --chat (chat.py); several processes
+fastest here unless --draft-tokens says how many (drafts.py); --attend, by which a step, or a step
+of --draft sparse, reads less of the cache (attend.py); --chat (chat.py); several processes
 (parallel.py).
 """
 import contextlib
@@ -109,7 +109,8 @@ def settle(arguments):
     ranks = parallel.ranks()
     attend.check_options(arguments)
     require(not arguments.attend or arguments.draft in (None, "sparse"),
-            f"--attend with --draft {arguments.draft}: only --draft sparse has steps that read less")
+            f"--attend with --draft {arguments.draft}: --draft sparse alone has steps that read "
+            f"less")
     require(not arguments.attend or not (arguments.draft and random),
             "--attend is not for the table of what guesses cost, --draft with a random: model")
     require(ranks == 1 or not (arguments.draft and random),
@@ -126,6 +127,8 @@ def write(arguments):
     template = chat.chat_template(arguments.model) if arguments.chat else None
     maker = parallel if ranks > 1 else Llama
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, maker)
+    if arguments.attend:
+        attend.plan_of(arguments, model.config).check(model.config)
     if arguments.quantize:
         quantize.quantize_now(model, arguments.model, arguments.quantize)
     if tokenizer is None and arguments.draft in Writer.OWN_DRAFTS:

@@ -28,8 +28,8 @@ Two other ways to choose stand beside it, to compare with. They differ in the sc
     tidal     q kᵀ, in the layers that read all; the others take over what was chosen
     window    the position: the first and the last ones (StreamingLLM, arXiv 2309.17453)
     pages     each layer for itself, by pages of 16 positions: no key of a page has a larger product
-              with q than Σ max(q_i high_i, q_i low_i), of which high and low are the largest and the
-              smallest key_i in the page (Quest, arXiv 2406.10774). Here the bounds are computed
+              with q than Σ max(q_i high_i, q_i low_i), where high_i and low_i are the largest and
+              the smallest key_i in the page (Quest, arXiv 2406.10774). Here the bounds are computed
               anew in each step, which reads all keys: it shows what Quest's choice is worth, not
               how fast it is
 
@@ -41,8 +41,8 @@ in each layer. On a CPU a recorded step runs it in C, by functions that this fil
 elsewhere it is PyTorch with a fixed K, which a CUDA graph can hold.
 
     python -m beyond --attend 512 --model FOLDER --prompt "$(cat LONG.txt)"
-    python -m beyond.longtext layers --model FOLDER --text FILE     which layers are to read all
-    python -m beyond.longtext perplexity | needle | speed | draft   what it costs, and what it brings
+    python -m beyond.longtext layers --model FOLDER --text FILE   which layers are to read all
+    python -m beyond.longtext perplexity                          what it costs; see there
 """
 import ast
 import contextlib
@@ -102,7 +102,7 @@ def recency(q, k, mask, over, shared):
 def page_bounds(q, k, mask, over, shared):
     """Return for each position what q kᵀ is at most in its page; arguments as for `products`."""
     S = k.shape[2]
-    position = torch.arange(S + -S % PAGE, device=k.device)      # the last key fills up the last page
+    position = torch.arange(S + -S % PAGE, device=k.device)    # the last key fills the last page
     k = k.index_select(2, torch.minimum(position, last_shown(mask, position[:S])))
     pages = k.unflatten(2, (-1, PAGE))                                       # (B, G, pages, 16, D)
     low, high = pages.amin(3), pages.amax(3)                                 # (B, G, pages, D)
@@ -246,7 +246,8 @@ def c_functions():
 def fits_c(mask, *tensors):
     """Return whether the C functions take these tensors (1, heads, rows, D), and a mask (1, S)."""
     types = {x.dtype for x in tensors}
-    return (len(types) <= 1 and types <= record.C_TYPES.keys() and mask is not None and mask.is_contiguous() and c_functions() is not None
+    return (len(types) <= 1 and types <= record.C_TYPES.keys() and mask is not None
+            and mask.is_contiguous() and c_functions() is not None
             and all(len(x) == 1 and x.stride(-1) == 1 for x in tensors))
 
 
@@ -312,7 +313,7 @@ class Plan:
         """Return how many positions a step reads in `layers` layers, each of which sees so many."""
         fewer = min(self.positions, visible)
         if self.by == "pages" and fewer < visible:
-            fewer += -(-visible // PAGE)     # the two bounds of a page, as long as a key and a value
+            fewer += -(-visible // PAGE)     # two bounds a page, as long as a key and a value
         whole = len(set(self.layers))
         return whole * visible + (layers - whole) * fewer
 
@@ -358,7 +359,7 @@ class Reading:
             self.active = before
 
     def attend(self, layer, whole, q, k, v, mask):
-        """Do what the attention `whole` does, or for one token read less, as planned for a layer."""
+        """Do what the attention `whole` does, or read less for one token, as a layer is to."""
         plan = self.plan
         if not self.active or q.shape[2] > 1 or k.shape[2] <= plan.positions:
             return whole(q, k, v, mask)

@@ -244,24 +244,26 @@ def measure_needle(arguments, model, tokenizer, tokens, page):
         cache = behind(model, text, room)
         for s, setting in enumerate(settings):
             found[i, s] = answers(model, tokenizer, cache, len(text), question, numbers[i], setting)
-    page.say(f"a number hidden in {arguments.context} tokens, asked for at the end, "
-             f"{arguments.prompts} prompts; of those that the whole cache answers. Layers that read "
-             f"all: {listed(settings[-1].plan.layers)}")
+    page.say(f"a number hidden in {arguments.context} tokens and asked for at the end: found, of "
+             f"those that are with the whole cache; layers that read all: "
+             f"{listed(settings[-1].plan.layers)}")
     page.say(f"{'weights':>8} {'cache':>8} {'positions':>10} {'found':>9}  by depth, "
              f"{depths} of them")
     points = {}
+    depth_of = torch.arange(arguments.prompts) % depths
     for s, setting in enumerate(settings):
+        these = found[:, s] > 0
+        total, positions = arguments.prompts, "all"
         if setting.cache == "whole":
-            known = found[:, s] > 0
-            kept, total, positions = known, arguments.prompts, "all"
+            known = these
         else:
-            kept, total, positions = known & (found[:, s] > 0), int(known.sum()), "1/%d" % setting.part
-        depth_of = torch.arange(arguments.prompts) % depths
-        by_depth = " ".join(str(int(kept[depth_of == depth].sum())) for depth in range(depths))
-        page.say(f"{setting.weights:>8} {setting.cache:>8} {positions:>10} "
-                 f"{int(kept.sum()):3} of {total:2}  {by_depth}")
+            these, total, positions = these & known, int(known.sum()), f"1/{setting.part}"
+        count = int(these.sum())
+        by_depth = " ".join(str(int(these[depth_of == depth].sum())) for depth in range(depths))
+        page.say(f"{setting.weights:>8} {setting.cache:>8} {positions:>10} {count:3} of {total:2}  "
+                 f"{by_depth}")
         points.setdefault((setting.weights, setting.cache), []).append(
-            (1 / setting.part, int(kept.sum()) / max(1, total)))
+            (1 / setting.part, count / max(1, total)))
     page.write(functools.partial(draw_quality, points, "numbers still found (%)",
                                  "positions that a layer"))
 
@@ -293,7 +295,8 @@ def show_sizes(arguments):
     sparsity = arguments.sparsity
     print(f"{'MB a step, bfloat16':22} {'weights':>8} {f'{sparsity:.0%} of them':>11} "
           + f"{'cache,':>7}" + "".join(f"{used:>9,}" for used in arguments.behind))
-    print(f"{'':22} {'':8} {'skipped':>11} {'a token':>7}" + f"{'tokens':>9}" * len(arguments.behind))
+    print(f"{'':22} {'':8} {'skipped':>11} {'a token':>7}"
+          + f"{'tokens':>9}" * len(arguments.behind))
     for name in arguments.model:
         preset = name.removeprefix("random:")
         config = Config.read(name) if preset == name else preset_config(preset)
@@ -567,8 +570,8 @@ def make_parser():
     sizes.add_argument("--sparsity", type=share, default=0.5, metavar="S",
                        help="share of the blocks' weights to skip (default: 0.5)")
     sizes.add_argument("--behind", nargs="+", type=natural, metavar="N",
-                       default=[1000, 4000, 8000, 32000], help="tokens before a step (default: 1000 "
-                                                               "4000 8000 32000)")
+                       default=[1000, 4000, 8000, 32000],
+                       help="tokens before a step (default: 1000 4000 8000 32000)")
     for name, (_, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=f"Measures {help_text}.")
         command.add_model()
@@ -584,11 +587,11 @@ def make_parser():
         one = {"metavar": "N", "type": natural}
         if name != "speed":
             part = "held-in" if name == "layers" else "held-out"
-            command.add_argument("--text", metavar="FILE", help=f"UTF-8 text (default: the standard "
-                                                                f"library's {part} part)")
+            command.add_argument("--text", metavar="FILE",
+                                 help=f"UTF-8 text (default: the standard library's {part} part)")
         if name in ("layers", "perplexity", "needle"):
-            command.add_argument("--context", help="tokens of a text (default: the model's context)",
-                                 **one)
+            command.add_argument("--context", **one,
+                                 help="tokens of a text (default: the model's context)")
         if name in ("layers", "perplexity"):
             add("--scored", 128 if name == "layers" else 512, "tokens at its end that count", **one)
         if name in ("layers", "perplexity", "draft"):
@@ -600,10 +603,11 @@ def make_parser():
         else:
             add("--part", 16, "a layer reads 1/N of the positions", **one)
         if name in ("perplexity", "needle", "speed"):
-            add("--sparsity", 0.5, "share of the blocks' weights to skip; 0: only dense", type=share,
-                metavar="S")
+            add("--sparsity", 0.5, "share of the blocks' weights to skip; 0: only dense",
+                type=share, metavar="S")
         if name == "layers":
-            command.add_argument("--count", help="how many are to read all (default: a third)", **one)
+            command.add_argument("--count", **one,
+                                 help="how many are to read all (default: a third)")
         else:
             command.add_argument("--out", type=Path, metavar="FOLDER",
                                  help="where text and figure go (default: the text is printed)")
@@ -629,8 +633,8 @@ def settle(arguments, config):
                                               f"model's context of {longest}")
     if "scored" in arguments:
         require(arguments.scored < arguments.context - 1,
-                f"--scored {arguments.scored}, expected less than the {arguments.context} tokens of "
-                f"a text")
+                f"--scored {arguments.scored}, expected less than the {arguments.context} tokens "
+                f"of a text")
     if "behind" in arguments and not arguments.model.startswith("random:"):
         most = max(arguments.behind) if arguments.what == "speed" else (
             arguments.behind + arguments.max_new_tokens)

@@ -106,8 +106,8 @@ def test_a_page_has_no_product_above_its_bound(S):
     alone = q.clone()
     alone[..., 1:] = 0                                     # with one channel the bound is reached
     bounds = attend.page_bounds(alone, k, None, "max", False)[..., :32].unflatten(-1, (2, 16))
-    reached = attend.products(alone, k, None, "max", False)[..., :32].unflatten(-1, (2, 16)).amax(-1)
-    assert torch.allclose(bounds[..., 0], reached)
+    scores = attend.products(alone, k, None, "max", False)[..., :32].unflatten(-1, (2, 16))
+    assert torch.allclose(bounds[..., 0], scores.amax(-1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def test_the_command_line(monkeypatch):
     (["--attend-heads", "own"], "--attend-heads is for --attend, which is not given"),
     (["--attend", "64", "--attend-by", "luck"], "argument --attend-by: invalid choice: 'luck'"),
     (["--attend", "64", "--draft", "recycle"],
-     "--attend with --draft recycle: only --draft sparse has steps that read less"),
+     "--attend with --draft recycle: --draft sparse alone has steps that read less"),
     (["--attend", "64", "--draft", "sparse", "--model", "random:llama-3.2-1b"],
      "--attend is not for the table of what guesses cost"),
 ])
@@ -529,7 +529,8 @@ def test_losses_are_those_of_the_whole_text():
 
 def test_a_needle_is_hidden_at_the_end_of_a_line():
     _, tokenizer = load_model(DEMO)
-    text = torch.tensor(tokenizer.encode("one two\nthree four\nfive six seven\neight\n" * 5, bos=False))
+    lines = "one two\nthree four\nfive six seven\neight\n" * 5
+    text = torch.tensor(tokenizer.encode(lines, bos=False))
     for depth in (0.05, 0.5, 0.95):
         tokens, question = longtext.hide(tokenizer, text, 48217, "Oslo", depth)
         written = tokenizer.decode(tokens.tolist())
@@ -608,8 +609,8 @@ def test_interrupted_work_goes_on(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     text = tmp_path / "text.txt"
     text.write_text(Path(attend.__file__).read_text())
-    options = ["perplexity", "--text", text, "--context", 64, "--scored", 8, "--texts", 2, "--parts",
-               8, "--by", "tidal", "--sparsity", 0, "--out", tmp_path]
+    options = ["perplexity", "--text", text, "--context", 64, "--scored", 8, "--texts", 2,
+               "--parts", 8, "--by", "tidal", "--sparsity", 0, "--out", tmp_path]
     expected = measured(monkeypatch, *options)
     losses_behind, left = longtext.losses_behind, [3]
 
