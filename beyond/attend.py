@@ -466,7 +466,7 @@ def add_choices(parser):
     """Add the options that say who chooses, and how."""
     parser.add_argument("--attend-layers", type=int, nargs="+", metavar="N",
                         help=f"the layers that read all (default: those in {LAYERS_FILE} in the "
-                             f"checkpoint folder, else the first three and the middle one)")
+                             f"checkpoint folder, else every third)")
     parser.add_argument("--attend-over", choices=["sum", "max"],
                         help="the score of a position over query heads (default: sum)")
     parser.add_argument("--attend-heads", choices=["shared", "own"],
@@ -495,8 +495,8 @@ def layers_beside(name, config):
     """Return the layers that read all by default, for a checkpoint folder or random:PRESET."""
     path = Path(name) / LAYERS_FILE
     layers = config.num_hidden_layers
-    if not path.exists():              # as in TidalDecode
-        return sorted({0, *[1] * (layers > 1), *[2] * (layers > 2), layers // 2})
+    if not path.exists():
+        return list(range(min(2, layers - 1), layers, 3))
     found = read_json(path).get("layers")
     require(isinstance(found, list)
             and all(type(layer) is int and 0 <= layer < layers for layer in found),

@@ -462,12 +462,12 @@ def choices(q, k, sees, plan, by):
 
 
 @torch.no_grad()
-def costs_of_taking_over(model, tokens, scored, plan):
+def costs_of_taking_over(model, tokens, scored, plan, label=""):
     """Return what it costs that a layer reads what another chose, float64 (layers + 1, layers).
 
     [i, l]: the KL in nats from the whole cache's distributions, a mean over the last `scored` of
     tokens (N,), where layer l alone reads what layer i - 1 chose, i <= l. Row 0: the last positions
-    and the first, which are read where no layer has chosen.
+    and the first, which are read where no layer has chosen. label: what the progress is called.
     """
     blocks = model.model.layers
     cache = behind(model, tokens[:-scored], scored)
@@ -494,7 +494,7 @@ def costs_of_taking_over(model, tokens, scored, plan):
     expected = log_p(x)
     costs = torch.full((len(blocks) + 1, len(blocks)), float("inf"), dtype=torch.float64)
     pairs = [(i, layer) for layer in range(len(blocks)) for i in range(layer + 1)]
-    for i, layer in progress(pairs, "what taking over costs, pairs of layers"):
+    for i, layer in progress(pairs, f"{label}what taking over costs, pairs of layers"):
         attention = blocks[layer].self_attn
         attention.attend = lambda q, k, v, mask: masked(q, k, v, chosen[i])
         x = blocks[layer](inputs[layer], context)
@@ -532,8 +532,9 @@ def measure_layers(arguments, model, tokenizer, tokens, page):
     part = arguments.part
     plan = plan_of(arguments, model.config, max(1, context // part), "tidal")
     windows = windows_of(tokens, context - 1)[:arguments.texts]
-    costs = sum(costs_of_taking_over(model, window, arguments.scored, plan)
-                for window in windows) / len(windows)
+    costs = sum(costs_of_taking_over(model, window, arguments.scored, plan,
+                                     f"text {number} of {len(windows)}, ")
+                for number, window in enumerate(windows, start=1)) / len(windows)
     print(f"{len(windows)} texts of {context} tokens, of which the last {arguments.scored} "
           f"count; 1/{part} of the positions")
     print(f"{'read all':>8} {'KL':>8} {'cache read':>11}  layers")

@@ -649,5 +649,5 @@ def test_a_bad_file_of_layers_is_refused(tmp_path, layers):
     (tmp_path / "attend.json").write_text(f'{{"layers": {layers}}}')
     with pytest.raises(InputError, match="attend.json: layers is .*, expected a list of numbers"):
         attend.layers_beside(tmp_path, tiny_model(num_hidden_layers=7).config)
-    assert attend.layers_beside("random:x", tiny_model(num_hidden_layers=7).config) == [0, 1, 2, 3]
+    assert attend.layers_beside("random:x", tiny_model(num_hidden_layers=9).config) == [2, 5, 8]
     assert attend.layers_beside("random:x", tiny_model(num_hidden_layers=1).config) == [0]
