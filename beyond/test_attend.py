@@ -18,6 +18,7 @@ from beyond.attend import Plan, read_less
 from beyond.conftest import random_llama
 from generate import StaticCache, generate, plain_step
 from model import DEMO, InputError, command_line, linear_names, load_model
+from model import attend as whole_attention
 from sparsify import sparsify
 
 needs_c = pytest.mark.skipif(kernel.c_function(torch.float32) is None, reason="no C compiler")
@@ -147,8 +148,8 @@ def test_attention_to_chosen_positions(mask, heads):
 @pytest.mark.parametrize("threads", [1, 5])
 def test_c_does_what_pytorch_does(monkeypatch, dtype, tolerance, over, shared, first, end, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    S, K = 300, 50
-    q, k, v = random_qkv(S, dtype, D=72)
+    S, K = 300, 100                                        # as much as is shared by threads
+    q, k, v = random_qkv(S, dtype, D=136)
     k[:, :, end:] = v[:, :, end:] = float("nan")           # what comes after is not read
     mask = mask_of(S, first, end)
 
@@ -175,6 +176,26 @@ def test_c_does_what_pytorch_does(monkeypatch, dtype, tolerance, over, shared, f
     assert (shown.sum(-1) == min(K, end - first)).all()
     exact = by_hand(*(x.double() for x in (q, k, v)), mask, positions)
     assert (y - exact).norm() <= tolerance * exact.norm()
+
+
+@needs_c
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("first, end", [(0, 300), (0, 289), (120, 260)])
+def test_threads_share_a_group(monkeypatch, threads, first, end):
+    """All of the cache, by as many threads as there are, which the two groups do not divide by."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    q, k, v = random_qkv(300, torch.float32, D=136)
+    k[:, :, end:] = v[:, :, end:] = float("nan")
+    mask = mask_of(300, first, end)
+    tape = record.Tape(torch.nn.Module(), [q, k, v, mask])
+    with tape:
+        y = whole_attention(q, k, v, mask)
+    assert not any(callable(each) for each in tape.notes)
+    y.zero_()
+    tape.finish()
+    tape.replay()
+    exact = by_hand(*(x.double() for x in (q, k, v)), mask, torch.arange(300)[None, None])
+    assert (y - exact).norm() <= 1e-5 * exact.norm()
 
 
 @needs_c
