@@ -783,19 +783,30 @@ class Writer:
             tokens, decoder, lambda text: print(text, end="", flush=True))
         # The first token is the prompt's.
         rate = (len(ids) - 1) / rest if len(ids) > 1 else 0.0
-        skipped = ""
-        if not self.draft and not interrupted:
-            skipped = f", {self.realised(self.model):.1%} of the blocks' weights skipped"
+        unread = "" if self.draft or interrupted else self.unread()
         print(f"\n--- {title}: {len(ids)} tokens, {rate:.1f} tokens/s, prompt of {len(prompt)} in "
-              f"{first * 1e3:.0f} ms{skipped}", flush=True)
+              f"{first * 1e3:.0f} ms{unread}", flush=True)
         if interrupted:
             raise KeyboardInterrupt
         return ids, rate
+
+    def unread(self):
+        """Return what the last text did not read, in words."""
+        return f", {self.realised(self.model):.1%} of the blocks' weights skipped"
 
     @property
     def mode(self):
         """The sparse_mode in which the command line wants its text."""
         return "decode" if self.arguments.sparsity or self.arguments.head_sparsity else "off"
+
+    @property
+    def title(self):
+        """What the text of that mode is called."""
+        return "dense" if self.mode == "off" else f"{self.arguments.sparsity:.0%} sparse"
+
+    def baseline(self):
+        """Return the context in which a text is written to be compared with."""
+        return sparse_mode(self.model, "off")
 
     def prepare(self):
         """Make the model as sparse as the command line wants it."""
@@ -807,18 +818,17 @@ class Writer:
     def write(self, prompt):
         """Do what the command line asks for, with a prompt of token ids."""
         self.prepare()
-        title = "dense" if self.mode == "off" else f"{self.arguments.sparsity:.0%} sparse"
         if self.draft:
             with sparse_mode(self.model, self.mode):
                 self.write_speculatively(prompt)
         elif not self.arguments.compare:
             with sparse_mode(self.model, self.mode):
-                self.show(title, prompt, self.text(prompt))
+                self.show(self.title, prompt, self.text(prompt))
         else:
-            with sparse_mode(self.model, "off"):
+            with self.baseline():
                 dense, dense_rate = self.show("dense", prompt, self.text(prompt))
             print()
-            ids, rate = self.show(title, prompt, self.text(prompt))
+            ids, rate = self.show(self.title, prompt, self.text(prompt))
             if dense_rate:
                 print(f"\nsparse over dense: {rate / dense_rate:.2f}x; the first "
                       f"{first_difference(dense, ids)} of {len(dense)} tokens are the same")

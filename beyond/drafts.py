@@ -306,13 +306,13 @@ def speculate(model, prompt_ids, max_new_tokens, draft="sparse", draft_threshold
         `learn`, as RecycleDraft does.
     draft_tokens: how many tokens to guess a pass; None: what is fastest here, by what was accepted
         and by the clock. Only with a fixed number is sampled text repeatable from a seed.
-    arguments, named: all the others, as there.
+    arguments, named: all the others, as there; kind None: TreeSpeculation.
     """
     require(draft_tokens is None or 1 <= draft_tokens <= MOST,
             f"draft_tokens is {draft_tokens}, expected 1 to {MOST}")
     return generate.generate_speculative(
         model, prompt_ids, max_new_tokens, draft, draft_thresholds, draft_tokens, *arguments,
-        kind=TreeSpeculation, **named)
+        **{"kind": TreeSpeculation} | named)
 
 
 class TreeSpeculation(generate.Speculation):

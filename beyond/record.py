@@ -19,7 +19,8 @@ forward that looks at values while it runs (`if x.max() > 3`) cannot be recorded
 so, and the model runs itself.
 
 The seam: `generate(..., make_step=record.make_step)`. The cache of the step is
-`generate.StaticCache`, the one that CUDA graphs use.
+`generate.StaticCache`, the one that CUDA graphs use. A chapter that has operations of its own says
+in NOTES how they are noted.
 """
 import contextlib
 import ctypes
@@ -168,18 +169,26 @@ static inline float dot(const float *a, const float *b, long n) {
    is not read. A query keeps the largest of its scores so far; e^(score - largest) and their sum
    are of that largest one, and shrink when a larger turns up (FlashAttention, arXiv 2205.14135).
    What is not seen scores -infinity, and `largest` starts above that: their difference is no NaN.
+   A group is cut in parts, as many as give each thread the same work, which are joined in the end.
+   Positions that are listed, (G, S) int64, are the only ones that are read.
    q, k, v, mask, y, type, G, R, S, D, scale, group strides of q, k, v, row strides of q, k, v,
-   row stride of the mask, threads */
+   row stride of the mask, threads, positions or none, their group stride */
 #define TILE 32
 int attend(const args *a) {
     const uint8_t *mask = POINTER(3);
-    long type = a[5], G = a[6], R = a[7], S = a[8], D = a[9], end = 0;
+    const int64_t *positions = POINTER(19);
+    long type = a[5], G = a[6], R = a[7], S = a[8], D = a[9], end = positions ? S : 0;
     float scale = float_of(a[10]);
     for (long r = 0; r < R; r++)
         for (long s = S; s > end; s--) if (mask[r * a[17] + s - 1]) { end = s; break; }
     long threads = R * G * end * D > 1 << 16 ? a[18] : 1;        // to wake one takes as long
+    long parts = 1, tiles = (end + TILE - 1) / TILE;
+    while (G * parts % threads) parts++;
+    float sums[G * parts * R * D], totals[G * parts * R], most[G * parts * R];
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long g = 0; g < G; g++) {
+    for (long unit = 0; unit < G * parts; unit++) {
+        long g = unit / parts, part = unit % parts, last = tiles * (part + 1) / parts * TILE;
+        if (last > end) last = end;
         float tile[TILE * D], q[R][D], sum[R][D], score[R][TILE], largest[R], total[R];
         memset(sum, 0, sizeof sum);
         for (long r = 0; r < R; r++) {
@@ -187,18 +196,20 @@ int attend(const args *a) {
             largest[r] = -FLT_MAX;
             total[r] = 0;
         }
-        for (long start = 0; start < end; start += TILE) {
-            long n = end - start < TILE ? end - start : TILE, seen = 0;
+        for (long start = tiles * part / parts * TILE; start < last; start += TILE) {
+            long n = last - start < TILE ? last - start : TILE, at[TILE], seen = 0;
+            for (long p = 0; p < n; p++)
+                at[p] = positions ? positions[g * a[20] + start + p] : start + p;
             for (long r = 0; r < R && !seen; r++)
-                seen = memchr(mask + r * a[17] + start, 1, n) != 0;
+                for (long p = 0; p < n; p++) seen |= mask[r * a[17] + at[p]];
             if (!seen) continue;
             for (long p = 0; p < n; p++)
-                load(POINTER(1), type, g * a[12] + (start + p) * a[15], D, tile + p * D);
+                load(POINTER(1), type, g * a[12] + at[p] * a[15], D, tile + p * D);
             for (long r = 0; r < R; r++) {
-                const uint8_t *sees = mask + r * a[17] + start;
+                const uint8_t *sees = mask + r * a[17];
                 float before = largest[r];
                 for (long p = 0; p < n; p++)
-                    score[r][p] = sees[p] ? scale * dot(q[r], tile + p * D, D) : -INFINITY;
+                    score[r][p] = sees[at[p]] ? scale * dot(q[r], tile + p * D, D) : -INFINITY;
                 for (long p = n; p < TILE; p++) score[r][p] = -INFINITY;
                 for (long p = 0; p < TILE; p++)
                     largest[r] = score[r][p] <= largest[r] ? largest[r] : score[r][p];
@@ -209,7 +220,7 @@ int attend(const args *a) {
                 for (long i = 0; shrunk != 1 && i < D; i++) sum[r][i] *= shrunk;
             }
             for (long p = 0; p < n; p++)
-                load(POINTER(2), type, g * a[13] + (start + p) * a[16], D, tile + p * D);
+                load(POINTER(2), type, g * a[13] + at[p] * a[16], D, tile + p * D);
             memset(tile + n * D, 0, (TILE - n) * D * sizeof(float));
             for (long r = 0; r < R; r++)
                 for (long p = 0; p < TILE; p += 4) {             // four at a time: sums move less
@@ -219,11 +230,24 @@ int attend(const args *a) {
                                      + w[3] * v[i + 3 * D];
                 }
         }
-        for (long r = 0; r < R; r++) {
-            for (long i = 0; i < D; i++) sum[r][i] /= total[r];
-            store(POINTER(4), type, (g * R + r) * D, D, sum[r]);
-        }
+        memcpy(sums + unit * R * D, sum, sizeof sum);
+        memcpy(totals + unit * R, total, sizeof total);
+        memcpy(most + unit * R, largest, sizeof largest);
     }
+    for (long g = 0; g < G; g++)
+        for (long r = 0; r < R; r++) {
+            float y[D], largest = -FLT_MAX, total = 0;
+            memset(y, 0, sizeof y);
+            for (long u = g * parts * R + r; u < (g + 1) * parts * R; u += R)
+                largest = most[u] <= largest ? largest : most[u];
+            for (long u = g * parts * R + r; u < (g + 1) * parts * R; u += R) {
+                float shrunk = exponential(most[u] - largest);
+                total += shrunk * totals[u];
+                for (long i = 0; i < D; i++) y[i] += shrunk * sums[u * D + i];
+            }
+            for (long i = 0; i < D; i++) y[i] /= total;
+            store(POINTER(4), type, (g * R + r) * D, D, y);
+        }
     return 0;
 }
 
@@ -239,6 +263,7 @@ int replay(const call *calls, long n) {
 C_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"copy": 0, "add": 1, "sub": 2, "mul": 3, "addcmul": 4, "silu": 5}
 ARGUMENTS = 32
+NOTES = {}               # {name of a chapter's own operation: function(tape, y, *its arguments)}
 
 
 class Call(ctypes.Structure):
@@ -328,6 +353,8 @@ class Tape(TorchFunctionMode):
     def note(self, again, name, y, args, kwargs):
         """Note an operation that sets y: in C if there is a function for it, else as `again`."""
         write = getattr(self, f"note_{name}", None)
+        if name in NOTES:
+            write = functools.partial(NOTES[name], self)
         with torch._C.DisableTorchFunction():
             try:
                 noted = write is not None and y is not None and write(y, *args, **kwargs)
@@ -424,11 +451,23 @@ class Tape(TorchFunctionMode):
                 or not y.is_contiguous() or q.shape[-1] != v.shape[-1]
                 or not all(x.stride(-1) == 1 for x in (q, k, v, mask))):
             return False
+        return self.attend(y, q, k, v, mask, scale=scale)
+
+    def attend(self, y, q, k, v, mask, positions=None, scale=None):
+        """Note an attention: q (1, G, R, D), k and v (1, G, S, D), mask (R or 1, S) -> y.
+
+        positions: None, or those that are read, (1, G or 1, K) int64.
+        """
         _, G, R, D = q.shape
-        return self.call(c_functions().attend, q, k, v, mask, y, C_TYPES[y.dtype], G, R, k.shape[2],
-                         D, float(D ** -0.5 if scale is None else scale),
+        S = k.shape[2]
+        listed = 0, 0
+        if positions is not None:
+            S = positions.shape[2]
+            listed = positions, S if positions.shape[1] > 1 else 0
+        return self.call(c_functions().attend, q, k, v, mask, y, C_TYPES[y.dtype], G, R, S, D,
+                         float(D ** -0.5 if scale is None else scale),
                          *[x.stride(1) for x in (q, k, v)], *[x.stride(2) for x in (q, k, v)],
-                         mask.stride(0), torch.get_num_threads())
+                         mask.stride(0) if len(mask) > 1 else 0, torch.get_num_threads(), *listed)
 
     def note_repeat(self, y, mask, *repeats):
         """Note the mask, once for each head of a group."""

@@ -2,8 +2,9 @@
 
 The tests of the chapters stand beside this file: test_weights.py (quantize, rotate, fused),
 test_quality.py (allocate, judge, peers, timing), test_gpu.py (gpu, design), test_drafts.py,
-test_chat.py, test_parallel.py, test_gguf.py, test_watch.py; test_smollm2.py has those of a real
-model. Here are those of record.py, and those that look at all of minTEAL.
+test_attend.py (attend, longtext), test_chat.py, test_parallel.py, test_gguf.py, test_watch.py;
+test_smollm2.py has those of a real model. Here are those of record.py, and those that look at all
+of minTEAL.
 """
 import ast
 import os
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 import calibrate
 import generate
 import kernel
-from beyond import allocate, folders, gguf, judge, quantize, record, rotate, timing, watch
+from beyond import (allocate, folders, gguf, judge, longtext, quantize, record, rotate, timing,
+                    watch)
 from demo import train
 from model import Config, InputError, Llama, check_output, linear_names
 from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
@@ -105,6 +107,7 @@ TEXTS = ["--text", ROOT / "LICENSE"]
     (judge, "load", ["--figure", "{}/x.png"]),
     (timing, "begin", ["--figure", "{}/x.png"]),
     (watch, "load_model", ["--figure", "{}/x.png"]),
+    (longtext, "load", ["perplexity", "--out", "{}"]),
     (train, "train_tokenizer", ["--out", "{}", "--state", "{}"]),
 ], ids=lambda value: getattr(value, "__name__", None))
 @pytest.mark.parametrize("kind", ["read-only", "no folder"])
