@@ -285,7 +285,8 @@ class Llama(nn.Module):
     def embed(self, tokens):
         """Return the embeddings (B, T, hidden) of tokens (B, T)."""
         try:
-            return self.model.embed_tokens(tokens).to(self.dtype)        # they may be stored shorter
+            # Quantized ones come as float32.
+            return self.model.embed_tokens(tokens).to(self.dtype)
         except IndexError:
             check_tokens(tokens, self.config)
             raise

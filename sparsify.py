@@ -112,6 +112,10 @@ class TransposedEmbedding(nn.Module):
         super().__init__()
         self.weight_t = weight_t
 
+    @property
+    def weight(self):
+        return self.weight_t.t()
+
     def forward(self, tokens):
         columns = self.weight_t.index_select(1, tokens.flatten())               # (hidden, B * T)
         return columns.t().reshape(*tokens.shape, -1)

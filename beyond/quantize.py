@@ -324,7 +324,8 @@ const char *const instructions = "AVX-512 VNNI, activations rounded to 8 bits";
 #include <immintrin.h>
 #define WIDTH 64                       // bytes of a register
 #define ZIP(half, bits, a, b) (bytes)_mm512_unpack##half##_epi##bits((__m512i)(a), (__m512i)(b))
-#define DOT(sums, codes, x) (ints)_mm512_dpbusd_epi32((__m512i)(sums), (__m512i)(codes), (__m512i)(x))
+#define DOT(sums, codes, x) \
+    (ints)_mm512_dpbusd_epi32((__m512i)(sums), (__m512i)(codes), (__m512i)(x))
 enum { MIDDLE = 128 };                 // of int8's codes, as DOT takes them: unsigned, or signed
 
 #elif defined __AVX2__

@@ -194,7 +194,7 @@ def quantized_case(seed):
 
 
 def as_bytes(x, size):
-    """Return x (rows, in) as a row alone is rounded: eight kept channels of a span share a scale."""
+    """Return x (rows, in) as a row alone is rounded: eight kept of a span share a scale."""
     spans = F.pad(x, (0, -x.shape[1] % size)).view(len(x), -1, size)
     order = (spans == 0).to(torch.int8).sort(dim=-1, stable=True).indices      # the kept ones first
     eights = spans.gather(-1, order).unflatten(-1, (-1, 8))
