@@ -561,10 +561,11 @@ static int point(const struct span *span, int k, const uint8_t *codes, long pitc
     return eights;
 }
 
-/* Computes the outputs [begin, end) of all tokens, as many at a time as there is room for. */
+/* Computes the outputs [begin, end) of all tokens over some spans, as many at a time as there is
+   room for: all of y, or a part of its sums. */
 static void codes_outputs(const struct span *spans, long count, const uint8_t *codes,
-                          const char *scales, const uint8_t *zeros, type *y, long tokens, long out,
-                          long begin, long end) {
+                          const char *scales, const uint8_t *zeros, type *y, float *part,
+                          long tokens, long out, long begin, long end) {
     float sums[ROOM] __attribute__((aligned(64))), result[ROOM] __attribute__((aligned(64)));
     long most = ROOM / tokens / OUTPUTS * OUTPUTS, pitch = (out + OUTPUTS - 1) / OUTPUTS * 64;
     for (long first = begin; first < end; first += most) {
@@ -596,7 +597,8 @@ static void codes_outputs(const struct span *spans, long count, const uint8_t *c
         }
         for (long t = 0; t < tokens; t++)
             for (long j = 0; j < columns; j++)
-                y[t * out + first + j] = from_float(result[t * most + j]);
+                if (part) part[t * out + first + j] = result[t * most + j];
+                else y[t * out + first + j] = from_float(result[t * most + j]);
     }
 }
 
@@ -606,8 +608,10 @@ int codes_product(const type *x, const uint8_t *codes, const void *scales, const
                   long size, const float *threshold, long step, type *y, long tokens, long in,
                   long out, int threads) {
     long count = (in + size - 1) / size, eights = (size + 7) / 8;
+    int parts = tokens * out <= ROOM / 2 && count >= 2 * threads ? threads : 0;
     struct span *spans = malloc(count * (sizeof *spans + eights * 8 * sizeof(int)
-                                         + eights * tokens * sizeof(struct eight)));
+                                         + eights * tokens * sizeof(struct eight))
+                                + parts * tokens * out * sizeof(float));
     if (!spans) return 1;
     int *channel = (int *)(spans + count);
     struct eight *room = (struct eight *)(channel + count * 8 * eights);
@@ -615,6 +619,9 @@ int codes_product(const type *x, const uint8_t *codes, const void *scales, const
         spans[s].channel = channel + s * 8 * eights;
         spans[s].x = room + s * eights * tokens;
     }
+    // Threads share the outputs; but of few outputs the rows would be short runs of memory, so they
+    // share the spans, and add up their sums in the end.
+    float *part = (float *)(room + count * eights * tokens);
     long share = ((out + threads - 1) / threads + 127) / 128 * 128;
     #pragma omp parallel num_threads(threads)
     {
@@ -623,9 +630,22 @@ int codes_product(const type *x, const uint8_t *codes, const void *scales, const
             list_span(&spans[s], x, threshold, step, tokens, in, s * size,
                       (s + 1) * size < in ? (s + 1) * size : in);
         #pragma omp for schedule(static)
-        for (long m = 0; m < threads; m++)
-            codes_outputs(spans, count, codes, scales, zeros, y, tokens, out, m * share,
-                          (m + 1) * share < out ? (m + 1) * share : out);
+        for (long m = 0; m < threads; m++) {
+            long begin = m * count / threads, end = (m + 1) * count / threads;
+            if (parts)
+                codes_outputs(spans + begin, end - begin, codes,
+                              (const char *)scales + (BITS == 8 ? 0 : 2 * begin * out),
+                              zeros + begin * out, y, part + m * tokens * out, tokens, out, 0, out);
+            else
+                codes_outputs(spans, count, codes, scales, zeros, y, NULL, tokens, out, m * share,
+                              (m + 1) * share < out ? (m + 1) * share : out);
+        }
+        #pragma omp for schedule(static)
+        for (long j = 0; j < (parts ? tokens * out : 0); j++) {
+            float sum = 0;
+            for (long m = 0; m < parts; m++) sum += part[m * tokens * out + j];
+            y[j] = from_float(sum);
+        }
     }
     free(spans);
     return 0;

@@ -257,6 +257,24 @@ def test_more_outputs_than_a_thread_has_room_for(bits, variant, monkeypatch):
 
 
 @NO_COMPILER
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_threads_share_spans_where_outputs_are_few(bits, variant, monkeypatch):
+    choose_variant(monkeypatch, variant)
+    torch.manual_seed(0)
+    weight = quantize.quantize_weight(torch.randn(130, 2500 // 32 * 32), bits, 32)
+    for rows, threads in [(1, 1), (1, 2), (1, 3), (5, 3), (8, 2)]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        x = torch.randn(rows, weight.shape[0])
+        x[:, 400:1100] = 0                                 # spans without a channel
+        kept = (x * kernel.kept(x, torch.tensor(0.5))).double()
+        tolerance = 2**-7 if quantize.rounds(x, weight) else 1e-5
+        y = quantize.codes_gemv(x, weight, 0.5, "c")
+        assert close(y, kept @ weight.dequantized(torch.float64), tolerance)
+        assert torch.equal(y, quantize.codes_gemv(x, weight, 0.5, "c"))
+
+
+@NO_COMPILER
 def test_instructions_that_multiply_bytes_are_used_where_there_are_any():
     words = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     known = [("avx512_vnni", "AVX-512 VNNI"), ("avx2", "AVX2"), ("asimddp", "NEON dot product")]
