@@ -106,7 +106,10 @@ class SparseLinear(nn.Module):
 
 
 class TransposedEmbedding(nn.Module):
-    """The embedding of a model whose tied head is a SparseLinear: its weight_t (hidden, vocab)."""
+    """An embedding that is stored as the weight of a SparseLinear, which may be its tied head.
+
+    weight_t: (hidden, vocab), or what has a tensor's `index_select` and `t`.
+    """
 
     def __init__(self, weight_t):
         super().__init__()

@@ -114,6 +114,10 @@ class QuantizedWeight(nn.Module):
         codes = unpack_codes(self.codes, self.bits, self.shape[1])              # (in, out)
         return self._numbers(codes, slice(None), dtype)
 
+    def t(self):
+        """Return what is multiplied with, transposed: (out, in) float32, as of a tensor."""
+        return self.dequantized(torch.float32).t()
+
     def index_select(self, dimension, outputs):
         """Return the columns `outputs` (n,) as (in, n) float32, as a tensor's index_select(1, ...).
 
@@ -238,7 +242,7 @@ def fitting_group(model):
 
 def relative_error(weight, quantized):
     """Return ‖w - w'‖ / ‖w‖ of a weight (out, in) and its QuantizedWeight."""
-    difference = quantized.dequantized(torch.float32).t() - weight.float()
+    difference = quantized.t() - weight.float()
     return (difference.norm() / weight.float().norm().clamp(min=1e-30)).item()
 
 
@@ -721,11 +725,6 @@ class QuantizedLinear(SparseLinear):
         del self.weight_t                # a parameter, in whose place a module comes
         self.weight_t = weight
 
-    @property
-    def weight(self):
-        """(out, in) float32, what is multiplied with."""
-        return self.weight_t.dequantized(torch.float32).t()
-
     def product(self, x):
         return codes_gemv(x, self.weight_t, self.threshold)
 
@@ -901,14 +900,15 @@ def main(allocate=None, judge=None):
                              "96, 64 and 32 as divide the inputs of every linear)")
     parser.add_argument("--head-bits", type=int, choices=[16, 8, 4], default=8,
                         help="of the head and the embedding (default: 8)")
-    parser.add_argument("--out", metavar="FOLDER",
-                        help="folder to write, which must not exist (default: only measure)")
-    parser.add_argument("--table", action="store_true",
-                        help="measure perplexity and speed, bits against sparsity (default: no)")
-    parser.add_argument("--rounding", action="store_true",
-                        help="measure what rounding the activations adds (default: no)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--out", metavar="FOLDER",
+                      help="folder to write, which must not exist (default: only measure)")
+    what.add_argument("--table", action="store_true",
+                      help="measure perplexity and speed, bits against sparsity (default: no)")
+    what.add_argument("--rounding", action="store_true",
+                      help="measure what rounding the activations adds (default: no)")
     parser.add_argument("--held-out", metavar="FILE",
-                        help="text for --rounding (default: the demo's)")
+                        help="text for --table and --rounding (default: the demo's)")
     parser.add_argument("--tokens", type=natural, default=50_000,
                         help="of the held-out text for --table and --rounding (default: 50000)")
     arguments = parser.parse_args()
@@ -922,7 +922,8 @@ def main(allocate=None, judge=None):
         require(not is_quantized(folder), f"{folder}: is quantized already")
         group = group or fitting_group(Llama.shapes(Config.read(folder)))
     if arguments.table:
-        table(folder, group, arguments.tokens, allocate, judge)
+        table(folder, group, arguments.head_bits, arguments.tokens, arguments.held_out, allocate,
+              judge)
         return
     if arguments.rounding:
         rounding_table(folder, group, arguments.head_bits, arguments.tokens, arguments.held_out)
@@ -968,22 +969,26 @@ def sizes_of(measures, names):
     return f"{before:,.1f} MB -> {after:,.1f} MB"
 
 
-def table(folder, group, count, allocate, judge, levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
+def table(folder, group, head_bits, count, held_out, allocate, judge,
+          levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
     """Print perplexity, bytes a token and tokens a second, 16, 8 and 4 bits against sparsity.
 
     Each is calibrated on its own, on 20,000 tokens, without the priced allocation, which would take
-    minutes more. Tokens a second are of decoding alone. allocate, judge: the modules.
+    minutes more. Tokens a second are of decoding alone. Activations are rounded as they are in
+    decoding; `rounding_table` shows what that adds. held_out: a path, or None for the demo's text;
+    allocate, judge: the modules.
     """
-    print(f"{folder}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{folder}, torch {torch.__version__}, {torch.get_num_threads()} threads; products by "
+          f"{instructions(torch.empty(0, dtype=torch.bfloat16), 8)}")
     print(f"{'bits':>5} {'sparsity':>9} {'realised':>9} {'perplexity':>11} {'at target':>10} "
           f"{'MB a token':>11} {'tokens/s':>9}")
     tokenizer = load_tokenizer(folder)
     train = read_tokens(tokenizer, None, "train")[0][:20_000]
-    held_out = read_tokens(tokenizer, None, "held-out")[0][:count]
+    held_out = read_tokens(tokenizer, held_out, "held-out")[0][:count]
     for bits in (16, 8, 4):
         model, _ = load_model(folder, dtype="bfloat16")
         if bits < 16:
-            quantize(model, bits, group)
+            quantize(model, bits, group, head_bits=head_bits)
         calibration = calibrate(model, train)
         allocate.add_allocations(calibration, model, train)
         whole = bytes_a_token(model)

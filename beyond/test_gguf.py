@@ -1,9 +1,12 @@
 """Tests of gguf.py: a Llama written as GGUF comes back as the same function."""
+import sys
+
 import pytest
 import torch
 
 from beyond import gguf as chapter
-from model import Config, InputError, Llama
+from beyond import timing
+from model import Config, InputError, Llama, linear_names
 
 gguf = pytest.importorskip("gguf")
 PARTS = {own: theirs for theirs, own in chapter.NAMES.items()}
@@ -130,3 +133,24 @@ def test_what_is_no_gguf_is_refused(tmp_path):
     for name, message in (("model.gguf", "not a GGUF file"), ("absent.gguf", "cannot be read")):
         with pytest.raises(InputError, match=message):
             chapter.convert(tmp_path / name, tmp_path / "out")
+
+
+@pytest.mark.parametrize("bits, kind", [(8, "Q8_0"), (4, "Q4_0")])
+def test_a_file_to_time_llama_cpp_with_has_the_shapes(monkeypatch, tmp_path, bits, kind):
+    config = Config(128, 256, 2, 2, 1, 64, 70, 64, tie_word_embeddings=True)
+    monkeypatch.setitem(timing.PRESETS, "small", config)
+    path = tmp_path / "small.gguf"
+    monkeypatch.setattr(sys, "argv", ["timing.py", "--gguf", str(path), "--shapes", "small",
+                                      "--bits", str(bits)])
+    timing.main()
+    reader = chapter.read_gguf(path)
+    assert chapter.config_of(path, reader) == config
+    tensors = {chapter.checkpoint_name(path, tensor.name): tensor for tensor in reader.tensors}
+    parameters = dict(Llama.shapes(config).named_parameters())
+    assert tensors.keys() == parameters.keys()
+    assert {tensors[f"{name}.weight"].tensor_type.name for name in linear_names(config)} == {kind}
+    assert tensors["model.embed_tokens.weight"].tensor_type.name == "Q8_0"
+    for name, tensor in tensors.items():
+        values = chapter.tensor_of(path, tensor, config)
+        assert values.shape == parameters[name].shape
+        assert values.ndim == 1 or 0.01 < values.float().std() < 0.03

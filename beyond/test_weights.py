@@ -194,12 +194,16 @@ def quantized_case(seed):
 
 
 def as_bytes(x, size):
-    """Return x (rows, in) as a row alone is rounded: eight kept of a span share a scale."""
+    """Return x (rows, in) in bytes, with a scale for each row and eight channels.
+
+    They are eight of those that any row keeps of a span of `size`.
+    """
     spans = F.pad(x, (0, -x.shape[1] % size)).view(len(x), -1, size)
-    order = (spans == 0).to(torch.int8).sort(dim=-1, stable=True).indices      # the kept ones first
-    eights = spans.gather(-1, order).unflatten(-1, (-1, 8))
-    scale = eights.abs().amax(-1, keepdim=True) / 127
-    values = (eights / scale.clamp(min=1e-30)).round() * scale
+    dropped = (spans == 0).all(0).to(torch.int8).expand(spans.shape)
+    order = dropped.sort(dim=-1, stable=True).indices      # the kept ones first
+    eights = spans.gather(-1, order).unflatten(-1, (-1, 8)).float()
+    largest = eights.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    values = (127 / largest * eights).round().double() * (largest / 127)
     return spans.scatter(-1, order, values.flatten(-2)).flatten(1)[:, :x.shape[1]]
 
 
@@ -229,7 +233,7 @@ def test_products_of_codes_against_float64(backend, monkeypatch):
         kept = x.double() * kernel.kept(x.double(), torch.as_tensor(threshold).double())
         exact = weight.dequantized(torch.float64)
         rounded = backend == "c" and quantize.rounds(x, weight)
-        if rounded and len(x) == 1:
+        if rounded:
             kept = as_bytes(kept, weight.group or quantize.SPAN)
         threshold = threshold.to(device) if isinstance(threshold, torch.Tensor) else threshold
         y = quantize.codes_gemv(x.to(device), weight.to(device), threshold, backend).cpu()
@@ -238,8 +242,7 @@ def test_products_of_codes_against_float64(backend, monkeypatch):
         scales = weight.scales.cpu().double().view(-1, y.shape[1]).amax(0)
         scale = kept.abs().sum(1, keepdim=True) * scales * (1 << weight.bits - 1)
         allowed = {torch.float32: 2**-13, torch.float16: 2**-9, torch.bfloat16: 2**-7}[x.dtype]
-        # Rows that are multiplied together share their eights.
-        allowed = max(allowed, 2**-7 * (interpreted or rounded and len(x) > 1))
+        allowed = max(allowed, 2**-7 * interpreted)
         assert ((y.double() - kept @ exact).abs() <= allowed * scale + 1e-30).all(), seed
 
 
@@ -363,7 +366,8 @@ def test_a_quantized_model_is_the_model_of_its_rounded_weights(bits, dtype, tole
     for name in [*names, "lm_head"]:
         rounded.get_submodule(name).weight.copy_(model.get_submodule(name).weight)
     every = torch.arange(model.config.vocab_size)[None]
-    rounded.model.embed_tokens.weight.copy_(model.embed(every)[0])
+    rounded.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight)
+    assert torch.equal(model.embed(every)[0], rounded.model.embed_tokens.weight)
     assert isinstance(model.lm_head, SparseLinear) == (head_bits < 16)
     assert torch.equal(model.embed(every)[0].float(), model.lm_head.weight.float()) == tied
     tokens = tokens_like(model, 1, 12)
@@ -561,14 +565,24 @@ def test_quantize_measures_and_makes_a_table(monkeypatch, capsys):
     assert len(rows) == 2 * (4 + 3)
     # The table, of a model this small on random text.
     tokens = tokens_like(tiny_model(), 1000)
+    texts = []
+
+    def read_tokens(tokenizer, path, part):
+        texts.append(path)
+        return tokens, "random tokens"
     monkeypatch.setattr(quantize, "load_tokenizer", lambda folder: None)
-    monkeypatch.setattr(quantize, "read_tokens", lambda *_: (tokens, "random tokens"))
+    monkeypatch.setattr(quantize, "read_tokens", read_tokens)
     monkeypatch.setattr(quantize, "tokens_a_second", lambda model, prompt: 1.0)
-    quantize.table("tiny", 32, 500, allocate, judge, levels=(0.0, 0.5))
+    monkeypatch.setattr(quantize.table, "__defaults__", ((0.0, 0.5),))
+    command(monkeypatch, lambda: quantize.main(allocate, judge), "--table", "--group", 32,
+            "--head-bits", 16, "--held-out", "a text", "--tokens", 500)
     rows = [row.split() for row in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:2] for row in rows] == [[bits, level] for bits in ("16", "8", "4")
                                          for level in ("0%", "50%")]
     assert float(rows[0][5]) > float(rows[2][5]) > float(rows[4][5])            # MB a token
+    model = quantize.quantize(tiny_model(), 8, 32, head_bits=16)
+    assert rows[2][5] == f"{quantize.bytes_a_token(model) / 1e6:.3f}"
+    assert texts == [None, "a text"]
 
 
 def test_what_rounding_the_activations_adds(monkeypatch, capsys, tmp_path):
@@ -590,6 +604,7 @@ def test_what_rounding_the_activations_adds(monkeypatch, capsys, tmp_path):
     (quantize.main, ["--out", DEMO], "demo: exists already"),
     (quantize.main, ["--model", "random:llama-3.2-1b"], "random weights"),
     (quantize.main, ["--bits", "5"], "--bits: invalid choice"),
+    (quantize.main, ["--table", "--out", "x"], "--out: not allowed with argument --table"),
     (rotate.main, ["--out", DEMO], "demo: exists already"),
     (rotate.main, [], "required: --out"),
     (rotate.main, ["--model", "random:llama-3.2-1b", "--out", "x"], "random weights"),

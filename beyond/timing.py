@@ -16,22 +16,26 @@ The seams: a product is a function of x, weight and threshold; a step is make_st
 
     python -m beyond.timing --dtype bfloat16 int8 int4 --figure speed.png       products
     python -m beyond.timing --steps --model random:llama-3.2-1b                 a step
+    python -m beyond.timing --gguf FILE --bits 4                random weights for llama.cpp
 """
 import contextlib
 import statistics
 import sys
 import time
 
+import numpy
 import torch
 
 import kernel
 from beyond import drafts, quantize, record
 from beyond.allocate import add_quantize, check_figure, load, pyplot, save_figure
+from beyond.gguf import NAMES
 from calibrate import load_calibration
 from generate import Sampling, plain_step, random_source
 from kernel import (begin, copies_of, dense_ways, inputs_like, listed, make_parser, median_time,
                     preset_shapes, time_levels, time_shape)
-from model import (DEMO, Parser, command_line, load_model, natural, progress, read_tokens, share)
+from model import (DEMO, PRESETS, InputError, Llama, Parser, command_line, load_model, natural,
+                   progress, read_tokens, share)
 from sparsify import sparse_mode, sparsify
 
 BITS = {"int8": 8, "int4": 4}
@@ -114,6 +118,9 @@ def time_products():
     parser.add_argument("--steps", action="store_true",
                         help="instead: time a step of decoding; its own options are in "
                              "--steps --help (default: no)")
+    parser.add_argument("--gguf", metavar="FILE",
+                        help="instead: write random weights for llama.cpp, to time it beside ours; "
+                             "its own options are in --gguf FILE --help (default: no)")
     parser.add_argument("--figure", metavar="FILE",
                         help="draw the ratios, and what the bandwidth allows, as a PNG; of several "
                              "--rows the first (default: no figure)")
@@ -322,9 +329,71 @@ def draft_costs(model, draft, sparsity):
           "the demo model's, at 1; both top-p 0.9")
 
 
+# --------------------------------------------------------------------------------------------------
+# Beside llama.cpp
+
+def write_gguf(path, config, bits):
+    """Write a GGUF file, which llama.cpp reads, of a Config's shapes: random weights, for speed.
+
+    bits: of the blocks' linears, 8 (Q8_0) or 4 (Q4_0); the embedding and the head have 8, as here.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise InputError("writing GGUF needs the package gguf: pip install gguf") from None
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list([f"t{token}" for token in range(config.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_token_merges(["t 1"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    parts = {own: theirs for theirs, own in NAMES.items()}
+    types = gguf.GGMLQuantizationType
+    for name, parameter in Llama.shapes(config).named_parameters():
+        *place, stem = name.removesuffix(".weight").split("layers.")
+        layer, stem = stem.split(".", 1) if place else (None, stem)
+        name = f"blk.{layer}.{parts[stem]}.weight" if place else f"{parts[stem]}.weight"
+        if parameter.ndim == 1:
+            writer.add_tensor(name, torch.ones(parameter.shape).numpy())
+            continue
+        kind = types.Q4_0 if place and bits == 4 else types.Q8_0
+        rows, columns = parameter.shape
+        values = gguf.quants.quantize(0.02 * torch.randn(64, columns).numpy(), kind)
+        writer.add_tensor(name, numpy.resize(values, (rows, values.shape[1])), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def make_gguf():
+    """The command line with --gguf."""
+    parser = Parser(description="Writes a GGUF file of random weights, to time llama.cpp with.")
+    parser.add_argument("--gguf", required=True, metavar="FILE", help="(default: products)")
+    parser.add_argument("--shapes", default="llama-3.2-1b", metavar="PRESET", choices=PRESETS,
+                        help=f"{', '.join(PRESETS)} (default: llama-3.2-1b)")
+    parser.add_argument("--bits", type=int, choices=[8, 4], default=4,
+                        help="of the blocks' linears; the head has 8 (default: 4)")
+    arguments = parser.parse_args()
+    write_gguf(arguments.gguf, PRESETS[arguments.shapes], arguments.bits)
+
+
 def main():
     if "--steps" in sys.argv[1:]:
         show_steps()
+    elif "--gguf" in sys.argv[1:]:
+        make_gguf()
     else:
         time_products()
 
