@@ -797,7 +797,8 @@ def test_steps_show_what_a_step_takes(monkeypatch, capsys):
         assert "behind 40 tokens" in lines[1]
         assert "40% sparse" in lines[1]
         names = [line[:28].strip() for line in lines[2:]]
-        assert names == ["recorded", "not recorded", "recorded, but for products"]
+        assert names == ["recorded", "not recorded", "recorded, but for products",
+                         "a prompt of 40 tokens"]
         values = [line[28:].replace("%", "").split() for line in lines[2:]]
         assert all(float(value) >= 0 for row in values for value in row)
 
@@ -815,7 +816,7 @@ def test_the_products_of_a_step_are_noted_while_it_is_recorded():
     assert len(calls) == 3 * 7                             # the head is not transposed
     times = timing.time_steps(model, 3)
     assert times.keys() == {(name, mode) for name in ("recorded", "not recorded", "products")
-                            for mode in ("off", "decode")}
+                            for mode in ("off", "decode")} | {("prompt", "off")}
 
 
 @pytest.mark.parametrize("draft, sizes", [("sparse", [1, 2, 3, 4, 5, 6, 7]),

@@ -174,16 +174,18 @@ def time_steps(model, behind):
     """Return the seconds of a step that looks back at `behind` tokens, {(what, mode): median}.
 
     what: "recorded", "not recorded", and where a step is recorded on a CPU "products": those of the
-    recorded step alone. mode: "off" (dense) and "decode" (sparse). All take turns.
+    recorded step alone. mode: "off" (dense) and "decode" (sparse). All take turns. Before them
+    "prompt": a pass over `behind` tokens, dense.
     """
     cache = model.make_cache(1, behind + 1)
-    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    prompt = torch.ones(1, behind, dtype=torch.int64, device=model.device)
+    token = prompt[:, :1]
     steps = {}
     products = {"off": [], "decode": []}
     times = {}
 
-    def timed(name, mode, call):
-        cache.used = behind
+    def timed(name, mode, call, used=behind):
+        cache.used = used
         began = time.perf_counter()
         call()
         if model.device.type == "cuda":
@@ -194,6 +196,9 @@ def time_steps(model, behind):
         for function, arguments in calls:
             function(*arguments)
 
+    with sparse_mode(model, "off"):
+        for _ in progress(range(WARM_UP + 3), "timing prompts"):
+            timed("prompt", "off", lambda: model(prompt, cache, last_only=True), used=0)
     for _ in progress(range(ROUNDS), "timing steps"):
         for mode, calls in products.items():
             with sparse_mode(model, mode):
@@ -234,6 +239,7 @@ def show_steps():
         dense, sparse = (max(0, 1 - times["products", mode] / times["recorded", mode])
                          for mode in ("off", "decode"))
         print(f"{'recorded, but for products':28} {dense:8.1%} {sparse:12.1%}")
+    print(f"{f'a prompt of {arguments.behind} tokens':28} {1e3 * times['prompt', 'off']:8.1f}")
 
 
 # --------------------------------------------------------------------------------------------------
