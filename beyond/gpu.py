@@ -34,6 +34,7 @@ import sys
 import time
 import traceback
 import types
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,8 @@ def do_part(pipe, device, end, function, arguments):
 # A part is forked from a server that has imported all this, and has never talked to a GPU.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["beyond.gpu"])
+# It runs this file once more, as its main module.
+warnings.filterwarnings("ignore", "'beyond.gpu' found in sys.modules", RuntimeWarning)
 
 
 @contextlib.contextmanager
@@ -379,7 +382,7 @@ def products(part, teal=None):
                     lambda i: product(xs[i % 8], weights[i % len(weights)], thresholds[i % 8],
                                       level), device, seconds)
                 used = (1 - level) * weights[0].nbytes / time_taken / read
-                line += f"{1e6 * time_taken:8.1f}{used:5.0%}"
+                line += f" {1e6 * time_taken:7.1f}{used:5.0%}"
                 part.add({"inputs": inputs, "outputs": outputs, "kind": kind, "level": level,
                           "seconds": time_taken, "dense": dense, "share": used})
             part.say(line)
