@@ -581,7 +581,7 @@ def test_what_it_costs_to_take_over_is_what_steps_lose(scored):
         log_p = steps(model, tokens[None], 60 - scored).log_softmax(-1)
         kl = F.kl_div(log_p, expected, reduction="sum", log_target=True).item() / scored
         borrower = min(set(range(5)) - set(layers))
-        assert costs[borrower, borrower] == pytest.approx(kl, rel=1e-6) and kl > 1e-6
+        assert costs[borrower, borrower] == pytest.approx(kl, rel=1e-5) and kl > 1e-6
     assert all(costs[i, layer] == float("inf") for layer in range(5) for i in range(layer + 1, 6))
 
 
