@@ -332,10 +332,11 @@ class Partial:
     def rest(self, items, label, sums):
         """Yield those of a list's items that are not done yet; what they come to is in `sums`.
 
-        sums: a tensor that the caller adds to, in place; it begins as far as the work was.
+        sums: a tensor that the caller adds to, in place; it begins as far as the work was. What was
+        kept in another shape is of other work.
         """
         done = 0
-        if label in self.tensors:
+        if label in self.tensors and self.tensors[label].shape == sums.shape:
             sums += self.tensors[label].to(sums.device)
             done = int(self.tensors[f"{label}: done"])
         for item in progress(items[done:], label):

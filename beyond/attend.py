@@ -72,8 +72,8 @@ PAGE = 16                # positions of a page
 def products(q, k, mask, over, shared):
     """Return the scores q kᵀ of all positions, over the query heads that share them.
 
-    q (B, H, 1, D), k (B, G, S, D); mask (1, S) bool or None. over: "sum" or "max". shared: whether
-    the heads of all groups share positions. What the mask hides may have any score.
+    q (B, H, 1, D), k (B, G, S, D); mask (1, S) as for model.attend. over: "sum" or "max". shared:
+    whether the heads of all groups share positions. What the mask hides may have any score.
     """
     if has_torch_function((q, k)):
         return handle_torch_function(products, (q, k), q, k, mask, over, shared)
@@ -118,8 +118,8 @@ SCORES = {"tidal": products, "window": recency, "pages": page_bounds}
 def pick(scores, mask, K):
     """Return the K positions that are read, (B, G or 1, K) int64, of scores (B, G or 1, S).
 
-    The first SINKS and the last RECENT that the mask (1, S) shows are among them, or half of K if
-    that is less, and no hidden one while others are left; of equal scores the earlier ones.
+    The first SINKS and the last RECENT are among them, or half of K if that is less; none that the
+    mask (1, S) hides, while others are left; of equal scores the earlier ones.
     """
     if has_torch_function((scores,)):
         return handle_torch_function(pick, (scores,), scores, mask, K)
@@ -129,13 +129,18 @@ def pick(scores, mask, K):
     always = (position < first) | (position > last - recent)
     scores = scores.masked_fill(always, math.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask[0], -math.inf)
+        scores = scores.masked_fill(~shown(mask), -math.inf)
     return scores.sort(descending=True, stable=True).indices[..., :K].contiguous()
 
 
 def last_shown(mask, position):
     """Return the last of all positions (S,) that the mask (1, S) shows, a tensor ()."""
-    return position[-1] if mask is None else (position * mask[0]).amax()
+    return position[-1] if mask is None else (position * shown(mask)).amax()
+
+
+def shown(mask):
+    """Return which positions a mask (1, S) shows, (S,) bool: it is bool, or numbers, 0 and -inf."""
+    return mask[0] if mask.dtype == torch.bool else mask[0] == 0
 
 
 def always_read(K):
@@ -147,7 +152,8 @@ def always_read(K):
 def attend_to(q, k, v, mask, positions):
     """Return softmax(q kᵀ / √D) v over chosen positions alone, (B, H, 1, D).
 
-    q (B, H, 1, D), k and v (B, G, S, D), mask (1, S) bool or None, positions (B, G or 1, K) int64.
+    q (B, H, 1, D), k and v (B, G, S, D), mask (1, S) as for model.attend, positions (B, G or 1, K)
+    int64.
     """
     if has_torch_function((q, k, v)):
         return handle_torch_function(attend_to, (q, k, v), q, k, v, mask, positions)
@@ -171,8 +177,9 @@ C_SOURCE = record.C_SOURCE + r"""
 int products(const args *a) {
     const uint8_t *mask = POINTER(2);
     float *scores = POINTER(3);
-    long type = a[4], G = a[5], R = a[6], S = a[7], D = a[8], end = S, largest = a[9];
+    long type = a[4], G = a[5], R = a[6], S = a[7], D = a[8], largest = a[9], first = 0, end = S;
     while (end && !mask[end - 1]) end--;
+    while (first < end && !mask[first]) first++;
     long queries = largest ? R : 1;          // a sum of products is the product of the sum
     float q[G][queries][D];
     memset(q, 0, sizeof q);
@@ -182,9 +189,9 @@ int products(const args *a) {
             load(POINTER(0), type, g * a[11] + r * a[13], D, one);
             for (long i = 0; i < D; i++) q[g][largest ? r : 0][i] += one[i];
         }
-    long threads = G * end * D > 1 << 16 ? a[15] : 1;
+    long threads = G * (end - first) * D > 1 << 16 ? a[15] : 1;
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long start = 0; start < end; start += TILE) {
+    for (long start = first; start < end; start += TILE) {
         long n = end - start < TILE ? end - start : TILE;
         for (long g = 0; g < G; g++) {
             float *score = scores + (a[10] ? 0 : g * S) + start, tile[TILE * D];
@@ -247,7 +254,7 @@ def fits_c(mask, *tensors):
     """Return whether the C functions take these tensors (1, heads, rows, D), and a mask (1, S)."""
     types = {x.dtype for x in tensors}
     return (len(types) <= 1 and types <= record.C_TYPES.keys() and mask is not None
-            and mask.is_contiguous() and c_functions() is not None
+            and mask.dtype == torch.bool and mask.is_contiguous() and c_functions() is not None
             and all(len(x) == 1 and x.stride(-1) == 1 for x in tensors))
 
 
@@ -321,7 +328,7 @@ class Plan:
 class Reading:
     """How the attentions of a model read the cache, and how much they have read: `model.reading`.
 
-    active: whether steps of one token read less, now.
+    active: whether steps of one token read less, now. A recorded step does as it did when made.
     """
 
     def __init__(self, model, plan):
@@ -393,9 +400,9 @@ def attend(q, k, v, mask):
 def read_less(model, plan):
     """Let steps of one token read the cache as planned; return the Reading, `model.reading`.
 
-    A second call gives the model another plan; steps that were made before keep theirs. InputError
-    for a plan that does not fit. Where the attention is not that of REPLACED, one line on standard
-    error says so, and everything is read as before.
+    A second call gives the model another plan; a recorded step keeps that with which it was made.
+    InputError for a plan that does not fit. Where the attention is not that of REPLACED, one line
+    on standard error says so, and everything is read as before.
     """
     plan.check(model.config)
     attentions = [block.self_attn for block in model.model.layers]
@@ -436,6 +443,8 @@ class Speculation(drafts.TreeSpeculation):
 
     def make_draft(self, draft, draft_thresholds):
         guessing = super().make_draft(draft, draft_thresholds)
+        if draft != "sparse":
+            return guessing
         sparse = guessing.mode
 
         @contextlib.contextmanager

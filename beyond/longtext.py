@@ -49,6 +49,7 @@ MODES = {"dense": "off", "sparse": "decode"}
 QUESTION = "The secret number of {} is"
 PLACES = ("Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Quito", "Riga", "Accra", "Hanoi", "Turin")
 ANSWER = 8               # tokens in which a number of five digits has room
+ROOM = 64                # tokens in which a sentence with one, a question and an answer have room
 ROUNDS = 23              # of timed steps
 WARM_UP = 3              # of them, which set things up
 
@@ -59,6 +60,11 @@ class Setting(NamedTuple):
     cache: str                       # "whole", or a name in attend.SCORES
     part: int                        # a layer reads 1 / part of the positions
     plan: Plan
+
+    @property
+    def positions(self):
+        """The share of the positions that a layer reads, in a table."""
+        return "all" if self.cache == "whole" else f"1/{self.part}"
 
 
 def settings_of(arguments, config, positions):
@@ -161,10 +167,9 @@ def measure_perplexity(arguments, model, tokenizer, tokens, page):
         ratio = over.mean().exp().item() - 1
         error = over.std().item() / math.sqrt(len(over))
         points.setdefault((setting.weights, setting.cache), []).append((read, ratio))
-        positions = "all" if setting.part == 1 else f"1/{setting.part}"
-        page.say(f"{setting.weights:>8} {skipped:8.1%} {setting.cache:>8} {positions:>10} "
+        page.say(f"{setting.weights:>8} {skipped:8.1%} {setting.cache:>8} {setting.positions:>10} "
                  f"{read:7.1%} {losses.mean().exp():11.3f} "
-                 + (f"{ratio:+6.1%} ± {error:.1%}" if setting.part > 1 else ""))
+                 + (f"{ratio:+6.1%} ± {error:.1%}" if setting.cache != "whole" else ""))
     page.write(functools.partial(draw_quality, points, "perplexity above the whole cache's (%)",
                                  "share of the cache"))
 
@@ -225,8 +230,7 @@ def answers(model, tokenizer, cache, used, question, number, setting):
 
 def measure_needle(arguments, model, tokenizer, tokens, page):
     """Measure the command `needle`, in tokens (N,)."""
-    room = 64                            # for the sentence, the question and the answer
-    length = arguments.context - room
+    length = arguments.context - ROOM
     texts = windows_of(tokens, length)[:, :-1]
     depths = len(PLACES)
     require(len(texts) >= -(-arguments.prompts // depths),
@@ -241,7 +245,7 @@ def measure_needle(arguments, model, tokenizer, tokens, page):
     for i in partial.rest(list(range(arguments.prompts)), "needle", found):
         depth = (i % depths + 0.5) / depths
         text, question = hide(tokenizer, texts[i // depths], numbers[i], PLACES[i % depths], depth)
-        cache = behind(model, text, room)
+        cache = behind(model, text, ROOM)
         for s, setting in enumerate(settings):
             found[i, s] = answers(model, tokenizer, cache, len(text), question, numbers[i], setting)
     page.say(f"a number hidden in {arguments.context} tokens and asked for at the end: found, of "
@@ -253,15 +257,14 @@ def measure_needle(arguments, model, tokenizer, tokens, page):
     depth_of = torch.arange(arguments.prompts) % depths
     for s, setting in enumerate(settings):
         these = found[:, s] > 0
-        total, positions = arguments.prompts, "all"
         if setting.cache == "whole":
-            known = these
+            known, total = these, arguments.prompts
         else:
-            these, total, positions = these & known, int(known.sum()), f"1/{setting.part}"
+            these, total = these & known, int(known.sum())
         count = int(these.sum())
         by_depth = " ".join(str(int(these[depth_of == depth].sum())) for depth in range(depths))
-        page.say(f"{setting.weights:>8} {setting.cache:>8} {positions:>10} {count:3} of {total:2}  "
-                 f"{by_depth}")
+        page.say(f"{setting.weights:>8} {setting.cache:>8} {setting.positions:>10} {count:3} of "
+                 f"{total:2}  {by_depth}")
         points.setdefault((setting.weights, setting.cache), []).append(
             (1 / setting.part, count / max(1, total)))
     page.write(functools.partial(draw_quality, points, "numbers still found (%)",
@@ -282,7 +285,7 @@ def bytes_read(model, realised, positions):
     blocks = head = 0
     for name, linear in model.named_modules():
         if isinstance(linear, (torch.nn.Linear, SparseLinear)):
-            size = sum(parameter.nbytes for parameter in linear.parameters())
+            size = sum(tensor.nbytes for tensor in linear.state_dict().values())
             head += size if name == "lm_head" else 0
             blocks += size if name != "lm_head" else 0
     attention = model.model.layers[0].self_attn
@@ -333,10 +336,10 @@ def time_behind(model, used, plan):
                 times.setdefault(name, []).append(time.perf_counter() - began)
     layers = len(model.model.layers)
     for name, (mode, less) in WAYS.items():
-        with sparse_mode(model, mode):
+        with sparse_mode(model, mode), reading.switched(less):
             reset_counts(model)
             cache.used = used
-            steps[name](token)
+            model(token, cache)          # a step on a GPU does not count each time
         positions = plan.read(used + 1, layers) if less else layers * (used + 1)
         sizes[name] = bytes_read(model, realised_sparsity(model), positions)
     return {name: (statistics.median(times[name][WARM_UP:]), sizes[name]) for name in WAYS}
@@ -395,43 +398,42 @@ def measure_draft(arguments, model, tokenizer, tokens, page):
     for prompt in progress(prompts, "drafts, texts"):
         for kind in [None, *drafting]:
             reading = read_less(model, plan)
+            reading.active = False       # a draft switches it on for its guesses
             with sparse_mode(model, "off"):
                 if kind is None:
-                    with reading.switched(False):
-                        text = generate(model, prompt, new, make_step=record.make_step)
-                        ids, _, seconds, _ = stream(text, None, lambda _: None)
-                    did = None
+                    text = generate(model, prompt, new, make_step=record.make_step)
                 else:
                     sparsity, less = kind
                     thresholds = (calibration.thresholds(sparsity) if sparsity
                                   else dict.fromkeys(names, 0.0))
-                    reading.active = False
                     text = drafts.speculate(
                         model, prompt, new, "sparse", thresholds, arguments.draft_tokens,
                         kind=attend.Speculation if less else drafts.TreeSpeculation,
                         make_step=attend.make_step)
-                    ids, _, seconds, _ = stream(text, None, lambda _: None)
-                    did = text.statistics
-            row = rows.setdefault(kind, [0, 0.0, 0, 0, []])
-            row[0] += len(ids) - 1
-            row[1] += seconds
-            row[2] += did.tokens if did else len(ids) - 1
-            row[3] += did.passes if did else len(ids) - 1
-            row[4].append(reading.share)
-    for kind, (count, seconds, written, passes, shares) in rows.items():
+                ids, _, seconds, interrupted = stream(text, None, lambda _: None)
+            if interrupted:
+                raise KeyboardInterrupt
+            count = len(ids) - 1         # the first token is the prompt's
+            written, passes = count, count
+            if kind is not None:
+                written, passes = text.statistics.tokens, text.statistics.passes
+            rows.setdefault(kind, []).append((count, seconds, written, passes, reading.share))
+    rates = {}
+    for kind, row in rows.items():
+        count, seconds, written, passes, shares = map(sum, zip(*row))
+        rates[kind] = count / seconds
         name = "none" if kind is None else f"{kind[0]:.0%} sparse" + ", less cache" * kind[1]
-        plain = rows[None][0] / rows[None][1]
-        page.say(f"{name:>24} {statistics.mean(shares):11.1%} {written / passes:14.2f} "
-                 f"{count / seconds:9.1f} {count / seconds / plain:6.2f}x")
-    page.write(functools.partial(draw_drafts, rows))
+        page.say(f"{name:>24} {shares / len(row):11.1%} {written / passes:14.2f} "
+                 f"{rates[kind]:9.1f} {rates[kind] / rates[None]:6.2f}x")
+    page.write(functools.partial(draw_drafts, rates))
 
 
-def draw_drafts(rows, plt):
+def draw_drafts(rates, plt):
     """Return a figure of tokens a second, a bar for each kind of draft."""
     figure, axis = plt.subplots(figsize=(4.6, 3), layout="constrained")
     names = ["none" if kind is None else f"{kind[0]:.0%}" + "\nless cache" * kind[1]
-             for kind in rows]
-    axis.bar(names, [count / seconds for count, seconds, *_ in rows.values()])
+             for kind in rates]
+    axis.bar(names, list(rates.values()))
     axis.set(xlabel="weights that the draft skips", ylabel="tokens/s")
     return figure
 
@@ -476,11 +478,14 @@ def costs_of_taking_over(model, tokens, scored, plan, label=""):
     inputs, chosen = [], []
     x = model.embed(rest)
     own = [block.self_attn.attend for block in blocks]
+    sees = context.mask
+    if sees is None:                     # a single token, which sees all
+        sees = torch.ones(1, len(tokens), dtype=torch.bool, device=model.device)
 
     def note_choice(whole, q, k, v, mask):
         if not chosen:
-            chosen.append(choices(q, k, mask, plan, "window"))
-        chosen.append(choices(q, k, mask, plan, "tidal"))
+            chosen.append(choices(q, k, sees, plan, "window"))
+        chosen.append(choices(q, k, sees, plan, "tidal"))
         return whole(q, k, v, mask)
 
     def log_p(x):
@@ -540,7 +545,7 @@ def measure_layers(arguments, model, tokenizer, tokens, page):
     print(f"{'read all':>8} {'KL':>8} {'cache read':>11}  layers")
     for count in range(1, layers // 2 + 1):
         total, best = best_layers(costs, count)
-        read = Plan(context // part, best).read(context, layers) / (context * layers)
+        read = Plan(plan.positions, best).read(context, layers) / (context * layers)
         print(f"{count:8} {total:8.4f} {read:11.1%}  {listed(best)}")
     chosen = best_layers(costs, arguments.count or layers // 3)[1]
     path = Path(arguments.model) / attend.LAYERS_FILE
@@ -632,10 +637,18 @@ def settle(arguments, config):
         arguments.context = arguments.context or longest
         require(arguments.context <= longest, f"--context {arguments.context} does not fit the "
                                               f"model's context of {longest}")
+    if arguments.what == "needle":
+        require(arguments.context > ROOM,
+                f"--context {arguments.context}, expected more than {ROOM}: so many are for the "
+                f"sentence, the question and the answer")
     if "scored" in arguments:
         require(arguments.scored < arguments.context - 1,
                 f"--scored {arguments.scored}, expected less than the {arguments.context} tokens "
                 f"of a text")
+    count, layers = getattr(arguments, "count", None) or 0, config.num_hidden_layers
+    require(count <= layers, f"--count {count}, expected at most {layers}, the model's layers")
+    require(getattr(arguments, "max_new_tokens", 2) > 1,
+            "--max-new-tokens 1, expected at least 2: the first one is the prompt's")
     if "behind" in arguments and not arguments.model.startswith("random:"):
         most = max(arguments.behind) if arguments.what == "speed" else (
             arguments.behind + arguments.max_new_tokens)

@@ -1,5 +1,6 @@
 """Tests of attend.py and longtext.py: which positions are read, and that nothing else changes."""
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 import kernel
 from beyond import __main__ as beyond
-from beyond import attend, drafts, longtext, record
+from beyond import attend, drafts, longtext, quantize, record
 from beyond.attend import Plan, read_less
 from beyond.conftest import random_llama
 from generate import StaticCache, generate, plain_step
@@ -139,6 +140,23 @@ def test_attention_to_chosen_positions(mask, heads):
     assert torch.allclose(attend.attend_to(q, k, v, mask, positions), expected, atol=1e-12)
 
 
+def recorded(forward, *inputs):
+    """Return what forward computes of tensors, and what does so again, all of it in C."""
+    tape = record.Tape(torch.nn.Module(), inputs)
+    with tape:
+        results = forward(*inputs)
+    assert tape.notes and not any(callable(each) for each in tape.notes)
+    tape.finish()
+    return results, tape.replay
+
+
+def chosen_and_attended(q, k, v, mask, K, over="sum", shared=False):
+    """Return (scores, positions, attention) of a layer that chooses for itself."""
+    scores = attend.products(q, k, mask, over, shared)
+    positions = attend.pick(scores, mask, K)
+    return scores, positions, attend.attend_to(q, k, v, mask, positions)
+
+
 @needs_c
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02),
                                               (torch.float16, 0.002)])
@@ -152,20 +170,13 @@ def test_c_does_what_pytorch_does(monkeypatch, dtype, tolerance, over, shared, f
     q, k, v = random_qkv(S, dtype, D=136)
     k[:, :, end:] = v[:, :, end:] = float("nan")           # what comes after is not read
     mask = mask_of(S, first, end)
-
-    def forward(q, k, v, mask):
-        scores = attend.products(q, k, mask, over, shared)
-        positions = attend.pick(scores, mask, K)
-        return positions, attend.attend_to(q, k, v, mask, positions)
-
-    tape = record.Tape(torch.nn.Module(), [q, k, v, mask])
-    with tape:
-        positions, y = forward(q, k, v, mask)
-    assert not any(callable(each) for each in tape.notes) and len(tape.notes) == 3
+    (scores, positions, y), replay = recorded(
+        functools.partial(chosen_and_attended, K=K, over=over, shared=shared), q, k, v, mask)
+    scores.fill_(7)
     positions.zero_()
     y.zero_()
-    tape.finish()
-    tape.replay()
+    replay()
+    assert (scores[..., ~mask[0]] == 7).all()              # no products with hidden keys
     shown = mask[0][positions]
     exact = attend.products(*(x.double().nan_to_num() for x in (q, k)), mask, over, shared)
     expected = attend.pick(exact, mask, K)
@@ -187,13 +198,9 @@ def test_threads_share_a_group(monkeypatch, threads, first, end):
     q, k, v = random_qkv(300, torch.float32, D=136)
     k[:, :, end:] = v[:, :, end:] = float("nan")
     mask = mask_of(300, first, end)
-    tape = record.Tape(torch.nn.Module(), [q, k, v, mask])
-    with tape:
-        y = whole_attention(q, k, v, mask)
-    assert not any(callable(each) for each in tape.notes)
+    y, replay = recorded(whole_attention, q, k, v, mask)
     y.zero_()
-    tape.finish()
-    tape.replay()
+    replay()
     exact = by_hand(*(x.double() for x in (q, k, v)), mask, torch.arange(300)[None, None])
     assert (y - exact).norm() <= 1e-5 * exact.norm()
 
@@ -202,16 +209,23 @@ def test_threads_share_a_group(monkeypatch, threads, first, end):
 def test_c_shows_nan():
     q, k, v = random_qkv(300, torch.float32)
     mask = mask_of(300, 0, 300)
-    tape = record.Tape(torch.nn.Module(), [q, k, v, mask])
-    with tape:
-        scores = attend.products(q, k, mask, "sum", False)
-        positions = attend.pick(scores, mask, 20)
-        y = attend.attend_to(q, k, v, mask, positions)
-    tape.finish()
+    (_, positions, y), replay = recorded(functools.partial(chosen_and_attended, K=20), q, k, v,
+                                         mask)
     k[0, 1, 100, 3] = float("nan")
-    tape.replay()
+    replay()
     assert 100 in positions[0, 1] and 100 not in positions[0, 0]
     assert y[0, 3:].isnan().all() and y[0, :3].isfinite().all()
+
+
+@needs_c
+def test_c_leaves_to_pytorch_what_it_does_not_know():
+    q, k, _ = random_qkv(40, torch.float32)
+    mask = mask_of(40, 0, 30)
+    assert attend.fits_c(mask, q, k)
+    numbers = torch.zeros(1, 40).masked_fill(~mask, float("-inf"))
+    for others in ((None, q), (numbers, q), (mask, q, k.half()), (mask, q.double()),
+                   (mask, q.expand(2, -1, -1, -1)), (mask, k.mT)):
+        assert not attend.fits_c(*others)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,14 +372,18 @@ def test_all_of_a_recorded_step_is_c():
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_a_static_step_reads_the_same(plan):
-    """So a CUDA graph does: the cache has one length, and K is fixed."""
-    model = tiny_model()
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_static_step_reads_the_same(plan, window, numbers):
+    """So a CUDA graph does: the cache has one length, K is fixed, and the mask is added."""
+    model = tiny_model(sliding_window=window)
     read_less(model, plan)
     tokens = tokens_of(model, 70)
 
     def static_step(model, cache):
         static = StaticCache(cache, 1)
+        if numbers:
+            static.numbers = cache.keys.new_zeros(()), cache.keys.new_full((), float("-inf"))
 
         def step(tokens):
             static.follow(cache, 1, model.config.sliding_window)
@@ -375,6 +393,19 @@ def test_a_static_step_reads_the_same(plan):
         return step
     ours = steps(model, tokens, 10, static_step, length=100)
     assert torch.allclose(ours, steps(model, tokens, 10), atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_texts_side_by_side_choose_for_themselves(plan):
+    model = tiny_model()
+    read_less(model, plan)
+    tokens = torch.cat((tokens_of(model, 50), tokens_of(model, 50, seed=1)))
+    cache = model.make_cache(2, 50)
+    model(tokens[:, :-1], cache)
+    together = model(tokens[:, -1:], cache)[:, 0]
+    alone = torch.cat([steps(model, text[None], 49) for text in tokens])
+    assert torch.allclose(together, alone, atol=1e-9)
 
 
 def test_a_second_plan_takes_the_place_of_the_first():
@@ -441,13 +472,29 @@ def test_speculation_loses_nothing(draft_tokens):
     assert reading.share < 1 or not reading.there
 
 
-def command(monkeypatch, *options):
-    """Return what python -m beyond prints with options."""
-    monkeypatch.setattr(sys, "argv", ["beyond", "--device", "cpu", *map(str, options)])
+@pytest.mark.parametrize("draft", ["recycle", "a model"])
+def test_other_drafts_read_as_they_did(draft):
+    model = tiny_model()
+    draft = tiny_model(seed=1) if draft == "a model" else draft
+    prompt = tokens_of(model, 50)[0].tolist()
+    text = list(generate(model, prompt, 20))
+    reading = read_less(model, Plan(16, (0, 3)))
+    reading.active = False
+    run = drafts.speculate(model, prompt, 20, draft, draft_tokens=3, kind=attend.Speculation)
+    assert list(run) == text
+    assert not reading.there
+
+
+def command(monkeypatch, *options, main=beyond.main):
+    """Return what python -m beyond, or another `main`, prints with options."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, options), "--device", "cpu"])
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        beyond.main()
+        main()
     return out.getvalue()
+
+
+measured = functools.partial(command, main=longtext.main)
 
 
 PROMPT = Path(attend.__file__).read_text()[:600]
@@ -521,19 +568,20 @@ def test_the_best_layers_are_those_of_all_choices():
 
 
 @torch.no_grad()
-def test_what_it_costs_to_take_over_is_what_steps_lose():
+@pytest.mark.parametrize("scored", [20, 1])
+def test_what_it_costs_to_take_over_is_what_steps_lose(scored):
     """The costs, found for many tokens at once, are those of tokens that are read one by one."""
     model = tiny_model()
     tokens = tokens_of(model, 60)[0]
     plan = Plan(16, ())
-    costs = longtext.costs_of_taking_over(model, tokens, 20, plan)
-    expected = model(tokens[None])[0, -20:].log_softmax(-1)
+    costs = longtext.costs_of_taking_over(model, tokens, scored, plan)
+    expected = model(tokens[None])[0, -scored:].log_softmax(-1)
     for layers in ((0, 1, 2, 3), (0, 1, 3, 4), (1, 2, 3, 4)):
         read_less(model, Plan(16, layers))
-        log_p = steps(model, tokens[None], 40).log_softmax(-1)
-        kl = F.kl_div(log_p, expected, reduction="sum", log_target=True).item() / 20
+        log_p = steps(model, tokens[None], 60 - scored).log_softmax(-1)
+        kl = F.kl_div(log_p, expected, reduction="sum", log_target=True).item() / scored
         borrower = min(set(range(5)) - set(layers))
-        assert costs[borrower, borrower] == pytest.approx(kl, rel=1e-6) and kl > 1e-6
+        assert costs[borrower, borrower] == pytest.approx(kl, rel=1e-5) and kl > 1e-6
     assert all(costs[i, layer] == float("inf") for layer in range(5) for i in range(layer + 1, 6))
 
 
@@ -562,14 +610,6 @@ def test_a_needle_is_hidden_at_the_end_of_a_line():
         assert abs(before / (len(written) - len(sentence)) - depth) < 0.1
         assert tokenizer.decode(question.tolist()) == "\nThe secret number of Oslo is"
 
-
-def measured(monkeypatch, *options):
-    """Return what python -m beyond.longtext prints with options."""
-    monkeypatch.setattr(sys, "argv", ["longtext.py", *map(str, options), "--device", "cpu"])
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        longtext.main()
-    return out.getvalue()
 
 
 def test_each_measurement_runs(monkeypatch, tmp_path):
@@ -623,6 +663,10 @@ def test_the_bytes_of_a_step():
     assert longtext.bytes_read(model, 0.25, 100) == expected
     sparsify(model, dict.fromkeys(names, 0.0))
     assert longtext.bytes_read(model, 0.25, 100) == expected
+    model = quantize.quantize(tiny_model(torch.bfloat16), 8)
+    blocks = sum(model.get_submodule(name).weight_t.nbytes for name in names)
+    head = model.lm_head.weight_t.nbytes
+    assert longtext.bytes_read(model, 0.25, 100) == 0.75 * blocks + head + 2 * 100 * 2 * 2 * 8
 
 
 @torch.no_grad()
@@ -646,6 +690,19 @@ def test_interrupted_work_goes_on(monkeypatch, tmp_path):
     assert (tmp_path / "attend_perplexity.partial").exists()
     left[0] = 1                          # of four there is one left
     assert measured(monkeypatch, *options) == expected
+    left[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        measured(monkeypatch, *options)
+    left[0] = 4                          # with another --scored all are
+    assert "of the last 9 of 64 tokens" in measured(monkeypatch, *options, "--scored", 9)
+
+
+def test_an_interrupted_draft_counts_for_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(longtext, "stream", lambda *_: ([1, 2, 3], 0.1, 0.1, True))
+    text = tmp_path / "text.txt"
+    text.write_text(PROMPT)
+    with pytest.raises(KeyboardInterrupt):
+        measured(monkeypatch, "draft", "--text", text, "--behind", 60)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -654,6 +711,9 @@ def test_interrupted_work_goes_on(monkeypatch, tmp_path):
     (["perplexity", "--context", "100"], "--scored 512, expected less than the 100 tokens of"),
     (["speed", "--behind", "512"], "--behind 512 does not fit the model's context of 512"),
     (["needle", "--out", "nowhere"], "nowhere is no folder; see --out"),
+    (["needle", "--context", "64"], "--context 64, expected more than 64: so many are for the"),
+    (["layers", "--count", "8"], "--count 8, expected at most 7, the model's layers"),
+    (["draft", "--behind", "40", "--max-new-tokens", "1"], "--max-new-tokens 1, expected at least"),
     (["heat"], "invalid choice: 'heat'"),
     (["speed", "--behind", "40", "--attend-layers", "9"], "--attend-layers 9, expected numbers"),
 ])
