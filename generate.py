@@ -125,8 +125,8 @@ def random_source(model, seed):
     """Return a torch.Generator on the model's device; seed None: another one each time."""
     require(seed is None or 0 <= seed < 2**63, f"seed is {seed}, expected 0 to 2^63 - 1")
     generator = torch.Generator(model.device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    return generator
+    # Such a seed as can be given again: to other processes, too.
+    return generator.manual_seed(generator.seed() % 2**63 if seed is None else seed)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1653,6 +1653,13 @@ def p_value(counts, expected, totals=1):
     return torch.special.gammaincc(freedom / 2, statistic / 2).item()
 
 
+def test_a_seed_that_is_drawn_can_be_given():
+    model = tiny_model()
+    seeds = {generate.random_source(model, None).initial_seed() for _ in range(64)}
+    assert len(seeds) == 64
+    assert all(generate.random_source(model, seed).initial_seed() == seed for seed in seeds)
+
+
 def test_sampling_repeats_with_a_seed_and_follows_the_distribution():
     model = tiny_model()
     texts = [greedy(model, [1, 2], 8, temperature=1.0, seed=seed) for seed in (3, 3, 4)]

@@ -543,7 +543,7 @@ def test_the_commands_take_a_quantized_folder(tmp_path, monkeypatch, capsys):
     eight = ["--max-new-tokens", 8]
     for main, options in [(generate.main, ["--model", small, "--sparsity", 0.5]),
                           (fast.main, ["--model", small, "--draft", "sparse", "--compare"]),
-                          (fast.main, ["--quantize", "int8", "--sparsity", 0.5])]:
+                          (fast.main, ["--quantize", "int8", "--head-bits", 4, "--sparsity", 0.5])]:
         command(monkeypatch, main, *eight, *options)
         assert "8 tokens" in capsys.readouterr().out
     with pytest.raises(InputError, match="small: is quantized already"):
