@@ -18,6 +18,7 @@ SmolLM2-135M-Instruct (98 MB, Apache 2.0), from a package of PyPI:
 
 Sources: the GGUF specification (ggml's docs/gguf.md); how llama.cpp's converter orders q and k.
 """
+import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ import torch
 
 from beyond.folders import check_new_folder, new_folder
 from model import (Config, InputError, Parser, command_line,
-                   progress, read_json, require, rope_tables, write_json, write_safetensors)
+                   progress, read_json, replacing, require, rope_tables, write_json,
+                   write_safetensors)
 
 NAMES = {                            # of a GGUF file's tensors, and the checkpoint's
     "token_embd": "model.embed_tokens",
@@ -48,12 +50,18 @@ LLAMA3_SCALINGS = [{"rope_type": "llama3", "factor": factor, "low_freq_factor": 
 SHARD_BYTES = 4_000_000_000
 
 
-def read_gguf(path):
-    """Return a gguf.GGUFReader of a file; InputError without the package, or for another file."""
+def package():
+    """Return the package gguf; InputError without it."""
     try:
         import gguf
     except ImportError:
-        raise InputError("reading GGUF needs the package gguf: pip install gguf") from None
+        raise InputError("a GGUF file needs the package gguf: pip install gguf") from None
+    return gguf
+
+
+def read_gguf(path):
+    """Return a gguf.GGUFReader of a file; InputError without the package, or for another file."""
+    gguf = package()
     try:
         return gguf.GGUFReader(path)
     except OSError as error:
@@ -69,6 +77,39 @@ def checkpoint_name(path, name):
     layer, part, kind = match.groups()
     prefix = "" if layer is None else f"model.layers.{layer}."
     return f"{prefix}{NAMES[part]}.{kind}"
+
+
+def gguf_name(name):
+    """Return the name in a GGUF file of a checkpoint's tensor: the inverse of checkpoint_name."""
+    part, _, kind = name.rpartition(".")
+    prefix = ""
+    if part.startswith("model.layers."):
+        _, _, layer, part = part.split(".", 3)
+        prefix = f"blk.{layer}."
+    return f"{prefix}{next(theirs for theirs, own in NAMES.items() if own == part)}.{kind}"
+
+
+@contextlib.contextmanager
+def writing(path, config, architecture="llama"):
+    """Give a gguf.GGUFWriter that has the numbers of a Config: `with ... as writer`.
+
+    What else it is given, tensors first of all, is in the file at `path` in the end.
+    """
+    with replacing(path) as file:
+        writer = package().GGUFWriter(file.name, architecture)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        yield writer
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def config_of(path, reader):

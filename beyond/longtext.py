@@ -257,10 +257,12 @@ def measure_needle(arguments, model, tokenizer, tokens, page):
     depth_of = torch.arange(arguments.prompts) % depths
     for s, setting in enumerate(settings):
         these = found[:, s] > 0
+        total = arguments.prompts
         if setting.cache == "whole":
-            known, total = these, arguments.prompts
+            known = these
         else:
-            these, total = these & known, int(known.sum())
+            these = these & known
+            total = int(known.sum())
         count = int(these.sum())
         by_depth = " ".join(str(int(these[depth_of == depth].sum())) for depth in range(depths))
         page.say(f"{setting.weights:>8} {setting.cache:>8} {setting.positions:>10} {count:3} of "
@@ -414,7 +416,7 @@ def measure_draft(arguments, model, tokenizer, tokens, page):
             if interrupted:
                 raise KeyboardInterrupt
             count = len(ids) - 1         # the first token is the prompt's
-            written, passes = count, count
+            written = passes = count
             if kind is not None:
                 written, passes = text.statistics.tokens, text.statistics.passes
             rows.setdefault(kind, []).append((count, seconds, written, passes, reading.share))
@@ -645,10 +647,13 @@ def settle(arguments, config):
         require(arguments.scored < arguments.context - 1,
                 f"--scored {arguments.scored}, expected less than the {arguments.context} tokens "
                 f"of a text")
-    count, layers = getattr(arguments, "count", None) or 0, config.num_hidden_layers
-    require(count <= layers, f"--count {count}, expected at most {layers}, the model's layers")
-    require(getattr(arguments, "max_new_tokens", 2) > 1,
-            "--max-new-tokens 1, expected at least 2: the first one is the prompt's")
+    layers = config.num_hidden_layers
+    if arguments.what == "layers":
+        require((arguments.count or 0) <= layers,
+                f"--count {arguments.count}, expected at most {layers}, the model's layers")
+    if arguments.what == "draft":
+        require(arguments.max_new_tokens > 1,
+                "--max-new-tokens 1, expected at least 2: the first one is the prompt's")
     if "behind" in arguments and not arguments.model.startswith("random:"):
         most = max(arguments.behind) if arguments.what == "speed" else (
             arguments.behind + arguments.max_new_tokens)

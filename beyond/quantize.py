@@ -969,8 +969,10 @@ def sizes_of(measures, names):
     return f"{before:,.1f} MB -> {after:,.1f} MB"
 
 
-def table(folder, group, head_bits, count, held_out, allocate, judge,
-          levels=(0.0, 0.25, 0.4, 0.5, 0.65)):
+LEVELS = (0.0, 0.25, 0.4, 0.5, 0.65)       # of sparsity, in the table
+
+
+def table(folder, group, head_bits, count, held_out, allocate, judge):
     """Print perplexity, bytes a token and tokens a second, 16, 8 and 4 bits against sparsity.
 
     Each is calibrated on its own, on 20,000 tokens, without the priced allocation, which would take
@@ -996,10 +998,10 @@ def table(folder, group, head_bits, count, held_out, allocate, judge,
                       for tensor in tensors_of(model.get_submodule(name)))
         sparsify(model, calibration.thresholds(0.0) | {"lm_head": None})
         settings = [judge.Setting("balanced", level, calibration.thresholds(level, "balanced"))
-                    for level in levels if level]
+                    for level in LEVELS if level]
         rows = judge.judge(model, held_out, settings)
         judge.at_target(rows)
-        for row, level in zip(rows, levels):
+        for row, level in zip(rows, LEVELS):
             mode = "decode" if level else "off"
             with sparse_mode(model, mode, calibration.thresholds(level, "balanced")):
                 reset_counts(model)

@@ -611,7 +611,6 @@ def test_a_needle_is_hidden_at_the_end_of_a_line():
         assert tokenizer.decode(question.tolist()) == "\nThe secret number of Oslo is"
 
 
-
 def test_each_measurement_runs(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     text = tmp_path / "text.txt"

@@ -9,7 +9,6 @@ from beyond import timing
 from model import Config, InputError, Llama, linear_names
 
 gguf = pytest.importorskip("gguf")
-PARTS = {own: theirs for theirs, own in chapter.NAMES.items()}
 
 
 def tiny_model(**changes):
@@ -33,36 +32,21 @@ def write_gguf(path, model, kind=None, freqs=None, **settings):
     """Write a model as llama.cpp's converter does, each tensor of type `kind` where that fits."""
     config = model.config
     kind = gguf.GGMLQuantizationType.F32 if kind is None else kind
-    writer = gguf.GGUFWriter(path, settings.pop("architecture", "llama"))
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_eos_token_id(7)
-    for name, value in settings.items():
-        writer.add_key_value(f"llama.{name.replace('__', '.')}", value, gguf.GGUFValueType.STRING)
-    for name, parameter in model.named_parameters():
-        stem, _, leaf = name.rpartition(".")
-        layer = ""
-        if stem.startswith("model.layers."):
-            _, _, number, stem = stem.split(".", 3)
-            layer = f"blk.{number}."
-        values = parameter.clone()
-        if stem in ("self_attn.q_proj", "self_attn.k_proj"):
-            halves = values.unflatten(0, (-1, 2, config.head_dim // 2))
-            values = halves.transpose(1, 2).flatten(0, 2)
-        of_type = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(values.numpy(), of_type)
-        writer.add_tensor(f"{layer}{PARTS[stem]}.{leaf}", data, raw_dtype=of_type)
-    if freqs is not None:
-        writer.add_tensor("rope_freqs.weight", freqs.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with chapter.writing(path, config, settings.pop("architecture", "llama")) as writer:
+        writer.add_eos_token_id(7)
+        for name, value in settings.items():
+            writer.add_key_value(f"llama.{name.replace('__', '.')}", value,
+                                 gguf.GGUFValueType.STRING)
+        for name, parameter in model.named_parameters():
+            values = parameter.clone()
+            if "q_proj" in name or "k_proj" in name:
+                halves = values.unflatten(0, (-1, 2, config.head_dim // 2))
+                values = halves.transpose(1, 2).flatten(0, 2)
+            of_type = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+            data = gguf.quants.quantize(values.numpy(), of_type)
+            writer.add_tensor(chapter.gguf_name(name), data, raw_dtype=of_type)
+        if freqs is not None:
+            writer.add_tensor("rope_freqs.weight", freqs.numpy())
 
 
 @pytest.fixture(autouse=True)

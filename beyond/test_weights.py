@@ -246,6 +246,12 @@ def test_products_of_codes_against_float64(backend, monkeypatch):
         assert ((y.double() - kept @ exact).abs() <= allowed * scale + 1e-30).all(), seed
 
 
+def exact_product(x, weight, threshold):
+    """Return in float64 what codes_gemv of x float32 is to come to."""
+    kept = x * kernel.kept(x, torch.tensor(threshold))
+    return kept.double() @ weight.dequantized(torch.float64)
+
+
 @NO_COMPILER
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bits", [8, 4])
@@ -254,8 +260,8 @@ def test_more_outputs_than_a_thread_has_room_for(bits, variant, monkeypatch):
     torch.manual_seed(0)
     weight = quantize.quantize_weight(torch.randn(2500, 64), bits, 32)
     x = torch.randn(7, 64)
-    expected = (x * kernel.kept(x, torch.tensor(0.5))).double() @ weight.dequantized(torch.float64)
     tolerance = 2**-7 if quantize.rounds(x, weight) else 1e-6
+    expected = exact_product(x, weight, 0.5)
     assert close(quantize.codes_gemv(x, weight, 0.5, "c"), expected, tolerance)
 
 
@@ -270,10 +276,9 @@ def test_threads_share_spans_where_outputs_are_few(bits, variant, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         x = torch.randn(rows, weight.shape[0])
         x[:, 400:1100] = 0                                 # spans without a channel
-        kept = (x * kernel.kept(x, torch.tensor(0.5))).double()
         tolerance = 2**-7 if quantize.rounds(x, weight) else 1e-5
         y = quantize.codes_gemv(x, weight, 0.5, "c")
-        assert close(y, kept @ weight.dequantized(torch.float64), tolerance)
+        assert close(y, exact_product(x, weight, 0.5), tolerance)
         assert torch.equal(y, quantize.codes_gemv(x, weight, 0.5, "c"))
 
 
@@ -573,7 +578,7 @@ def test_quantize_measures_and_makes_a_table(monkeypatch, capsys):
     monkeypatch.setattr(quantize, "load_tokenizer", lambda folder: None)
     monkeypatch.setattr(quantize, "read_tokens", read_tokens)
     monkeypatch.setattr(quantize, "tokens_a_second", lambda model, prompt: 1.0)
-    monkeypatch.setattr(quantize.table, "__defaults__", ((0.0, 0.5),))
+    monkeypatch.setattr(quantize, "LEVELS", (0.0, 0.5))
     command(monkeypatch, lambda: quantize.main(allocate, judge), "--table", "--group", 32,
             "--head-bits", 16, "--held-out", "a text", "--tokens", 500)
     rows = [row.split() for row in capsys.readouterr().out.splitlines()[2:]]

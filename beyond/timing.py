@@ -29,13 +29,13 @@ import torch
 import kernel
 from beyond import drafts, quantize, record
 from beyond.allocate import add_quantize, check_figure, load, pyplot, save_figure
-from beyond.gguf import NAMES
+from beyond.gguf import gguf_name, package, writing
 from calibrate import load_calibration
 from generate import Sampling, plain_step, random_source
 from kernel import (begin, copies_of, dense_ways, inputs_like, listed, make_parser, median_time,
                     preset_shapes, time_levels, time_shape)
-from model import (DEMO, PRESETS, InputError, Llama, Parser, command_line, load_model, natural,
-                   progress, read_tokens, share)
+from model import (DEMO, PRESETS, Llama, Parser, check_output, command_line, linear_names,
+                   load_model, natural, progress, read_tokens, share)
 from sparsify import sparse_mode, sparsify
 
 BITS = {"int8": 8, "int4": 4}
@@ -343,44 +343,26 @@ def write_gguf(path, config, bits):
 
     bits: of the blocks' linears, 8 (Q8_0) or 4 (Q4_0); the embedding and the head have 8, as here.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("writing GGUF needs the package gguf: pip install gguf") from None
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
-    writer.add_token_list([f"t{token}" for token in range(config.vocab_size)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
-    writer.add_token_merges(["t 1"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    parts = {own: theirs for theirs, own in NAMES.items()}
-    types = gguf.GGMLQuantizationType
-    for name, parameter in Llama.shapes(config).named_parameters():
-        *place, stem = name.removesuffix(".weight").split("layers.")
-        layer, stem = stem.split(".", 1) if place else (None, stem)
-        name = f"blk.{layer}.{parts[stem]}.weight" if place else f"{parts[stem]}.weight"
-        if parameter.ndim == 1:
-            writer.add_tensor(name, torch.ones(parameter.shape).numpy())
-            continue
-        kind = types.Q4_0 if place and bits == 4 else types.Q8_0
-        rows, columns = parameter.shape
-        values = gguf.quants.quantize(0.02 * torch.randn(64, columns).numpy(), kind)
-        writer.add_tensor(name, numpy.resize(values, (rows, values.shape[1])), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf = package()
+    with writing(path, config) as writer:
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_token_list([f"t{token}" for token in range(config.vocab_size)])
+        writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+        writer.add_token_merges(["t 1"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        blocks = {f"{name}.weight" for name in linear_names(config)}
+        for name, parameter in Llama.shapes(config).named_parameters():
+            if parameter.ndim == 1:
+                writer.add_tensor(gguf_name(name), torch.ones(parameter.shape).numpy())
+                continue
+            kind = gguf.GGMLQuantizationType["Q4_0" if name in blocks and bits == 4 else "Q8_0"]
+            rows, columns = parameter.shape
+            values = gguf.quants.quantize(0.02 * torch.randn(64, columns).numpy(), kind)
+            writer.add_tensor(gguf_name(name), numpy.resize(values, (rows, values.shape[1])),
+                              raw_dtype=kind)
 
 
 def make_gguf():
@@ -392,6 +374,7 @@ def make_gguf():
     parser.add_argument("--bits", type=int, choices=[8, 4], default=4,
                         help="of the blocks' linears; the head has 8 (default: 4)")
     arguments = parser.parse_args()
+    check_output(arguments.gguf, "--gguf")
     write_gguf(arguments.gguf, PRESETS[arguments.shapes], arguments.bits)
 
 
