@@ -7,22 +7,16 @@
 
 Each turn reads all weights that are not skipped, for one token: sparsity speeds up this loop.
 
-Greedy decoding (temperature 0) takes the likeliest token. Sampling divides the logits by the
-temperature, keeps the top_k likeliest tokens, and of those the fewest that hold a share top_p of
-the probability, and draws from what is left.
+Speculative decoding gains less, but its text is exactly the dense model's. A pass over a few tokens
+reads each weight once, as a pass over one token does, and takes hardly longer. So a cheap draft
+guesses the next tokens, and the model checks all guesses at once:
 
-With speculative decoding the speed-up is smaller, but the output is exactly the dense model's. A
-pass over a few tokens reads each weight once, as a pass over one token does, and takes hardly
-longer. So let something cheap guess the next tokens, and let the model check them all at once:
-
-    draft     guess what follows "the"             x1 x2 x3     the model at high sparsity, or a
-                                                                smaller one
+    draft     guess what follows "the"             x1 x2 x3     by the model at high sparsity, or by
+                                                                a smaller one
     verify    run "the x1 x2 x3" at once    ─►     x1 x2 y z    what the model writes after each
     accept    as far as both agree, and one more   x1 x2 y      three tokens for one pass
 
-Greedy: a guess stays if it is the likeliest token. Sampled: a guess x drawn from the draft's q
-stays with probability min(1, p(x) / q(x)), else a token is drawn from what p has above q; then it
-is distributed as p. (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.)
+Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
 
     python generate.py                                         the demo: dense, then sparse
     python generate.py --model FOLDER --prompt TEXT --sparsity 0.5
@@ -35,13 +29,13 @@ import math
 import time
 from dataclasses import dataclass, fields
 
-import torch
-
 import kernel
 from calibrate import load_calibration
 from model import (DEMO, InputError, KVCache, Llama, Parser, check_tokens, command_line,
                    linear_names, load_model, natural, require, share)
-from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
+from sparsify import SparseLinear, skipped_share, sparse_mode, sparsify
+
+import torch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,13 +44,13 @@ from sparsify import realised_sparsity, reset_counts, sparse_mode, sparsify
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen from logits. Every field is an argument of `generate` and an option."""
-    temperature: float = 0.0         # 0 is greedy
-    top_k: int | None = None         # None: all
-    top_p: float | None = None       # None: all
+    temperature: float = 0.0         # divides the logits; 0: greedy, the likeliest token
+    top_k: int | None = None         # so many of the likeliest tokens stay; None: all
+    top_p: float | None = None       # of these the fewest that hold this share; None: all
 
     @property
     def greedy(self):
-        """Whether the likeliest token is taken: also where float32 cannot divide by so little."""
+        """Whether the temperature is 0, or so small that float32 cannot divide by it."""
         return self.temperature < torch.finfo(torch.float32).tiny
 
     def check(self):
@@ -69,28 +63,26 @@ class Sampling:
                 f"top_p is {self.top_p}, expected above 0 and at most 1")
 
     def probabilities(self, logits):
-        """Return the distribution that is drawn from, (..., vocab), of logits (..., vocab)."""
+        """Return the distribution that logits (..., vocab) are sampled from, (..., vocab)."""
         logits = (logits - logits.max(-1, keepdim=True).values) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             best = logits.topk(self.top_k)
             nothing = torch.full_like(logits, float("-inf"))
             logits = nothing.scatter(-1, best.indices, best.values)
         p = logits.softmax(-1)
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:
             ordered, order = p.topk(min(1024, p.shape[-1]))    # nearly always enough, and quick
-            if (ordered.sum(-1) < self.top_p).any():
+            if (ordered.sum(-1, dtype=torch.float64) < self.top_p).any():
                 ordered, order = p.sort(-1, descending=True)
-            enough = ordered.cumsum(-1) - ordered >= self.top_p    # of what the likelier ones hold
+            sums = ordered.cumsum(-1, dtype=torch.float64)
+            enough = sums - ordered >= self.top_p * p.sum(-1, keepdim=True, dtype=torch.float64)
             enough[..., 0] = False
             p = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(enough, 0.0))
             p = p / p.sum(-1, keepdim=True)
         return p
 
     def choose(self, logits, generator):
-        """Return a token after each of logits (N, vocab), as (N, 1), and what it was drawn from.
-
-        That is the distributions (N, vocab), or None if greedy.
-        """
+        """Return tokens (N, 1) for logits (N, vocab), and their distributions; None if greedy."""
         if self.greedy:
             return logits.argmax(-1, keepdim=True), None
         p = self.probabilities(logits)
@@ -100,8 +92,8 @@ class Sampling:
 def draw(p, generator):
     """Return a token from each of the distributions p (N, vocab), as (N, 1).
 
-    It is where a uniform number falls among the running sums. torch.multinomial draws a number for
-    every token instead: 2.6 ms for 128,256 of them on a CPU, this takes 0.15 ms.
+    A uniform number falls among the running sums: 0.15 ms for 128,256 tokens on a CPU.
+    torch.multinomial, which draws a number for every token, takes 2.6 ms.
     """
     sums = p.cumsum(-1, dtype=torch.float64)
     uniform = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=torch.float64)
@@ -109,23 +101,26 @@ def draw(p, generator):
 
 
 def checked(logits, position):
-    """Return logits (..., T, vocab) of T tokens, the first of which stands at `position`.
-
-    Raises InputError if they are no numbers: no token can be chosen then.
-    """
-    if not math.isfinite(logits.max().item()):             # NaN, too, is the largest
-        wrong = ~logits.flatten(0, -2).max(-1).values.isfinite()
-        raise InputError(f"the logits at position {position + wrong.nonzero()[0].item()} of the "
-                         f"text are NaN or infinite: numbers in the model are too large for its "
-                         f"dtype; try --dtype bfloat16 or float32")
+    """Return logits (T, vocab), the first of position `position`; InputError for NaN, infinity."""
+    finite = logits.max(-1).values.isfinite()              # NaN, too, is the largest
+    if not finite.all():
+        first = position + finite.tolist().index(False)
+        raise InputError(f"the logits at position {first} of the text are NaN or infinite: numbers "
+                         f"in the model are too large for its dtype; try --dtype bfloat16 or "
+                         f"float32")
     return logits
+
+
+def check_seed(seed):
+    """Raise InputError unless `seed` is one that `random_source` takes."""
+    require(seed is None or 0 <= seed < 2**63, f"seed is {seed}, expected 0 to 2^63 - 1")
 
 
 def random_source(model, seed):
     """Return a torch.Generator on the model's device; seed None: another one each time."""
-    require(seed is None or 0 <= seed < 2**63, f"seed is {seed}, expected 0 to 2^63 - 1")
+    check_seed(seed)
     generator = torch.Generator(model.device)
-    # Such a seed as can be given again: to other processes, too.
+    # A drawn seed is one that can be given again.
     return generator.manual_seed(generator.seed() % 2**63 if seed is None else seed)
 
 
@@ -133,23 +128,40 @@ def random_source(model, seed):
 # Steps. A step is a function of tokens (1, T) that returns their logits (1, T, vocab), valid until
 # the next step, and appends them to the cache.
 
+SMALL = 1 << 19          # keys of a layer; attention to fewer is done before a second thread wakes
+
+
 def plain_step(model, cache, tokens=1):
-    """Return a step that runs the model. tokens: how many most steps will have."""
-    return lambda tokens: model(tokens, cache)
+    """Return a step that runs the model. tokens: the most that a step usually has.
+
+    Where other work takes a core, threads that wait for each other stand still. So on a CPU all
+    small operations run on one thread; a product itself decides how many it uses (kernel.py).
+    """
+    by_kernel = cache.keys.device.type == "cpu" and isinstance(model.lm_head, SparseLinear)
+
+    def step(tokens):
+        threads = torch.get_num_threads()
+        if by_kernel and cache.keys[0, :, :, :cache.used].numel() < SMALL:
+            torch.set_num_threads(1)
+        try:
+            return model(tokens, cache)
+        finally:
+            torch.set_num_threads(threads)
+
+    return step
 
 
 class StaticCache(KVCache):
     """A view of another cache for steps of T tokens that always use the same memory.
 
-    What changes from step to step lies in tensors that `follow` overwrites: where the tokens stand,
-    which slots of the cache they go to, and what of the whole cache they see.
+    `follow` overwrites what changes from step to step: the positions of the tokens (T,), the slots
+    of the cache they go to (T,), and the mask of what they see in the whole cache (T, room).
     """
 
     def __init__(self, cache, T):
         self.keys, self.values, self.length = cache.keys, cache.values, cache.length
         device, room = cache.keys.device, cache.keys.shape[3]
-        self.positions = torch.zeros(T, dtype=torch.int64, device=device)
-        self.slots = torch.zeros(T, dtype=torch.int64, device=device)
+        self.positions, self.slots = torch.zeros(2, T, dtype=torch.int64, device=device)
         self.mask = torch.zeros(T, room, dtype=torch.bool, device=device)
         self.all_slots = torch.arange(room, device=device)
         self.numbers = None
@@ -169,13 +181,13 @@ class StaticCache(KVCache):
     def look(self, T, window):
         if self.numbers is None:
             return self.positions, self.mask
-        # On a GPU attention adds numbers. Here they are made once, and not in every layer.
+        # On a GPU attention adds the mask as numbers: made here, once for all layers.
         return self.positions, torch.where(self.mask, *self.numbers)
 
     def append(self, layer, k, v):
         keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self.slots, k)
-        values.index_copy_(2, self.slots, v)
+        keys.index_copy_(2, self.slots, k.to(keys.dtype))
+        values.index_copy_(2, self.slots, v.to(values.dtype))
         return keys, values
 
     def advance(self, T):
@@ -183,12 +195,11 @@ class StaticCache(KVCache):
 
 
 class GraphStep:
-    """A step on a GPU: what the model launches, captured as a CUDA graph and launched again as one.
+    """A step on a GPU: all that the model launches, captured as one CUDA graph and replayed.
 
     Without it the GPU waits for Python between hundreds of small kernels, and sparsity saves
-    nothing. A graph is captured for each number of tokens, dense and sparse. Thresholds are read
-    where they lie, so that changed ones count. Kept inputs are counted in every 16th step, by a
-    graph of its own.
+    nothing. Each number of tokens and mode has its graph; those up to `tokens` are captured at
+    once. A graph reads thresholds where they lie, so that changed ones count.
     """
 
     def __init__(self, model, cache, tokens=1):
@@ -196,40 +207,26 @@ class GraphStep:
         self.cache = cache
         self.graphs = {}
         self.pool = torch.cuda.graph_pool_handle()         # memory that the graphs share
-        self.tickets = kernel.new_tickets(model.device)    # and that is not for other launches
-        self.steps = 0
-        if cache.used + tokens <= cache.length:
-            example = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
-            self.graph(example, sample=True)
-            self.graph(example, sample=False)
+        for T in range(1, min(tokens, cache.length - cache.used) + 1):
+            self.graph(torch.zeros(1, T, dtype=torch.int64, device=model.device))
 
     @torch.no_grad()
     def __call__(self, tokens):
-        graph, place, static, logits = self.graph(tokens, sample=self.steps % 16 == 0)
+        graph, place, static, logits = self.graph(tokens)
         place.copy_(tokens)
         static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
         with torch.cuda.device_of(tokens):
             graph.replay()
         self.cache.advance(tokens.shape[1])
-        self.steps += 1
         return logits
 
-    def graph(self, tokens, sample):
-        """Return (graph, its tokens, its cache, its logits) for so many tokens, in this mode.
-
-        sample: whether what is kept is counted, if the model counts at all.
-        """
+    def graph(self, tokens):
+        """Return (graph, tokens, cache, logits) of the graph for so many tokens, in this mode."""
         state = getattr(self.model, "sparse_state", None)
-        counting = state is not None and state.counting
-        sample = counting and sample
-        key = tokens.shape[1], sample, state and state.mode, id(state)
+        key = tokens.shape[1], state and (state.mode, state.dense_prefix), id(state)
         if key not in self.graphs:
-            if counting:
-                state.counting = sample
-            with torch.cuda.device_of(tokens), kernel.using_tickets(self.tickets):
+            with torch.cuda.device_of(tokens):
                 self.graphs[key] = self.capture(tokens)
-            if counting:
-                state.counting = True
         return self.graphs[key]
 
     @torch.no_grad()
@@ -239,7 +236,7 @@ class GraphStep:
         static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
         aside = torch.cuda.Stream()      # libraries set themselves up before the capture, not in it
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside), uncounted(self.model):
+        with torch.cuda.stream(aside):
             self.model(place, static)
             self.model(place, static)
         torch.cuda.current_stream().wait_stream(aside)
@@ -250,18 +247,8 @@ class GraphStep:
         return graph, place, static, logits
 
 
-@contextlib.contextmanager
-def uncounted(model):
-    """Make what a sparse model keeps inside count for nothing."""
-    state = getattr(model, "sparse_state", None)
-    counts = None if state is None else state.counts.clone()
-    yield
-    if state is not None:
-        state.counts.copy_(counts)
-
-
 def fast_step(model, cache, tokens=1):
-    """Return the fastest step of this file: a graph on a GPU, else the model itself."""
+    """Return the fastest step of this file, compiled or captured: a GraphStep, or a plain one."""
     if kernel.best_backend(cache.keys) == "triton":
         return GraphStep(model, cache, tokens)
     return plain_step(model, cache, tokens)
@@ -275,33 +262,31 @@ def generate(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=None, top
     """Return an iterator of the token ids that follow `prompt_ids`, each computed when asked for.
 
     It ends after max_new_tokens, where the model's context is full, or before a token of eos_ids.
-    temperature, top_k, top_p, and other fields of `Sampling` in `more`. seed: an int makes sampling
-    repeatable. make_step(model, cache, tokens) returns a step. Raises InputError, at once, for what
-    cannot be used.
+    temperature, top_k, top_p, more: the fields of `Sampling`. seed: an int makes sampling
+    repeatable. make_step(model, cache, tokens) returns a step. Raises InputError at once.
     """
     sampling = Sampling(temperature, top_k, top_p, **more)
     sampling.check()
     prompt = check_prompt(model, prompt_ids, max_new_tokens)
-    return _generate(model, prompt, max_new_tokens, sampling, random_source(model, seed),
-                     frozenset(eos_ids), make_step)
+    length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
+    cache = model.make_cache(1, length)
+    return decode(model, prompt, cache, make_step(model, cache), sampling,
+                  random_source(model, seed), frozenset(eos_ids))
 
 
 @torch.no_grad()
-def _generate(model, prompt, max_new_tokens, sampling, generator, eos_ids, make_step):
-    length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
-    cache = model.make_cache(1, length)
+def decode(model, prompt, cache, step, sampling, generator, eos_ids):
+    """Yield the tokens that follow a prompt (1, T), as many as the cache has room for."""
     logits = model(prompt, cache, last_only=True)[:, -1]                        # (1, vocab)
-    step = make_step(model, cache)
-    for left in reversed(range(length - prompt.shape[1])):
+    for left in reversed(range(cache.length - prompt.shape[1])):
         tokens, _ = sampling.choose(logits, generator)                          # (1, 1)
-        # The one wait for a device. NaN, too, is the largest; a float32 holds any token.
+        # The only wait for a device. NaN, too, is the largest; a float32 holds any token.
         token, largest = torch.stack((tokens[0, 0], logits.max())).tolist()
-        token = int(token)
         if not math.isfinite(largest):
             checked(logits, cache.used - 1)
         if token in eos_ids:
             return
-        yield token
+        yield int(token)
         if left:
             logits = step(tokens)[:, -1]
 
@@ -327,29 +312,29 @@ DRAFT_TOKENS = 3         # guesses a pass; python -m beyond finds the best numbe
 class ModelDraft:
     """Guesses token by token with a model: the verifier itself at high sparsity, or a smaller one.
 
-    The verifier itself works in the verifier's cache: the keys and values it writes lie after the
-    verified ones, and the verify pass writes the exact ones over them. A smaller model has a cache
-    of its own, and first catches up with what was written.
+    The verifier guesses in its own cache, after the verified positions; the verify pass overwrites
+    these keys and values. A smaller model has a cache of its own, and first catches up with the
+    text. thresholds: for the guesses of a sparsified model, as `sparse_mode` takes them.
     """
 
-    def __init__(self, model, cache, sampling, generator, make_step, mode=contextlib.nullcontext):
-        """mode: makes the context in which the model guesses."""
+    def __init__(self, model, cache, sampling, generator, make_step, thresholds=None):
         self.model, self.cache, self.sampling, self.generator = model, cache, sampling, generator
-        self.make_step, self.mode, self.step = make_step, mode, None
+        self.mode = functools.partial(sparse_mode, model, "all", thresholds)
+        with self.mode():
+            self.step = make_step(model, cache, 2)
 
     def guess(self, ids, n):
-        """Return up to n guesses at what follows `ids`, and the distributions q (n, vocab) they are
-        drawn from, None if greedy. They are fewer where the cache ends."""
+        """Return up to n guesses at what follows `ids`, fewer where the cache ends, and their q.
+
+        q: (n, vocab), the distributions that they were drawn from; None if greedy.
+        """
         self.cache.used = min(self.cache.used, len(ids) - 1)
         tokens = torch.tensor([ids[self.cache.used:]], device=self.model.device)
         guesses, q = [], []
         for _ in range(min(n, self.cache.length - len(ids) + 1)):
             with self.mode():
-                if tokens.shape[1] > 2:
-                    logits = self.model(tokens, self.cache, last_only=True)
-                else:
-                    self.step = self.step or self.make_step(self.model, self.cache)
-                    logits = self.step(tokens)
+                behind = tokens.shape[1] > 2                                    # a whole prompt
+                logits = self.model(tokens, self.cache, True) if behind else self.step(tokens)
             tokens, p = self.sampling.choose(logits[:, -1], self.generator)     # (1, 1), (1, vocab)
             guesses.append(tokens.item())
             q.append(p)
@@ -358,47 +343,28 @@ class ModelDraft:
 
 @dataclass
 class Statistics:
-    """What a speculative run did. tokens: written by verify passes."""
-    tokens: int = 0
-    passes: int = 0
+    """What a speculative run did."""
+    tokens: int = 0                      # written by verify passes
+    passes: int = 0                      # of the verifier, without the prompt's
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
-    reached: list = None     # how often a guess at each place was judged, those before it accepted
-    accepted: list = None    # how often it was accepted
 
     @property
     def tokens_a_pass(self):
         return self.tokens / max(1, self.passes)
 
-    @property
-    def acceptance(self):
-        """The share of guesses accepted at each place, of those that were judged."""
-        return [a / r for a, r in zip(self.accepted or (), self.reached or ())]
-
-    def lines(self):
-        """Return what there is to say, beside the numbers above."""
-        places = " ".join(f"{share:.0%}" for share in self.acceptance)
-        return [f"guesses accepted, by place: {places}"] if self.passes else []
-
-    def record(self, guesses, accepted):
+    def record(self, guesses, accepted, draft_seconds, verify_seconds):
         """Count a pass that judged so many guesses, and accepted so many of them."""
         self.passes += 1
-        self.reached = self.reached or []
-        self.accepted = self.accepted or []
-        for place in range(min(guesses, accepted + 1)):
-            if place == len(self.reached):
-                self.reached.append(0)
-                self.accepted.append(0)
-            self.reached[place] += 1
-            self.accepted[place] += place < accepted
+        self.draft_seconds += draft_seconds
+        self.verify_seconds += verify_seconds
 
 
 def from_guess(p, q, guess, generator):
     """Return a token distributed as p (vocab,), given a guess drawn from q (vocab,).
 
-    With probability min(1, p/q) it is the guess; else it is drawn from where p is above q. A token
-    so comes out with probability min(p, q) + (what was refused in all) * (p - q)₊ / Σ (p - q)₊ =
-    min(p, q) + (p - q)₊ = p.
+    It is the guess with probability min(1, p/q), else a token drawn from (p - q)₊. The first gives
+    a token the probability min(p, q) in all, the second (p - q)₊; their sum is p.
     """
     uniform = torch.rand((), generator=generator, device=p.device)
     if uniform * q[guess] < p[guess]:
@@ -408,11 +374,11 @@ def from_guess(p, q, guess, generator):
 
 
 def verdict(logits, guesses, q, sampling, generator):
-    """Return what the model itself writes, given its logits (n + 1, vocab) at n guesses: a list.
+    """Return the list of tokens that the model itself writes, all but the last of them guessed.
 
-    Greedy: each token is the likeliest. Sampled: each is drawn from the model's distribution p, by
-    way of the guess if that was drawn too, from q (n, vocab). While a guess is that token, the next
-    one is judged: all tokens but the last were guessed.
+    logits: (n + 1, vocab), of the model, before and after each of n guesses; q: (n, vocab), the
+    distributions that the guesses were drawn from, or None. Greedy: each token is the likeliest.
+    Sampled: each is drawn from the model's distribution, by way of the guess if that was drawn.
     """
     written = []
     for i in range(len(guesses) + 1):
@@ -427,21 +393,20 @@ def verdict(logits, guesses, q, sampling, generator):
 
 def generate_speculative(model, prompt_ids, max_new_tokens, draft="sparse", draft_thresholds=None,
                          draft_tokens=None, temperature=0.0, top_k=None, top_p=None, seed=None,
-                         eos_ids=(), sparse_verifier=False, make_step=fast_step, kind=None, **more):
+                         eos_ids=(), make_step=fast_step, kind=None, **more):
     """Return the text of `generate` in fewer passes: an iterator of token ids, with .statistics.
 
-    The text is the dense model's, whatever is sparse: that of `generate` in sparse_mode "off". With
-    sparse_verifier it is that of `generate` in the mode now in force; in mode "all" it always is.
-    Greedy text is the same token for token, up to rounding (sums over several tokens are taken in
-    another order than over one); sampled text has the same distribution.
+    The text is that of `generate` in sparse_mode "off". Greedy text is the same token for token, up
+    to rounding (a pass over several tokens sums in another order); sampled text has the same
+    distribution.
 
     draft: "sparse": the model itself (sparsified) with draft_thresholds, as sparse_mode takes them;
                None: those in force
            a Llama with the same vocabulary, on the same device
            an object with guess(ids, n) -> (up to n tokens, q (n, vocab) that they were drawn from,
                or None if they were not drawn)
-    draft_tokens: how many tokens to guess a pass; None: a few. kind: the class of the iterator;
-    None: Speculation. Everything else as for `generate`.
+    draft_tokens: guesses a pass; None: DRAFT_TOKENS. kind: the class of the iterator; None:
+    Speculation. Everything else as for `generate`.
     """
     sampling = Sampling(temperature, top_k, top_p, **more)
     sampling.check()
@@ -450,57 +415,52 @@ def generate_speculative(model, prompt_ids, max_new_tokens, draft="sparse", draf
             f"draft_tokens is {draft_tokens}, expected at least 1")
     return (kind or Speculation)(
         model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens, sampling,
-        random_source(model, seed), frozenset(eos_ids), sparse_verifier, make_step)
+        random_source(model, seed), frozenset(eos_ids), make_step)
 
 
 class Speculation:
     """The iterator that generate_speculative returns."""
 
-    ROOM = 0             # positions of the cache after the text, for drafts that go beyond its end
+    against = "the dense model"          # whose text it is
 
     def __init__(self, model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens,
-                 sampling, generator, eos_ids, sparse_verifier, make_step):
-        state = getattr(model, "sparse_state", None)
-        mode = state.mode if state else "off"
-        require(mode != "all" or not state.dense_prefix,
-                "a dense prefix is not for decoding, where every step would begin anew")
-        if mode == "decode" and not sparse_verifier:
-            mode = "off"
-        verify_mode = "off" if mode == "off" else "all"      # a verify pass has several tokens
-        thresholds = state.thresholds.clone() if state else None
-        self.reading = lambda: sparse_mode(model, mode, thresholds)
-        self.verifying = lambda: sparse_mode(model, verify_mode, thresholds)
-        self.against = "the dense model" if mode == "off" else "the sparse model"
-        self.model, self.prompt, self.draft_tokens = model, prompt, draft_tokens
-        self.sampling, self.generator, self.eos_ids = sampling, generator, eos_ids
-        self.make_step = make_step
+                 sampling, generator, eos_ids, make_step):
+        self.model, self.prompt, self.eos_ids = model, prompt, eos_ids
+        self.sampling, self.generator, self.make_step = sampling, generator, make_step
+        self.draft_tokens = draft_tokens or DRAFT_TOKENS
         self.length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
         self.cache = self.make_cache()
         self.draft = self.make_draft(draft, draft_thresholds)
+        with self.verifying():
+            self.step = make_step(model, self.cache, self.draft_tokens + 1)
         self.statistics = Statistics()
         self.text = self.run()
 
+    def verifying(self):
+        """Return the context in which the model reads the prompt and verifies."""
+        return sparse_mode(self.model, "off")
+
     def make_cache(self):
         """Return the verifier's cache."""
-        return self.model.make_cache(1, self.length + self.ROOM)
+        return self.model.make_cache(1, self.length)
 
-    def make_draft(self, draft, draft_thresholds):
-        """Return the draft object that an argument `draft` means; InputError if it means none."""
+    def make_draft(self, draft, thresholds):
+        """Return the object that guesses for an argument `draft`; InputError if there is none."""
         model = self.model
+        parts = self.sampling, self.generator, self.make_step
         if draft == "sparse":
-            state = getattr(model, "sparse_state", None)
-            require(state, 'draft "sparse" needs a model made sparse: sparsify(model, thresholds)')
-            with sparse_mode(model, "all", draft_thresholds or {}):
-                thresholds = state.thresholds.clone()
-            return ModelDraft(model, self.cache, self.sampling, self.generator, self.make_step,
-                              lambda: sparse_mode(model, "all", thresholds))
+            require(hasattr(model, "sparse_state"),
+                    'draft "sparse" needs a model made sparse: sparsify(model, thresholds)')
+            with sparse_mode(model, "all", thresholds):
+                thresholds = model.sparse_state.thresholds.clone()
+            return ModelDraft(model, self.cache, *parts, thresholds)
         if isinstance(draft, Llama):
             ours, theirs = model.config.vocab_size, draft.config.vocab_size
             require(ours == theirs, f"the draft model has {theirs} tokens, the model {ours}")
             require(draft.device == model.device,
                     f"the draft model is on {draft.device}, the model on {model.device}")
-            cache = draft.make_cache(1, min(self.length, draft.config.max_position_embeddings))
-            return ModelDraft(draft, cache, self.sampling, self.generator, self.make_step)
+            length = min(self.length, draft.config.max_position_embeddings)
+            return ModelDraft(draft, draft.make_cache(1, length), *parts)
         require(hasattr(draft, "guess"),
                 f'draft is "sparse", a Llama, or an object with guess(ids, n), not {draft!r}')
         return draft
@@ -514,12 +474,9 @@ class Speculation:
     @torch.no_grad()
     def run(self):
         ids = self.prompt[0].tolist()
-        with self.reading():
+        with self.verifying():
             logits = checked(self.read_prompt(), len(ids) - 1)                  # (1, vocab)
         written = [self.sampling.choose(logits, self.generator)[0].item()]
-        with self.verifying():
-            self.verify = self.make_step(self.model, self.cache,
-                                         (self.draft_tokens or DRAFT_TOKENS) + 1)
         while True:
             for token in written:
                 if token in self.eos_ids:
@@ -535,23 +492,25 @@ class Speculation:
         """Run the prompt through the verifier, and return its last logits (1, vocab)."""
         return self.model(self.prompt, self.cache, last_only=True)[:, -1]
 
+    def verify(self, tokens):
+        """Return the logits (T, vocab) after each of a list of T tokens."""
+        with self.verifying():
+            return self.step(torch.tensor([tokens], device=self.model.device))[0]
+
     def round(self, ids):
         """Draft, verify, accept: return the tokens that follow `ids`, at least one."""
         began = time.perf_counter()
         start = len(ids) - 1                               # all but the last are in the cache
         # The last token that is wanted comes from the verifier.
-        n = min(self.draft_tokens or DRAFT_TOKENS, self.length - len(ids) - 1)
-        guesses, q = self.draft.guess(ids, n)
+        guesses, q = self.draft.guess(ids, min(self.draft_tokens, self.length - len(ids) - 1))
         drafted = time.perf_counter()
         self.cache.used = start
-        with self.verifying():
-            logits = self.verify(torch.tensor([[ids[-1], *guesses]], device=self.model.device))[0]
+        logits = self.verify([ids[-1], *guesses])
         written = verdict(logits, guesses, q, self.sampling, self.generator)
-        checked(logits[:len(written)], start)              # what follows a wrong guess is no matter
+        checked(logits[:len(written)], start)              # logits after a wrong guess are unused
         self.cache.used = start + len(written)
-        self.statistics.record(len(guesses), len(written) - 1)
-        self.statistics.draft_seconds += drafted - began
-        self.statistics.verify_seconds += time.perf_counter() - drafted
+        self.statistics.record(len(guesses), len(written) - 1, drafted - began,
+                               time.perf_counter() - drafted)
         return written
 
 
@@ -561,53 +520,34 @@ class Speculation:
 class StreamDecoder:
     """Turns tokens into text as they come, whole characters only.
 
-    A character may be spread over several tokens, and what a token spells may depend on those
-    before it. So the text of the last few tokens is decoded anew with each token, and given out as
-    far as it is new and sure. Between calls the first `given` characters of decode(pending) were
-    given out.
+    A character may be spread over several tokens, and a token may be spelled by those before it. So
+    pending tokens are decoded after the last ones whose text was given out.
     """
-    CONTEXT = 8              # tokens kept before the new ones
-    PATIENCE = 32            # tokens to wait for a character to become whole
 
     def __init__(self, tokenizer, prompt_ids=()):
         self.tokenizer = tokenizer
-        ids = list(prompt_ids)
-        self.keep(ids, tokenizer.decode(ids))
-
-    def keep(self, ids, text):
-        """Keep the last of `ids`, which spell `text`, from where a character begins."""
-        self.waited = 0
-        last = len(ids) - self.CONTEXT
-        for first in range(last, last - 4, -1):            # a character has at most four bytes
-            end = self.tokenizer.decode(ids[max(first, 0):])
-            if text.endswith(end):       # not so where a character was cut in two
-                break
-        self.pending = ids[max(first, 0):]
-        self.given = len(end)
+        self.shown = list(prompt_ids)[-8:]                 # whose text was given out
+        while tokenizer.decode(self.shown).startswith("\ufffd"):          # cut inside a character
+            del self.shown[0]
+        self.pending = []
 
     def add(self, token):
         """Return the text that `token` completes; "" while a character is unfinished."""
         self.pending.append(token)
-        text = self.tokenizer.decode(self.pending)
-        if text.endswith("\ufffd") and self.waited < self.PATIENCE:
-            self.waited += 1
+        text = self.end()
+        if text.endswith("\ufffd"):
             return ""
-        new = text[self.given:]
-        self.given = len(text)
-        self.waited = 0
-        if len(self.pending) >= 2 * self.CONTEXT:
-            self.keep(self.pending, text)
-        return new
+        self.shown = self.pending if text else self.shown + self.pending
+        self.pending = []
+        return text
 
     def end(self):
-        """Return what is left when no token follows: bytes that are no character show as U+FFFD."""
-        new = self.tokenizer.decode(self.pending)[self.given:]
-        self.pending = []
-        self.given = 0
-        return new
+        """Return the text of the pending tokens, where an unfinished character is U+FFFD."""
+        before = self.tokenizer.decode(self.shown)
+        return self.tokenizer.decode(self.shown + self.pending)[len(before):]
 
 
-def stream(tokens, decoder, show):
+def stream(tokens, decoder=None, show=lambda text: None):
     """Take tokens from an iterator to its end, show their text as it comes, and measure.
 
     Returns (ids, seconds to the first token, seconds for the rest, whether Ctrl-C ended it early).
@@ -633,52 +573,39 @@ def stream(tokens, decoder, show):
 PROMPT = 'class Stack:\n    """A last-in, first-out stack of items."""\n\n    def __init__(self'
 
 
-DRAFT_HELP = ("speculate: sparse (guesses by the model itself, sparser), demo, or the folder of a "
-              "smaller model (default: no speculation)")
-
-
-def make_parser(draft_help=DRAFT_HELP, draft_tokens_default=str(DRAFT_TOKENS)):
+def make_parser():
     """Return the Parser of `python generate.py`; python -m beyond adds options to it."""
     parser = Parser(description="Writes text with a Llama. Without arguments: the demo model, "
-                                "dense and then sparse.")
+                                "dense and sparse, and what that gains on this machine.")
     parser.add_model()
-    parser.add_argument("--prompt", help="text to continue (default: the beginning of a class)")
-    parser.add_argument("--sparsity", type=share, metavar="S",
-                        help="share of the blocks' weights to skip, 0 to below 1 (default: 0.5 "
-                             "after a dense run to compare; 0 with --draft)")
-    parser.add_argument("--head-sparsity", type=share, metavar="S",
-                        help="share of the head's weights to skip (default: 0, as in the paper)")
-    parser.add_argument("--draft", metavar="KIND", help=draft_help)
-    parser.add_argument("--draft-sparsity", type=share, metavar="S",
-                        help="of --draft sparse (default: 0.75)")
-    parser.add_argument("--draft-tokens", type=natural, metavar="N",
-                        help=f"guesses a pass (default: {draft_tokens_default})")
-    parser.add_argument("--compare", action="store_true",
-                        help="with --draft: decode plainly too (default: no)")
-    parser.add_argument("--max-new-tokens", type=natural, default=128, metavar="N",
-                        help="(default: 128)")
-    parser.add_argument("--temperature", type=float,
-                        help="0 is greedy (default: 0; 1 in the demo, where so small a model would "
-                             "soon repeat itself)")
-    parser.add_argument("--top-k", type=int,
-                        help="sample from the k likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float,
-                        help="sample from the likeliest tokens that hold this share (default: all; "
-                             "0.9 in the demo)")
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable (default: 0 when runs "
-                                                 "are compared, else none)")
-    parser.add_argument("--calibration", metavar="FILE",
-                        help="(default: calibration.safetensors in the checkpoint folder)")
-    parser.add_argument("--allocation",
-                        help="how the sparsity is shared out (default: the best that the "
-                             "calibration holds)")
+    add = parser.add_argument
+    add("--prompt", help="text to continue (default: the beginning of a class)")
+    add("--sparsity", type=share, metavar="S", help="share of the blocks' weights to skip, 0 to "
+        "below 1 (default: 0.5 beside a dense run; 0 with --draft)")
+    add("--draft", metavar="KIND", help="speculate: sparse (guesses by the model itself, sparser), "
+        "demo, or the folder of a smaller model (default: no speculation)")
+    add("--draft-sparsity", type=share, metavar="S", help="of --draft sparse (default: 0.75)")
+    add("--draft-tokens", type=natural, metavar="N",
+        help=f"guesses a pass (default: {DRAFT_TOKENS})")
+    add("--compare", action="store_true", help="with --draft: decode plainly too (default: no)")
+    add("--max-new-tokens", type=natural, default=128, metavar="N", help="(default: 128)")
+    add("--temperature", type=float, help="0 is greedy (default: 0; 1 in the demo, where so small "
+        "a model would soon repeat itself)")
+    add("--top-k", type=int, help="sample from the k likeliest tokens (default: all)")
+    add("--top-p", type=float, help="sample from the likeliest tokens that hold this share "
+        "(default: all; 0.9 in the demo)")
+    add("--seed", type=int, help="makes sampling repeatable (default: 0 when runs are compared, "
+        "else none)")
+    parser.add_calibration()
+    add("--allocation", help="how the sparsity is shared out (default: the best that the "
+        "calibration holds)")
     return parser
 
 
 def settle(arguments):
     """Check the arguments of `make_parser`, and put values where none were given."""
-    demo = arguments.model == str(DEMO) and arguments.prompt is None and not arguments.draft
     if arguments.temperature is None:
+        demo = arguments.model == str(DEMO) and arguments.prompt is None and not arguments.draft
         arguments.temperature = 1.0 if demo else 0.0
         if demo and arguments.top_p is None:
             arguments.top_p = 0.9
@@ -694,8 +621,7 @@ def settle(arguments):
         arguments.sparsity = 0.0 if arguments.draft else 0.5
     if arguments.compare and arguments.seed is None:
         arguments.seed = 0
-    require(arguments.seed is None or 0 <= arguments.seed < 2**63,
-            f"seed is {arguments.seed}, expected 0 to 2^63 - 1")
+    check_seed(arguments.seed)
     sampling_of(arguments).check()
     return arguments
 
@@ -706,17 +632,15 @@ def sampling_of(arguments):
 
 
 class Writer:
-    """What `python generate.py` does with a model. python -m beyond gives it other parts.
+    """What `python generate.py` does with a model. A chapter's Writer overrides what it changes."""
 
-    make_step, speculate: as fast_step and generate_speculative; realised: as realised_sparsity.
-    """
-
-    OWN_DRAFTS = ("sparse",)         # those that are no folder
+    OWN_DRAFTS = ("sparse",)             # drafts that are no folder
+    load_model = staticmethod(load_model)
 
     def __init__(self, arguments, model, tokenizer, make_step=fast_step,
-                 speculate=generate_speculative, realised=realised_sparsity):
+                 speculate=generate_speculative):
         self.arguments, self.model, self.tokenizer = arguments, model, tokenizer
-        self.make_step, self.speculate, self.realised = make_step, speculate, realised
+        self.make_step, self.speculate = make_step, speculate
         self.eos_ids = tokenizer.eos_ids if tokenizer else ()
         self.draft = arguments.draft
         if self.draft and self.draft not in self.OWN_DRAFTS:
@@ -724,18 +648,9 @@ class Writer:
 
     def load_draft(self, name):
         """Return the draft model `name`, which needs the tokenizer of the model."""
-        arguments = self.arguments
-        draft, tokenizer = load_model(name, arguments.device, arguments.dtype)
-        if (tokenizer is None) != (self.tokenizer is None):
-            raise InputError(f"--draft {name}: one of the two models has a tokenizer, the other "
-                             f"has random weights and none")
-        if tokenizer is not None:
-            pairs = zip(self.tokenizer.pieces(), tokenizer.pieces())
-            other = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-            sizes = {self.tokenizer.vocab_size, tokenizer.vocab_size}
-            at = min(sizes) if other is None and len(sizes) > 1 else other
-            require(at is None, f"--draft {name}: its tokenizer is not the model's, they differ "
-                                f"from token {at} on")
+        draft, tokenizer = self.load_model(name, self.arguments.device, self.arguments.dtype)
+        ours, theirs = (each and each.pieces() for each in (self.tokenizer, tokenizer))
+        require(ours == theirs, f"--draft {name}: its tokenizer is not the model's")
         return sparsify(draft, dict.fromkeys([*linear_names(draft.config), "lm_head"]))
 
     @functools.cached_property
@@ -743,70 +658,11 @@ class Writer:
         return load_calibration(self.model, self.arguments.model, self.arguments.calibration)
 
     def thresholds(self, sparsity):
-        """Return the thresholds of a sparsity; at 0 they are None, which is dense by our kernel."""
-        names = linear_names(self.model.config)
+        """Return the thresholds of a sparsity; None at 0: dense, but by our kernel."""
+        thresholds = dict.fromkeys(linear_names(self.model.config))
         if sparsity:
             thresholds = self.calibration.thresholds(sparsity, self.arguments.allocation)
-        else:
-            thresholds = dict.fromkeys(names)
-        thresholds["lm_head"] = None
-        if self.arguments.head_sparsity:
-            thresholds["lm_head"] = self.calibration.head_threshold(self.arguments.head_sparsity)
-        return thresholds
-
-    def text(self, prompt, speculative=False):
-        """Return an iterator of the tokens that follow a prompt."""
-        arguments = self.arguments
-        settings = vars(sampling_of(arguments)) | {"seed": arguments.seed, "eos_ids": self.eos_ids}
-        if not speculative:
-            return generate(self.model, prompt, arguments.max_new_tokens, make_step=self.make_step,
-                            **settings)
-        sparse = bool(arguments.sparsity or arguments.head_sparsity)
-        thresholds = {}
-        if self.draft == "sparse":
-            for name, threshold in self.thresholds(arguments.draft_sparsity).items():
-                if threshold is not None or name != "lm_head":
-                    thresholds[name] = 0.0 if threshold is None else threshold
-        return self.speculate(self.model, prompt, arguments.max_new_tokens, self.draft, thresholds,
-                              arguments.draft_tokens, sparse_verifier=sparse,
-                              make_step=self.make_step, **settings)
-
-    def show(self, title, prompt, tokens):
-        """Write the text of an iterator of tokens; return (ids, tokens a second)."""
-        print(f"--- {title}")
-        decoder = None
-        if self.tokenizer is not None:
-            decoder = StreamDecoder(self.tokenizer, prompt)
-            print(self.tokenizer.decode(prompt), end="", flush=True)
-        reset_counts(self.model)
-        ids, first, rest, interrupted = stream(
-            tokens, decoder, lambda text: print(text, end="", flush=True))
-        # The first token is the prompt's.
-        rate = (len(ids) - 1) / rest if len(ids) > 1 else 0.0
-        unread = "" if self.draft or interrupted else self.unread()
-        print(f"\n--- {title}: {len(ids)} tokens, {rate:.1f} tokens/s, prompt of {len(prompt)} in "
-              f"{first * 1e3:.0f} ms{unread}", flush=True)
-        if interrupted:
-            raise KeyboardInterrupt
-        return ids, rate
-
-    def unread(self):
-        """Return what the last text did not read, in words."""
-        return f", {self.realised(self.model):.1%} of the blocks' weights skipped"
-
-    @property
-    def mode(self):
-        """The sparse_mode in which the command line wants its text."""
-        return "decode" if self.arguments.sparsity or self.arguments.head_sparsity else "off"
-
-    @property
-    def title(self):
-        """What the text of that mode is called."""
-        return "dense" if self.mode == "off" else f"{self.arguments.sparsity:.0%} sparse"
-
-    def baseline(self):
-        """Return the context in which a text is written to be compared with."""
-        return sparse_mode(self.model, "off")
+        return thresholds | {"lm_head": None}              # the paper leaves the head dense
 
     def prepare(self):
         """Make the model as sparse as the command line wants it."""
@@ -815,51 +671,115 @@ class Writer:
             thresholds |= dict.fromkeys(linear_names(self.model.config), 0.0)  # the draft has more
         sparsify(self.model, thresholds)
 
+    def baseline(self):
+        """Return the context in which a text is written to be compared with."""
+        return sparse_mode(self.model, "off")
+
+    def text(self, prompt, speculative=False, tokens=None):
+        """Return an iterator of the tokens that follow a prompt."""
+        arguments = self.arguments
+        tokens = tokens or arguments.max_new_tokens
+        settings = vars(sampling_of(arguments)) | {"seed": arguments.seed, "eos_ids": self.eos_ids,
+                                                   "make_step": self.make_step}
+        if not speculative:
+            return generate(self.model, prompt, tokens, **settings)
+        thresholds = None
+        if self.draft == "sparse":
+            thresholds = self.thresholds(arguments.draft_sparsity)
+            del thresholds["lm_head"]
+        return self.speculate(self.model, prompt, tokens, self.draft, thresholds,
+                              arguments.draft_tokens, **settings)
+
+    def show(self, title, prompt, tokens):
+        """Write the text of an iterator of tokens; return (ids, tokens a second)."""
+        print(f"--- {title}")
+        decoder = None
+        if self.tokenizer is not None:
+            decoder = StreamDecoder(self.tokenizer, prompt)
+            print(self.tokenizer.decode(prompt), end="", flush=True)
+        ids, first, rest, interrupted = stream(
+            tokens, decoder, lambda text: print(text, end="", flush=True))
+        # The first token is the prompt's.
+        rate = (len(ids) - 1) / rest if len(ids) > 1 else 0.0
+        print(f"\n--- {title}: {len(ids)} tokens, {rate:.1f} tokens/s, prompt of {len(prompt)} in "
+              f"{first * 1e3:.0f} ms", flush=True)
+        if interrupted:
+            raise KeyboardInterrupt
+        return ids, rate
+
+    def skipped(self, ids, prompt):
+        """Return skipped_share of a finished text, the first `prompt` of whose ids were given."""
+        return skipped_share(self.model, ids, prompt)
+
+    def say_skipped(self, ids, prompt):
+        """Say what a token of a sparse text read."""
+        skipped = self.skipped([*prompt, *ids], len(prompt))
+        blocks, head = (sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers())) / 1e6
+                        for part in (self.model.model.layers, self.model.lm_head))
+        print(f"{skipped:.1%} of the blocks' weights skipped: {head + (1 - skipped) * blocks:,.1f} "
+              f"MB read a token, of {head + blocks:,.1f}")
+
     def write(self, prompt):
         """Do what the command line asks for, with a prompt of token ids."""
         self.prepare()
         if self.draft:
-            with sparse_mode(self.model, self.mode):
-                self.write_speculatively(prompt)
-        elif not self.arguments.compare:
-            with sparse_mode(self.model, self.mode):
-                self.show(self.title, prompt, self.text(prompt))
-        else:
+            self.write_speculatively(prompt)
+            return
+        arguments = self.arguments
+        if arguments.compare:
             with self.baseline():
-                dense, dense_rate = self.show("dense", prompt, self.text(prompt))
+                _, rate = self.show("dense", prompt, self.text(prompt))
             print()
-            ids, rate = self.show(self.title, prompt, self.text(prompt))
-            if dense_rate:
-                print(f"\nsparse over dense: {rate / dense_rate:.2f}x; the first "
-                      f"{first_difference(dense, ids)} of {len(dense)} tokens are the same")
+        title = f"{arguments.sparsity:.0%} sparse" if arguments.sparsity else "dense"
+        ids, _ = self.show(title, prompt, self.text(prompt))
+        if arguments.sparsity:
+            self.say_skipped(ids, prompt)
+        if arguments.compare:
+            self.compare(prompt, max(4, min(int(rate), len(ids))))
+
+    def compare(self, prompt, tokens):
+        """Time the dense and the sparse model in turn, in three rounds of so many tokens."""
+        rates = {"dense": 0.0, "sparse": 0.0}
+        for _ in range(3):
+            for name in rates:
+                with self.baseline() if name == "dense" else contextlib.nullcontext():
+                    ids, _, rest, interrupted = stream(self.text(prompt, tokens=tokens))
+                if interrupted:
+                    raise KeyboardInterrupt
+                rates[name] = max(rates[name], (len(ids) - 1) / rest)
+        print(f"in turn, the best of three: dense {rates['dense']:.1f} tokens/s, sparse "
+              f"{rates['sparse']:.1f}\nsparse over dense: "
+              f"{rates['sparse'] / max(rates['dense'], 1e-9):.2f}x")
 
     def write_speculatively(self, prompt):
         """Write a text by speculation, say what it took, and compare it with plain decoding."""
         arguments = self.arguments
         if arguments.compare:
-            plain, plain_rate = self.show("plain", prompt, self.text(prompt))
+            with self.baseline():
+                plain, plain_rate = self.show("plain", prompt, self.text(prompt))
             print()
         speculation = self.text(prompt, speculative=True)
         ids, rate = self.show(f"speculative, {arguments.draft}", prompt, speculation)
         did = speculation.statistics
-        print(f"\nlossless against {speculation.against}"
-              + f" at {arguments.sparsity:.0%}" * bool(arguments.sparsity)
-              + f": {did.tokens_a_pass:.2f} tokens a pass in {did.passes} passes, drafts "
-                f"{did.draft_seconds:.2f} s, verify passes {did.verify_seconds:.2f} s")
-        for line in did.lines():
-            print(line)
-        if not arguments.compare:
-            return
-        if plain_rate:
-            print(f"speculative over plain: {rate / plain_rate:.2f}x")
+        print(f"\nlossless against {speculation.against}: {did.tokens_a_pass:.2f} tokens a pass in "
+              f"{did.passes} passes, drafts {did.draft_seconds:.2f} s, verify passes "
+              f"{did.verify_seconds:.2f} s")
+        if arguments.compare:
+            if plain_rate:
+                print(f"speculative over plain: {rate / plain_rate:.2f}x")
+            self.say_difference(speculation, prompt, plain, ids)
+        return did
+
+    def say_difference(self, speculation, prompt, plain, ids):
+        """Say where a speculative text, `ids`, parts from the plain one, and why."""
         same = first_difference(plain, ids)
         if same == len(plain) == len(ids):
             print(f"the same text, all {same} tokens")
-        elif not sampling_of(arguments).greedy:
+        elif not speculation.sampling.greedy:
             print("sampled: another text of the same distribution")
         else:
             tokens = torch.tensor([prompt + plain[:same]], device=self.model.device)
-            with torch.no_grad():
+            with torch.no_grad(), speculation.verifying():
                 logits = self.model(tokens, last_only=True)[0, -1]
             first, second = logits.topk(2).values.tolist()
             rounding = torch.finfo(self.model.dtype).eps * logits.abs().max()
@@ -874,7 +794,7 @@ def first_difference(ids, others):
 
 
 def prompt_of(arguments, model, tokenizer):
-    """Return the ids of the prompt, checked, and print what is going to write."""
+    """Return the ids of the prompt, checked, and print which model will write."""
     if tokenizer is None:
         require(arguments.prompt is None,
                 f"--prompt: {arguments.model} has random weights and no tokenizer")
@@ -891,13 +811,19 @@ def prompt_of(arguments, model, tokenizer):
 
 def main():
     arguments = settle(make_parser().parse_args())
+    require(not (arguments.draft and arguments.sparsity),
+            "--sparsity with --draft, a sparse verifier, is for python -m beyond")
     require(not (arguments.draft == "sparse" and arguments.model.startswith("random:")),
-            "--draft sparse with random weights says nothing; python -m beyond shows its cost")
+            "--draft sparse with random weights says nothing; python -m beyond.lab.costs shows "
+            "what it costs")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     prompt = prompt_of(arguments, model, tokenizer)
     Writer(arguments, model, tokenizer).write(prompt)
-    print("\npython -m beyond is the fast one, with more options; the demo model fits a cache, "
-          "--model random:llama-3.2-1b shows the speed of a real size.")
+    if arguments.compare and not arguments.draft:
+        print("\nThe demo fits a cache. Weights of a real size do not:")
+        kernel.time_shape(4096, 11008, model.dtype, model.device, [0, 0.5], 0.3, total=0)
+        print("\ntry next: python generate.py --model random:llama-3.2-1b, a whole model of a real "
+              "size; python sparsify.py, what sparsity costs")
 
 
 if __name__ == "__main__":

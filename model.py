@@ -18,8 +18,7 @@ The keys and values of earlier positions do not change, so decoding keeps them i
 computes only the new position. Modules carry the names of the checkpoint's tensors
 (`model.layers.0.self_attn.q_proj.weight`), so loading renames nothing.
 
-The file has four parts: the model; its folder (config.json, safetensors); text (the tokenizer); and
-what the commands of all files share.
+Four parts: the model; its folder (config.json, safetensors); the tokenizer; the command line.
 
 Sources: Llama 2 (arXiv 2307.09288); RoPE (arXiv 2104.09864); grouped-query attention (arXiv
 2305.13245); SwiGLU (arXiv 2002.05202); RMSNorm (arXiv 1910.07467); the safetensors format (its
@@ -29,6 +28,7 @@ README on GitHub); the meaning of config.json's keys (transformers' LlamaConfig,
 """
 import argparse
 import contextlib
+import functools
 import json
 import math
 import mmap
@@ -40,13 +40,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-# With pages of 4 KB a processor that streams weights spends time looking up addresses. torch asks
-# Linux for pages of 2 MB if this is set before it first allocates.
+# While torch loads, a second or two, Ctrl-C ends a command without a traceback.
+sys.excepthook = lambda kind, error, trace: (
+    kind is KeyboardInterrupt or sys.__excepthook__(kind, error, trace))
+# Torch reads these settings as it loads. Weights stream faster through memory pages of 2 MB than of
+# 4 KB. A waiting thread spins for 5 ms before it sleeps; 0.2 ms leave the cores to other work.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch                                                                # noqa: E402
+import torch.nn.functional as F                                             # noqa: E402
+from torch import nn                                                        # noqa: E402
+
 
 DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))     # as seen from where a command runs
 
@@ -68,6 +73,81 @@ def require(condition, message):
 ACTIVATIONS = {"silu": F.silu}           # by config.json's hidden_act
 
 
+@functools.cache
+def can_multiply(dtype):
+    """Return whether this CPU has instructions for matrix products of a floating-point dtype.
+
+    Most have none for 16 bits: PyTorch multiplies number by number then, a hundred times slower.
+    """
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def product(x, weight_t):
+    """Return x (..., in) @ weight_t (in, out) in x's dtype, multiplied in the weight's.
+
+    A CPU without instructions for the weight's dtype multiplies in float32.
+    """
+    if weight_t.is_cuda or can_multiply(weight_t.dtype) or weight_t.requires_grad:
+        return (x.to(weight_t.dtype) @ weight_t).to(x.dtype)
+    return InFloat32.apply(x, weight_t)
+
+
+class InFloat32(torch.autograd.Function):
+    """The product of x (..., in) and weight_t (in, out) in float32; only x gets a gradient.
+
+    The weight is widened a part of the outputs at a time, in the backward pass too: a part fits the
+    processor's cache, and no second copy of the weight appears.
+    """
+    BLOCK = 1 << 20                      # weights of a part
+
+    @staticmethod
+    def parts(weight_t):
+        return weight_t.split(max(64, InFloat32.BLOCK // len(weight_t)), 1)
+
+    @staticmethod
+    def forward(ctx, x, weight_t):
+        ctx.save_for_backward(weight_t)
+        wide = x.float()
+        parts = InFloat32.parts(weight_t)
+        return torch.cat([wide @ part.float() for part in parts], -1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        parts = InFloat32.parts(*ctx.saved_tensors)
+        gradients = gradient.float().split(parts[0].shape[1], -1)
+        wide = sum(of @ part.float().t() for of, part in zip(gradients, parts))
+        return wide.to(gradient.dtype), None
+
+
+class Linear(nn.Linear):
+    """y = W x + b, by `product`."""
+
+    def forward(self, x):
+        y = product(x, self.weight.t())
+        return y if self.bias is None else y + self.bias
+
+
+class Head(Linear):
+    """The linear that gives the logits, summed in float32 where tokens are chosen from them.
+
+    One rounding to bfloat16 could make the wrong one of two close logits the larger.
+    """
+
+    def forward(self, x):
+        if x.is_cuda or x.shape[-2] > 8 or self.weight.itemsize > 2:
+            return super().forward(x)
+        return InFloat32.apply(x, self.weight.t())
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x²) + eps) * weight, computed in at least float32."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Context(NamedTuple):
     """What every block is given besides its input; `Llama.context` makes it."""
     cos: torch.Tensor                    # (T, D)
@@ -80,10 +160,9 @@ def rope_tables(positions, config, dtype):
     """Return cos and ± sin, each (T, D), by which q and k at `positions` (T,) are rotated.
 
     Pair i of a head, its channels i and i + D/2, turns by the angle position * theta^(-2i/D) (RoPE,
-    section 3.4.2). Scaling lets a model see further than it was trained for. "linear" turns all
-    pairs slower by a factor. "llama3" does so only to pairs that turn less than low_freq_factor
-    times within the original context, leaves those above high_freq_factor turns alone, and blends
-    in between (Llama 3.1's reference implementation).
+    section 3.4.2). Scaling lets a model see further than it was trained for. "linear" slows all
+    pairs by a factor. "llama3" slows only pairs that turn less than low_freq_factor times within
+    the original context, fully, and pairs up to high_freq_factor turns in part (Llama 3.1).
     """
     wide = torch.promote_types(dtype, torch.float32)
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=wide)
@@ -107,10 +186,10 @@ def rotate(x, cos, sin):
 
 
 def visible(past, T, window, device):
-    """Return the positions (T,) of T tokens after `past` others, and what they see, (T, past + T).
+    """Return the positions (T,) of T tokens after `past` others, and their mask (T, past + T) bool.
 
-    A token sees those before it and itself; with a sliding window only the last `window` of these.
-    The mask is None where it would hide nothing that plain causal attention shows.
+    A token sees itself and the tokens before it; with a sliding window, only the last `window` of
+    these. The mask is None where it is plainly causal.
     """
     positions = torch.arange(past, past + T, device=device)
     if (T == 1 or past == 0) and not (window and past + T > window):
@@ -120,13 +199,14 @@ def visible(past, T, window, device):
 
 
 def attend(q, k, v, mask):
-    """Return softmax(q kᵀ / √D) v.
+    """Return softmax(q kᵀ / √D) v: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
-    q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). mask (T, S): bool, or numbers that are
-    added to q kᵀ / √D, 0 or -inf; None: each token sees all before it.
+    k and v may have fewer bits than q. mask (T, S): bool, or numbers to add to q kᵀ / √D, 0 or
+    -inf; None: each token sees all before it.
     """
     B, H, T, D = q.shape
     G = k.shape[1]
+    k, v = k.to(q.dtype), v.to(q.dtype)
     if mask is None and T > 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
     # The H / G heads that share keys stand as more queries of one head, so that no key is copied.
@@ -138,8 +218,8 @@ def attend(q, k, v, mask):
 class KVCache:
     """The keys and values of the positions seen so far, allocated once for `length` positions.
 
-    `model(tokens, cache)` appends at `cache.used`. Setting `used` back forgets what came after. A
-    cache that sees or stores in another way (a tree of drafts, a CUDA graph) is a subclass.
+    `model(tokens, cache)` appends at `cache.used`. Setting `used` back forgets later positions.
+    Other ways to store and to see are subclasses (a CUDA graph's).
     """
 
     def __init__(self, layers, batch, heads, length, head_dim, device, dtype):
@@ -178,10 +258,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.attend = attend
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
 
     def qkv(self, x):
         """Return the three projections that read x (B, T, hidden), each (B, T, heads * D)."""
@@ -205,9 +285,9 @@ class MLP(nn.Module):
         super().__init__()
         hidden, middle = config.hidden_size, config.intermediate_size
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(hidden, middle, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(hidden, middle, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(middle, hidden, bias=config.mlp_bias)
+        self.gate_proj = Linear(hidden, middle, bias=config.mlp_bias)
+        self.up_proj = Linear(hidden, middle, bias=config.mlp_bias)
+        self.down_proj = Linear(middle, hidden, bias=config.mlp_bias)
 
     def gated(self, x):
         """Return act(gate) * up (B, T, middle), two projections of x (B, T, hidden)."""
@@ -220,10 +300,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        # RMSNorm: x / sqrt(mean(x²) + eps) * weight, computed in at least float32
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, context):
@@ -240,7 +319,7 @@ class Decoder(nn.Module):
         weight = torch.randn(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nn.Module):
@@ -250,16 +329,16 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens, cache=None, last_only=False):
         """Return the logits (B, T, vocab) of tokens (B, T) int64, in at least float32.
 
-        With a cache the tokens follow those that it holds, and are appended to it. last_only:
-        return the logits of the last position alone, (B, 1, vocab). Raises InputError for tokens
-        that do not fit the cache, or (on a CPU, where looking costs nothing) the vocabulary.
+        With a cache the tokens follow its own, and are appended. last_only: only the logits of the
+        last position, (B, 1, vocab). Raises InputError for tokens that do not fit the cache, or (on
+        a CPU, where the check is free) the vocabulary.
         """
         context = self.context(tokens, cache)
         x = self.embed(tokens)                                                  # (B, T, hidden)
@@ -269,8 +348,8 @@ class Llama(nn.Module):
             cache.advance(tokens.shape[1])
         if last_only:
             x = x[:, -1:]
-        logits = self.lm_head(self.model.norm(x))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        x = self.model.norm(x)
+        return self.lm_head(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def context(self, tokens, cache=None):
         """Return the Context of tokens (B, T) that follow what the cache holds."""
@@ -279,14 +358,13 @@ class Llama(nn.Module):
             positions, mask = visible(0, T, window, tokens.device)
         else:
             positions, mask = cache.look(T, window)
-        cos, sin = rope_tables(positions, self.config, self.dtype)
+        cos, sin = rope_tables(positions, self.config, self.activation_dtype)
         return Context(cos, sin, mask, cache)
 
     def embed(self, tokens):
         """Return the embeddings (B, T, hidden) of tokens (B, T)."""
         try:
-            # Quantized ones come as float32.
-            return self.model.embed_tokens(tokens).to(self.dtype)
+            return self.model.embed_tokens(tokens).to(self.activation_dtype)
         except IndexError:
             check_tokens(tokens, self.config)
             raise
@@ -304,7 +382,14 @@ class Llama(nn.Module):
 
     @property
     def dtype(self):
+        """The dtype of the weights, and of the keys and values in a cache."""
         return self.model.norm.weight.dtype
+
+    @property
+    def activation_dtype(self):
+        """The dtype between products: on a CPU at least float32, as fewer bits gain nothing."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return wide if self.device.type == "cpu" else self.dtype
 
     @staticmethod
     def shapes(config):
@@ -316,23 +401,11 @@ class Llama(nn.Module):
     def from_pretrained(folder, device="cpu", dtype=None):
         """Return the Llama in a checkpoint folder, in eval mode and without gradients.
 
-        folder: config.json with model.safetensors, or with model.safetensors.index.json and the
-        shards that it names. dtype: a floating-point torch.dtype, or None for the checkpoint's own.
-        Each tensor is copied once, from the mapped file to its place. Raises InputError for a
-        folder that does not hold such a model.
+        folder: config.json with model.safetensors, or with model.safetensors.index.json and its
+        shards. dtype: floating-point, or None for the checkpoint's own. Raises InputError for a
+        folder without such a model.
         """
-        config = Config.read(folder)
-        model = Llama.shapes(config)
-        if config.quantization_config:
-            QUANTIZED[config.quantization_config["quant_method"]](model, folder)
-        if dtype is None:
-            dtype = checkpoint_dtype(folder)
-        for _, tensors in checked_shards(folder, model):
-            for name in list(tensors):   # each is forgotten before the next is read
-                put(model, name, tensors.pop(name), device, dtype)
-        if config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
-            model.lm_head.weight = model.model.embed_tokens.weight
-        return model.eval()
+        return fill(Llama.shapes(Config.read(folder)), folder, device, dtype)
 
     @staticmethod
     def random(preset, device="cpu", dtype=torch.bfloat16, seed=0):
@@ -359,8 +432,6 @@ class Llama(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors to `folder`, a sparse linear as a dense one."""
-        require(not self.config.quantization_config,
-                f"{folder}: the model is quantized; beyond/quantize.py writes such folders")
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, parameter in self.named_parameters():
@@ -372,15 +443,27 @@ class Llama(nn.Module):
         self.config.write(folder, self.dtype)
 
 
-def put(model, name, tensor, device, dtype):
-    """Put a checkpoint's tensor in its place, a parameter copied in `dtype`, a buffer as it is."""
-    parent, leaf = name.rsplit(".", 1)
-    module = model.get_submodule(parent)
-    if isinstance(getattr(module, leaf), nn.Parameter):
-        copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-        setattr(module, leaf, nn.Parameter(copy, requires_grad=False))
-    else:
-        setattr(module, leaf, tensor.to(device))
+def fill(model, folder, device="cpu", dtype=None):
+    """Put the tensors of a checkpoint folder into a Llama on the meta device, and return it.
+
+    Each tensor is copied once, from the mapped file: a parameter as `dtype` (None: the
+    checkpoint's), a buffer as it is. Raises InputError for a parameter that is not finite.
+    """
+    dtype = dtype or checkpoint_dtype(folder)
+    for path, tensors in checked_shards(folder, model):
+        for name in list(tensors):       # each is forgotten before the next is read
+            parent, leaf = name.rsplit(".", 1)
+            module, tensor = model.get_submodule(parent), tensors.pop(name)
+            if isinstance(getattr(module, leaf), nn.Parameter):
+                copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+                require(bool(torch.stack(copy.aminmax()).isfinite().all()),
+                        f"{path}: tensor {name} holds NaN or numbers beyond {dtype}")
+                setattr(module, leaf, nn.Parameter(copy, requires_grad=False))
+            else:
+                setattr(module, leaf, tensor.to(device))
+    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
 
 
 def check_tokens(tokens, config):
@@ -400,13 +483,13 @@ CHANGES_THE_FUNCTION = {
     "residual_multiplier": 1, "embedding_multiplier": 1, "attention_multiplier": None,
     "logits_scaling": 1, "partial_rotary_factor": 1, "no_rope_layers": None,
     "attention_chunk_size": None, "head_bias": False, "is_causal": True,
+    "quantization_config": None,
 }
 ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-QUANTIZED = {}           # {quant_method: function(meta model, folder)}, which shapes its linears
 
 
 @dataclass
@@ -429,116 +512,71 @@ class Config:
     mlp_bias: bool = False
     sliding_window: int | None = None                # a token sees this many positions; None: all
     rope_scaling: dict | None = None                 # {"rope_type": "linear" or "llama3", numbers}
-    quantization_config: dict | None = None
 
     @staticmethod
     def read(folder):
-        """Return the Config in FOLDER/config.json; refuse by name what is not implemented."""
-        adapter = Path(folder) / "adapter_config.json"
-        require(not adapter.exists(),
-                f"{adapter}: an adapter; merge it into its base model first (merge_and_unload)")
+        """Return the Config of a checkpoint folder; refuse by name what is not implemented."""
         path = Path(folder) / "config.json"
-        raw = read_json(path)
+        try:
+            config = Config.of(read_json(path), path)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise InputError(f"{path}: not the config.json of a Llama ({error})") from None
+        if config.tie_word_embeddings and {EMBEDDING, HEAD} <= tensor_paths(folder).keys():
+            config.tie_word_embeddings = False       # a head that is stored counts
+        return config
 
-        def refuse(key, expected):
-            found = json.dumps(raw.get(key))
-            raise InputError(f"{path}: {key} is {found}, supported is {expected}")
+    @staticmethod
+    def of(raw, path):
+        """Return the Config in the object of a config.json, as transformers writes it today."""
+        def expect(key, found, *allowed):
+            require(found in allowed,
+                    f"{path}: {key} is {json.dumps(found)}, expected "
+                    f"{' or '.join(map(json.dumps, allowed))}; python -m beyond reads more")
+            return found
 
-        def number(key, kind=int, default=None, source=raw):
-            value = source.get(key)
-            value = default if value is None else value
-            allowed = (int, float) if kind is float else (int,)      # True is an int, too
-            most = 2**31 - 1 if kind is int else sys.float_info.max
-            require(type(value) in allowed and 0 < value <= most,
-                    f"{path}: {key} is {json.dumps(value)}, expected a number, above 0, at most "
-                    f"{most}")
-            return kind(value)
+        def number(key, default=None, source=raw):
+            value = default if source.get(key) is None else source[key]
+            require(type(value) in (int, float) and 0 < value < 2**63,
+                    f"{path}: {key} is {json.dumps(value)}, expected a number above 0")
+            return value
 
-        if raw.get("model_type") not in ("llama", "mistral"):
-            refuse("model_type", '"llama" or "mistral"')
-        architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-        if not isinstance(architectures, list) or not any(
-                known in architectures for known in ("LlamaForCausalLM", "MistralForCausalLM")):
-            refuse("architectures", "LlamaForCausalLM or MistralForCausalLM")
-        if raw.get("hidden_act", "silu") not in list(ACTIVATIONS):
-            refuse("hidden_act", " or ".join(f'"{name}"' for name in ACTIVATIONS))
+        mistral = expect("model_type", raw.get("model_type"), "llama", "mistral") == "mistral"
         for key, neutral in CHANGES_THE_FUNCTION.items():
-            if raw.get(key) not in (None, neutral, neutral is True):   # false: not there
-                refuse(key, json.dumps(neutral))
-        for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-            if type(raw.get(key, False)) is not bool:
-                refuse(key, "true or false")
-        quantized = raw.get("quantization_config")
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        if quantized and method not in list(QUANTIZED):
-            refuse("quantization_config", "floating point; with `python -m beyond` also what "
-                                          "beyond/quantize.py writes")
-        mistral = raw["model_type"] == "mistral"     # some keys mean something for one kind alone
-        window = None
-        if mistral and raw.get("sliding_window", 4096) is not None:
-            window = number("sliding_window", default=4096)          # absent: as in transformers
-            kinds = raw.get("layer_types")
-            layers = number("num_hidden_layers")
-            if kinds == ["full_attention"] * layers:
-                window = None
-            elif kinds not in (None, ["sliding_attention"] * layers):
-                refuse("layer_types", "one type for all layers: sliding or full attention")
+            expect(key, raw.get(key), neutral, None, neutral is True)    # false: not there
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        kind = expect("rope_type", rope.get("rope_type", "default"), *ROPE_NUMBERS)
+        for key in sorted(rope.keys() - {"rope_type", "rope_theta", *ROPE_NUMBERS[kind]}):
+            expect(key, rope[key], None)
+        numbers = {key: number(key, source=rope) for key in ROPE_NUMBERS[kind]}
+        window = raw.get("sliding_window", 4096) if mistral else None    # as in transformers
+        if window and raw.get("layer_types"):
+            one = [raw["layer_types"][0]] * len(raw["layer_types"])
+            expect("layer_types", raw["layer_types"], one)
+            window = None if one[0] == "full_attention" else window
         heads = number("num_attention_heads")
-        rope, rope_scaling = Config._read_rope(path, raw, number, refuse)
         config = Config(
             hidden_size=number("hidden_size"),
             intermediate_size=number("intermediate_size"),
             num_hidden_layers=number("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=number("num_key_value_heads", default=heads),
-            head_dim=number("head_dim", default=number("hidden_size") // heads),
+            num_key_value_heads=number("num_key_value_heads", heads),
+            head_dim=number("head_dim", number("hidden_size") // heads),
             vocab_size=number("vocab_size"),
-            max_position_embeddings=number("max_position_embeddings", default=2048),
-            rope_theta=number("rope_theta", float, default=10000.0, source=raw | rope),
-            rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False) and not has_own_head(folder),
+            max_position_embeddings=number("max_position_embeddings", 2048),
+            rope_theta=float(number("rope_theta", 10000.0, raw | rope)),
+            rms_norm_eps=number("rms_norm_eps", 1e-6),
+            tie_word_embeddings=expect("tie_word_embeddings",
+                                       raw.get("tie_word_embeddings", False), True, False),
             model_type=raw["model_type"],
-            hidden_act=raw.get("hidden_act", "silu"),
+            hidden_act=expect("hidden_act", raw.get("hidden_act", "silu"), *ACTIVATIONS),
             attention_bias=raw.get("attention_bias", False) and not mistral,
             mlp_bias=raw.get("mlp_bias", False) and not mistral,
             sliding_window=window,
-            rope_scaling=rope_scaling,
-            quantization_config=quantized or None,
+            rope_scaling={"rope_type": kind} | numbers if numbers else None,
         )
-        if heads % config.num_key_value_heads:
-            refuse("num_key_value_heads", f"a divisor of the {heads} num_attention_heads")
-        require(config.head_dim % 2 == 0,
-                f"{path}: head_dim is {config.head_dim}, RoPE needs an even one")
+        expect("head_dim % 2", config.head_dim % 2, 0)                   # RoPE turns pairs
+        expect("num_attention_heads % num_key_value_heads", heads % config.num_key_value_heads, 0)
         return config
-
-    @staticmethod
-    def _read_rope(path, raw, number, refuse):
-        """Return config.json's rotary settings, and of them what is the Config's rope_scaling."""
-        # They stand in rope_theta and rope_scaling, or all together in the newer rope_parameters.
-        # If both are there, transformers takes the older one.
-        key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-        rope = raw.get(key) or {}
-        if not isinstance(rope, dict):
-            refuse(key, "an object")
-        rope = {name: value for name, value in rope.items() if value is not None}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in list(ROPE_NUMBERS):
-            refuse(key, f"one of the rope types {', '.join(ROPE_NUMBERS)}")
-        numbers = ROPE_NUMBERS[rope_type]
-        original = raw.get("original_max_position_embeddings")       # counts before rope's own
-        rope = rope if original is None else rope | {"original_max_position_embeddings": original}
-        known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *numbers}
-        if rope.get("partial_rotary_factor") == 1:
-            known.add("partial_rotary_factor")
-        if rope.keys() - known:
-            refuse(key, f"the rope type {rope_type} with {', '.join(numbers) or 'no numbers'}")
-        if rope_type == "default":
-            return rope, None
-        scaling = {"rope_type": rope_type}
-        scaling |= {name: number(name, float, source=rope) for name in numbers}
-        if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            refuse(key, "a low_freq_factor below the high_freq_factor")
-        return rope, scaling
 
     def write(self, folder, dtype):
         """Write FOLDER/config.json as transformers reads it."""
@@ -611,89 +649,61 @@ LONGEST_HEADER = 100_000_000         # bytes, as in the reference implementation
 
 
 def read_header(path):
-    """Return the header of a safetensors file, every part of it checked, and where the data begins.
+    """Return (entries, metadata {str: str}, data_start) of a safetensors file, all checked.
 
-    Returns (entries: {name: (dtype, shape, begin, end)}, metadata: {str: str}, data_start: int),
-    the entries in the order of their bytes; begin and end count from data_start. Raises InputError
-    for a file that is cut short, damaged, or hides bytes between or after its tensors.
+    entries: {name: (dtype, shape, begin, end)} in the order of their bytes, which count from
+    data_start. Raises InputError for a file that is cut short, damaged, or hides bytes between or
+    after its tensors.
     """
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            require(size >= 8, f"{path}: truncated: {size} bytes, a safetensors file begins with 8 "
-                               f"that give the length of its header")
-            length, = struct.unpack("<Q", file.read(8))
-            data_size = size - 8 - length
-            require(data_size >= 0, f"{path}: truncated, or no safetensors file: its header should "
-                                    f"be {length} bytes long, {size - 8} follow")
-            require(length <= LONGEST_HEADER, f"{path}: its header is {length} bytes long, at most "
-                                              f"{LONGEST_HEADER} are expected")
-            raw = file.read(length)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    def natural(values):
+        return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
-    def without_repeats(pairs):
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise ValueError("a name stands twice")
+    def unrepeated(pairs):
+        require(len(dict(pairs)) == len(pairs), "a name stands twice in the header")
         return dict(pairs)
 
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no safetensors file: its header is not JSON ({error})") from None
-    require(isinstance(header, dict),
-            f"{path}: the header is a JSON {type(header).__name__}, expected an object")
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata                  # null is none, too
-    require(isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()),
-            f"{path}: __metadata__ should map text to text")
-
-    entries = {name: _read_entry(f"{path}: tensor {name}", entry, data_size)
-               for name, entry in header.items()}
-    entries = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
-    covered = 0
-    previous = None
-    for name, (_, _, begin, end) in entries.items():
-        offsets = f"{path}: tensor {name}: data_offsets [{begin}, {end}]"
-        require(begin >= covered, f"{offsets} overlap those of {previous}")
-        require(begin <= covered, f"{offsets} leave a gap after byte {covered}")
-        covered = end
-        previous = name
-    require(covered == data_size, f"{path}: {data_size - covered} bytes follow the last tensor")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            require(8 <= size and length <= min(size - 8, LONGEST_HEADER),
+                    f"truncated, or no safetensors file: {size} bytes, of which the header should "
+                    f"be {length}")
+            header = json.loads(file.read(length).decode(), object_pairs_hook=unrepeated)
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        require(all(isinstance(text, str) for text in metadata.values()), "__metadata__ is no text")
+        entries = {}
+        for name, entry in header.items():
+            dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+            require(dtype in DTYPES, f"tensor {name}: dtype {dtype!r} is not known")
+            require(natural(shape) and natural(offsets) and len(offsets) == 2
+                    and math.prod(n or 1 for n in shape) < 2**63
+                    and offsets[1] - offsets[0] == math.prod(shape) * DTYPES[dtype].itemsize,
+                    f"tensor {name}: shape {shape} of {dtype} does not fill data_offsets {offsets}")
+            entries[name] = (DTYPES[dtype], shape, *offsets)
+        entries = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
+        covered = 0
+        for name, (_, _, begin, end) in entries.items():
+            require(begin == covered,
+                    f"tensor {name}: begins at byte {begin}, the one before it ends at {covered}")
+            covered = end
+        require(covered == size - 8 - length,
+                f"truncated, or no safetensors file: tensors of {covered} bytes in "
+                f"{size - 8 - length} bytes of data")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {error}" if isinstance(error, InputError) else
+                         f"{path}: no safetensors file: its header is damaged ({error})") from None
     return entries, metadata, 8 + length
-
-
-def _read_entry(what, entry, data_size):
-    """Return (dtype, shape, begin, end) of a tensor's entry in the header; what: for messages."""
-    def natural(value):
-        return type(value) is int and 0 <= value < 2**63
-
-    require(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys(),
-            f"{what}: should have dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    require(isinstance(dtype, str) and dtype in DTYPES,
-            f"{what}: dtype {dtype!r} is not known; known are {', '.join(DTYPES)}")
-    require(isinstance(shape, list) and all(map(natural, shape)),
-            f"{what}: shape {shape!r} is not a list of sizes")
-    require(isinstance(offsets, list) and len(offsets) == 2 and all(map(natural, offsets)),
-            f"{what}: data_offsets {offsets!r} is not [begin, end]")
-    begin, end = offsets
-    needed = math.prod(shape) * DTYPES[dtype].itemsize
-    require(end - begin == needed, f"{what}: data_offsets {offsets} hold {end - begin} bytes, "
-                                   f"{dtype} x {shape} needs {needed}")
-    require(math.prod(extent or 1 for extent in shape) < 2**63,      # empty, of absurd extents
-            f"{what}: shape {shape} is larger than any memory")
-    require(end <= data_size, f"{what}: data_offsets {offsets} run past the {data_size} bytes of "
-                              f"data: the file is truncated")
-    return DTYPES[dtype], shape, begin, end
 
 
 def read_safetensors(path):
     """Return all tensors of a safetensors file: {name: tensor}, views of the memory-mapped file.
 
-    Nothing is read before it is used (except tensors that a file holds misaligned, which are
-    copied), so a file larger than memory can be opened. Writing to a tensor changes a private copy,
-    never the file.
+    They are read when used (misaligned ones now), so a file may be larger than memory. Writing to a
+    tensor changes a private copy, never the file.
     """
     entries, _, data_start = read_header(path)
     with open(path, "rb") as file:
@@ -732,8 +742,7 @@ def write_safetensors(path, tensors, metadata=None):
     raw = json.dumps(header, ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     with replacing(path) as file:
-        file.write(struct.pack("<Q", len(raw)))
-        file.write(raw)
+        file.write(struct.pack("<Q", len(raw)) + raw)
         for name in order:
             tensor = tensors[name].detach().cpu().contiguous()
             if tensor.numel():
@@ -776,36 +785,28 @@ def read_json(path):
 
 
 def read_settings(path):
-    """Return the dictionary in a JSON file, empty if the file is not there."""
+    """Return the object in a JSON file, empty if the file is not there."""
     return read_json(path) if path.exists() else {}
 
 
 # --------------------------------------------------------------------------------------------------
 # The folder: one file of tensors, or several
 
-CHECKPOINTS = ("model.safetensors", "model.safetensors.index.json")
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def shard_paths(folder):
-    """Return the safetensors files of a checkpoint folder, each checked to exist."""
-    folder = Path(folder)
-    single, index = (folder / name for name in CHECKPOINTS)
+    """Return the safetensors files of a checkpoint folder."""
+    single, index = (Path(folder) / f"model.safetensors{end}" for end in ("", ".index.json"))
     if single.exists():
         return [single]
     require(index.exists(),
             f"{folder}: no checkpoint: neither {single.name} nor {index.name} is there")
     weight_map = read_json(index).get("weight_map")
-    require(isinstance(weight_map, dict) and weight_map
-            and all(isinstance(shard, str) for shard in weight_map.values()),
+    require(isinstance(weight_map, dict) and weight_map,
             f"{index}: weight_map should map tensor names to files")
-    shards = [folder / shard for shard in sorted(set(weight_map.values()))]
-    for shard in shards:
-        require(shard.exists(), f"{shard}: missing, but named by {index.name}")
-    return shards
-
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+    return [Path(folder) / str(shard) for shard in sorted(set(map(str, weight_map.values())))]
 
 
 def tensor_paths(folder):
@@ -813,57 +814,31 @@ def tensor_paths(folder):
     return {name: path for path in shard_paths(folder) for name in read_header(path)[0]}
 
 
-def has_own_head(folder):
-    """Return whether a checkpoint holds a head that differs from its embedding.
-
-    Merged adapters may change one of the two, and config.json still says that they are tied. Then
-    what is stored counts, as in transformers.
-    """
-    if not any((Path(folder) / name).exists() for name in CHECKPOINTS):
-        return False                     # config.json is all there is
-    paths = tensor_paths(folder)
-    if not {EMBEDDING, HEAD} <= paths.keys():
-        return False
-    embedding, head = (read_safetensors(paths[name])[name] for name in (EMBEDDING, HEAD))
-    return embedding.dtype != head.dtype or not torch.equal(embedding, head)
-
-
 def checked_shards(folder, model):
     """Yield (path, {name: tensor}) of each file of a checkpoint, checked against a meta Llama.
 
-    Every tensor is one of the model's, has its shape, stands once; at the end none is missing. What
-    config.json defines anyway is left out: a tied head, and frequencies that older checkpoints
-    store. (A tied head that is stored alone is the embedding.) The dictionaries are the caller's:
-    what is taken out of them is held by nobody else.
+    Every tensor is one of the model's, has its shape, and stands once; at the end none is missing.
+    RoPE frequencies, which older checkpoints store, are left out. A tied head that is stored alone
+    is the embedding. The caller may take tensors out of a dictionary to free them.
     """
     missing = dict(model.named_parameters()) | dict(model.named_buffers())   # a tied head: once
-    names = set(missing)
-    tied = model.config.tie_word_embeddings
-    head_alone = tied and EMBEDDING not in tensor_paths(folder)
     for path in shard_paths(folder):
-        tensors = read_safetensors(path)
-        if head_alone and HEAD in tensors:
-            tensors[EMBEDDING] = tensors[HEAD]
-        for name in list(tensors):
-            if name.endswith("rotary_emb.inv_freq") or name == HEAD and tied:
-                del tensors[name]
-        for name in tensors:
-            what = f"{path}: tensor {name}"
-            shape, dtype = tensors[name].shape, tensors[name].dtype
+        tensors = {name: tensor for name, tensor in read_safetensors(path).items()
+                   if not name.endswith("rotary_emb.inv_freq")}
+        if model.config.tie_word_embeddings and HEAD in tensors:
+            tensors[EMBEDDING] = tensors.pop(HEAD)
+        for name, tensor in tensors.items():
             own = missing.pop(name, None)
-            require(own is not None or name not in names,
-                    f"{what}: a second one, another file holds it too")
-            require(own is not None, f"{what}: not part of a Llama with the shape in config.json")
-            require(shape == own.shape,
-                    f"{what}: shape {list(shape)}, config.json makes it {list(own.shape)}")
-            if isinstance(own, nn.Parameter):
-                require(dtype.is_floating_point, f"{what}: {dtype}, expected floating point")
-            else:
-                require(dtype == own.dtype, f"{what}: {dtype}, expected {own.dtype}")
+            require(own is not None, f"{path}: tensor {name}: not part of a Llama with the shape "
+                                     f"in config.json, or a second one of its name")
+            kind = torch.float32 if isinstance(own, nn.Parameter) else own.dtype
+            require(tensor.shape == own.shape and torch.can_cast(tensor.dtype, kind)
+                    and tensor.is_floating_point() == kind.is_floating_point,
+                    f"{path}: tensor {name}: {tensor.dtype} {list(tensor.shape)}, config.json "
+                    f"makes it {kind} {list(own.shape)}")
         yield path, tensors
-    more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-    require(not missing,
-            f"{folder}: tensor {min(missing, default='')} is missing from the checkpoint{more}")
+    require(not missing, f"{folder}: tensors are missing from the checkpoint: "
+                         f"{', '.join(sorted(missing)[:3])}{', ...' * (len(missing) > 3)}")
 
 
 def checkpoint_dtype(folder):
@@ -883,11 +858,16 @@ def checkpoint_dtype(folder):
 #     "def walk"  ─►  ▁def  ▁walk        "Ω"  ─►  <0xCE>  <0xA9>          ▁ stands for a space
 
 class SentencePieceTokenizer:
-    """The tokenizer in a folder's tokenizer.model (Llama-2, Mistral), where `fits` says so."""
+    """The tokenizer in a folder's tokenizer.model (Llama-2, Mistral)."""
 
     def __init__(self, folder):
         import sentencepiece                               # needed only where there is text
-        self.processor = sentencepiece.SentencePieceProcessor(str(Path(folder) / "tokenizer.model"))
+        path = Path(folder) / "tokenizer.model"
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(str(path))
+        except (RuntimeError, OSError):
+            raise InputError(f"{path}: not a SentencePiece model; if it is of another kind, its "
+                             f"tokenizer.json is missing") from None
         self.vocab_size = self.processor.vocab_size()
         self.bos_id = self.processor.bos_id()              # -1 where there is none
         self.eos_ids = end_ids(folder)
@@ -896,8 +876,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text, bos=True):
         """Return the token ids of `text`, the begin-of-sequence token first if there is one."""
-        check_text(text)
-        return [self.bos_id] * (bos and self.bos_id >= 0) + self.processor.encode(text)
+        return [self.bos_id] * (bos and self.bos_id >= 0) + self.processor.encode(text.encode())
 
     def decode(self, ids):
         """Return the text of token ids; control tokens and ids that pad a vocabulary have none."""
@@ -907,65 +886,43 @@ class SentencePieceTokenizer:
         """Return what each token stands for, a list by id."""
         return [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
 
-    def fits(self, folder):
+    def says_all(self, folder):
         """Return whether the folder's other files add no token, and begin a text as this does."""
-        def content(token):
-            return token["content"] if isinstance(token, dict) else token
-
-        folder = Path(folder)
-        settings = (read_settings(folder / "special_tokens_map.json")
-                    | read_settings(folder / "tokenizer_config.json"))
-        whole = read_settings(folder / "tokenizer.json")
-        bos = self.processor.id_to_piece(self.bos_id) if self.bos_id >= 0 else None
-        usual = {"bos_token": bos, "add_bos_token": bos is not None, "add_eos_token": False,
-                 "add_prefix_space": True}
+        settings, whole, added = (read_settings(Path(folder) / f"{name}.json") for name in (
+            "tokenizer_config", "tokenizer", "added_tokens"))
+        pieces = {piece: i for i, piece in enumerate(self.pieces())}
+        special = {i for i in range(self.vocab_size)
+                   if self.processor.is_control(i) or self.processor.is_unknown(i)}
+        bos = [piece for piece, i in pieces.items() if i == self.bos_id]
+        sequence = [*bos, "A"]           # tokenizer.json calls the text itself A
         try:
-            same = all(content(settings.get(key)) in (None, value) for key, value in usual.items())
+            ids = {*added.values(), *map(int, settings.get("added_tokens_decoder", ())),
+                   *(token["id"] for token in whole.get("added_tokens", ()))}
             if whole:
-                parts = [list(part.values())[0]["id"] for part in whole["post_processor"]["single"]]
-                same &= parts == [bos] * (bos is not None) + ["A"]
-                own = {piece: i for i, piece in enumerate(self.pieces())}
-                same &= whole["model"]["vocab"] == own
-            added = [(token["content"], token["id"]) for token in whole.get("added_tokens", [])]
-            added += [(content(token), int(i))
-                      for i, token in settings.get("added_tokens_decoder", {}).items()]
-            added += read_settings(folder / "added_tokens.json").items()
-            return same and all(self.is_own(text, i) for text, i in added)
+                parts = whole["post_processor"]["single"]
+                sequence = [name["id"] for part in parts for name in part.values()]
+            return (ids <= special and sequence == [*bos, "A"]
+                    and whole.get("model", {}).get("vocab", pieces) == pieces
+                    and settings.get("add_bos_token") in (None, bool(bos))
+                    and not settings.get("add_eos_token"))
         except (AttributeError, LookupError, TypeError, ValueError):
             return False                                   # transformers says what is wrong
-
-    def is_own(self, text, i):
-        """Return whether `text` is the token i, to tokenizer.model too."""
-        processor = self.processor
-        return 0 <= i < self.vocab_size and processor.id_to_piece(i) == text and (
-            processor.is_control(i) or processor.is_unknown(i) or i in processor.encode(text))
 
 
 class HubTokenizer:
     """Every other kind of tokenizer, through transformers."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **options):
+        """options: of transformers' AutoTokenizer, or `kind`, a class in its place."""
         try:
-            from transformers import AutoTokenizer, LlamaTokenizer, logging
+            from transformers import AutoTokenizer, logging
         except ImportError:
             raise InputError(f"{folder}: this kind of tokenizer needs the package transformers: "
                              f"pip install transformers") from None
         logging.set_verbosity_error()    # it warns of every kind of file that it tries in vain
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")    # else a file is what its path once held
-        kind, options = AutoTokenizer, {}
-        if not (Path(folder) / "tokenizer.json").exists() and is_sentencepiece(folder):
-            try:
-                import google.protobuf                     # noqa: F401
-            except ImportError:
-                raise InputError(f"{folder}: tokenizer.model without tokenizer.json needs the "
-                                 f"package protobuf: pip install protobuf") from None
-            # AutoTokenizer would take another class for Mistral, which begins no text with a blank.
-            kind = LlamaTokenizer
-            settings = read_settings(Path(folder) / "tokenizer_config.json")
-            options = {"add_bos_token": settings.get("add_bos_token") is not False}
         try:
-            self.tokenizer = kind.from_pretrained(str(folder), local_files_only=True,
-                                                  trust_remote_code=False, **options)
+            self.tokenizer = options.pop("kind", AutoTokenizer).from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, **options)
         except Exception as error:                         # of many kinds
             raise InputError(f"{folder}: no tokenizer that can be read: "
                              f"{(str(error) or type(error).__name__).splitlines()[0]}") from None
@@ -975,7 +932,6 @@ class HubTokenizer:
 
     def encode(self, text, bos=True):
         """Return the token ids of `text`; bos: with those that the tokenizer itself adds."""
-        check_text(text)
         return self.tokenizer.encode(text, add_special_tokens=bos, split_special_tokens=True)
 
     def decode(self, ids):
@@ -992,32 +948,19 @@ class HubTokenizer:
 def load_tokenizer(folder):
     """Return a tokenizer: .encode(text, bos=True) -> list[int], .decode(ids) -> str, .eos_ids.
 
-    It is SentencePiece's own where tokenizer.model says all there is to say of a text, else what
-    transformers makes of the folder.
+    It is SentencePiece's where no other file changes tokenizer.model, else transformers'.
     """
-    path = Path(folder) / "tokenizer.model"
-    settings = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
-    if is_sentencepiece(folder):
-        try:
-            tokenizer = SentencePieceTokenizer(folder)
-        except (RuntimeError, OSError):
-            raise InputError(f"{path}: not a SentencePiece model: it is damaged") from None
-        return tokenizer if tokenizer.fits(folder) else HubTokenizer(folder)
-    require(path.exists() or settings[0].exists(),
-            f"{folder}: no tokenizer: neither tokenizer.model nor tokenizer.json is there")
-    require(any(each.exists() for each in settings),
-            f"{path}: not SentencePiece, and neither tokenizer.json nor tokenizer_config.json "
-            f"names its special tokens")
+    model, whole = (Path(folder) / name for name in ("tokenizer.model", "tokenizer.json"))
+    require(model.exists() or whole.exists(),
+            f"{folder}: no tokenizer: neither {model.name} nor {whole.name} is there")
+    if model.exists() and model.open("rb").read(1) == b"\n":         # Llama-3's is of another kind
+        tokenizer = SentencePieceTokenizer(folder)
+        if tokenizer.says_all(folder):
+            return tokenizer
+    require(whole.exists(),
+            f"{model}: other files change this tokenizer, or it is not SentencePiece, and "
+            f"{whole.name} is missing; python -m beyond reads more")
     return HubTokenizer(folder)
-
-
-def is_sentencepiece(folder):
-    """Return whether the folder has a tokenizer.model of SentencePiece: Llama-3's is another."""
-    path = Path(folder) / "tokenizer.model"
-    if not path.exists():
-        return False
-    with open(path, "rb") as file:
-        return file.read(1) == b"\n"
 
 
 def end_ids(folder):
@@ -1031,51 +974,36 @@ def end_ids(folder):
     return ()
 
 
-def check_text(text):
-    """Raise InputError if `text` cannot be written as UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError("the text is not Unicode: it holds bytes that are no UTF-8") from None
-
-
 def read_tokens(tokenizer, path, part):
     """Return (tokens (N,) int64, what they are) of the text file at `path`, or of the demo's text.
 
-    path None: `part` of the Python standard library, "train" or "held-out", its files in an order
-    that was drawn once.
+    path None: the "train" or "held-out" part of the Python standard library, in a fixed order.
     """
     if path is not None:
         try:
             text = Path(path).read_bytes().decode("utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            what = f"{error.reason} at byte {error.start}"
-            raise InputError(f"{path}: not UTF-8 text: {what}") from None
+            raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte "
+                             f"{error.start}") from None
         return torch.tensor(tokenizer.encode(text), dtype=torch.int64), str(path)
     from demo import corpus
     texts = [text for _, text in corpus.files(part)]
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(1))
     ids = []
-    for index in order:
-        ids += tokenizer.encode(texts[index])
-        ids += tokenizer.eos_ids[:1]
+    for index in torch.randperm(len(texts), generator=torch.Generator().manual_seed(1)):
+        ids += [*tokenizer.encode(texts[index]), *tokenizer.eos_ids[:1]]
     return torch.tensor(ids, dtype=torch.int64), f"{part} part of {corpus.NAME}"
 
 
 def windows_of(tokens, context, stride=None):
     """Return tokens (N,) as windows (W, context + 1), each of which predicts `context` tokens.
 
-    They begin `stride` tokens apart; None: `context`, so that every token but the first is
-    predicted once. The rest after the last whole window is dropped. InputError if there is none.
+    They begin `stride` tokens apart; None: `context`, so that each token but the first is predicted
+    once. A rest that fills no window is dropped. Raises InputError if there is no window.
     """
-    stride = context if stride is None else stride
-    require(context >= 1 and stride >= 1,
-            f"windows of {context} tokens, {stride} apart: expected at least 1")
+    require(context >= 1, f"windows of {context} tokens: expected at least 1")
     require(tokens.numel() > context, f"the text has {tokens.numel()} tokens, a window of "
                                       f"{context} needs {context + 1}: give more text")
-    return tokens.unfold(0, context + 1, stride)
+    return tokens.unfold(0, context + 1, stride or context)
 
 
 def default_context(model):
@@ -1085,15 +1013,17 @@ def default_context(model):
 
 def asked_context(model, context):
     """Return the length of a window that --context asks for; None: the default."""
-    context = context or default_context(model)
     longest = model.config.max_position_embeddings
-    require(context <= longest,
+    require((context or 0) <= longest,
             f"--context {context} does not fit the model's context of {longest}")
-    return context
+    return context or default_context(model)
 
 
 # --------------------------------------------------------------------------------------------------
 # What the commands share
+
+MODEL_HELP = "checkpoint folder, or random:PRESET (default: the demo model)"
+
 
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one line, as all others here are."""
@@ -1103,8 +1033,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_model(self):
         """Add the options that `load_model` takes."""
-        self.add_argument("--model", default=str(DEMO),
-                          help="checkpoint folder, or random:PRESET (default: the demo model)")
+        self.add_argument("--model", default=str(DEMO), help=MODEL_HELP)
         self.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                           help="(default: the checkpoint's own)")
         self.add_device()
@@ -1112,6 +1041,19 @@ class Parser(argparse.ArgumentParser):
     def add_device(self):
         self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                           help="(default: cuda where there is one, else cpu)")
+
+    def add_calibration(self):
+        self.add_argument("--calibration", metavar="FILE",
+                          help="(default: calibration.safetensors in the checkpoint folder)")
+
+    def add_text(self, part, tokens):
+        """Add the options that say which text is run, how much of it, and in what windows."""
+        self.add_argument("--text", metavar="FILE",
+                          help=f"UTF-8 text (default: the standard library's {part} part)")
+        self.add_argument("--tokens", type=natural, default=tokens,
+                          help=f"of it at most (default: {tokens})")
+        self.add_argument("--context", type=natural,
+                          help="tokens a window (default: the model's own, at most 2048)")
 
 
 def natural(text):
@@ -1123,46 +1065,30 @@ def natural(text):
 
 def share(text):
     """Return a number from 0 to below 1, for the command line."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
+    if not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}, expected at least 0 and below 1")
-    return value
+    return float(text)
 
 
-def load_model(name, device="cpu", dtype=None, maker=Llama):
-    """Return (model, tokenizer) as every command takes them with --model.
+def load_model(name, device="cpu", dtype=None):
+    """Return (model, tokenizer) of a checkpoint folder; (model, None) of "random:PRESET".
 
-    name: a checkpoint folder, or "random:PRESET", which has no tokenizer: None. dtype: None, a
-    torch.dtype, or the name of one. maker: what has `from_pretrained` and `random`, as Llama.
+    dtype: None, a torch.dtype, or the name of one. Folders of other kinds: beyond/folders.py.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     device = find_device(device)
     if str(name).startswith("random:"):
         preset_name = str(name).removeprefix("random:")
-        return maker.random(preset_name, device, dtype or torch.bfloat16), None
+        return Llama.random(preset_name, device, dtype or torch.bfloat16), None
     require(Path(name).is_dir(), f"{name}: no such folder")
-    tokenizer = load_tokenizer(name)
-    return maker.from_pretrained(name, device, dtype), tokenizer
-
-
-def check_output(path, option):
-    """Raise InputError, before anything is computed, if no file can be written at `path`."""
-    folder = Path(path).parent
-    require(str(path) and (Path(path).is_file() or not Path(path).exists()),
-            f"{path}: is no file to write; see {option}")
-    require(folder.is_dir(), f"{path}: cannot be written: {folder} is no folder; see {option}")
-    require(os.access(folder, os.W_OK), f"{path}: cannot be written: {folder} is read-only; see "
-                                        f"{option}")
+    tokenizer = load_tokenizer(name)     # first: it fails sooner
+    return Llama.from_pretrained(name, device, dtype), tokenizer
 
 
 def find_device(name):
-    """Return the torch.device of a name; InputError if it cannot be used here."""
+    """Return the torch.device of a name, with its index; InputError if it cannot be used here."""
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
     require(device.type in ("cpu", "cuda"),
@@ -1170,14 +1096,21 @@ def find_device(name):
     return device
 
 
-def progress(items, label):
-    """Yield the items of a list, and say on standard error how far the work is and what is left.
+def check_output(path, option):
+    """Raise InputError, before anything is computed, if no file can be written at `path`."""
+    folder = Path(path).parent
+    require(not Path(path).is_dir() and folder.is_dir() and os.access(folder, os.W_OK),
+            f"{path}: cannot be written there; see {option}")
 
-    On a terminal one line is written anew after each item. Elsewhere, if the work takes longer than
-    ten seconds, there is a line after the first item, and then one a minute.
+
+def progress(items, label):
+    """Yield the items of a list; say on standard error how many are done and the time left.
+
+    A terminal shows one line, written anew after each item. Elsewhere work of more than ten seconds
+    writes a line after the first item, then one a minute.
     """
     began = said = time.perf_counter()
-    watched = sys.stderr.isatty()
+    watched = sys.stderr is not None and sys.stderr.isatty()
     for done, item in enumerate(items, start=1):
         yield item
         now = time.perf_counter()
@@ -1191,26 +1124,22 @@ def progress(items, label):
 
 
 def note(text, end="\n"):
-    """Write text to standard error. Where it cannot be written, the work goes on without."""
-    try:
+    """Write text to standard error, where there is one."""
+    with contextlib.suppress(OSError):
         print(text, end=end, file=sys.stderr, flush=True)
-    except OSError:
-        sys.stderr = open(os.devnull, "w")
 
 
 def command_line(main):
     """Run a file's `main`. Input that it cannot use ends it with one line and exit status 2."""
     path = Path(sys.argv[0])
     name = path.parent.name if path.name == "__main__.py" else path.name     # python -m FOLDER
-    if sys.stderr is None:               # closed; its number is not to become that of a file
-        sys.stderr = open(os.devnull, "w")
     try:
         require(sys.stdout is not None, "standard output is closed")
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
         main()
     except BrokenPipeError:                                # our reader is gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError) as error:
+    except (InputError, UnicodeError, OSError) as error:
         note(f"{name}: error: {' '.join(str(error).splitlines())}")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -1220,44 +1149,32 @@ def command_line(main):
 
 def main():
     parser = Parser(description="Prints the shape of a checkpoint: parameters and bytes by part.")
-    parser.add_argument("folder", nargs="?", default=str(DEMO), metavar="FOLDER",
-                        help="checkpoint folder, or random:PRESET (default: the demo model)")
+    parser.add_argument("folder", nargs="?", default=str(DEMO), metavar="FOLDER", help=MODEL_HELP)
     folder = parser.parse_args().folder
-    parts = {"embedding": "embed_tokens", "attention": "self_attn", "MLP": ".mlp.",
-             "head": "lm_head", "norms": "norm"}
     if folder.startswith("random:"):
-        config = preset_config(folder.removeprefix("random:"))
-        dtype = torch.bfloat16
-        tensors = {name: (tensor.numel(), tensor.numel() * dtype.itemsize)
-                   for name, tensor in Llama.shapes(config).named_parameters()}
+        config, dtype = preset_config(folder.removeprefix("random:")), torch.bfloat16
     else:
-        config = Config.read(folder)
-        dtype = checkpoint_dtype(folder)
-        tensors = {name: (math.prod(shape), end - begin) for path in shard_paths(folder)
-                   for name, (_, shape, begin, end) in read_header(path)[0].items()}
+        config, dtype = Config.read(folder), checkpoint_dtype(folder)
     print(f"{folder}: {config.num_hidden_layers} blocks, hidden {config.hidden_size}, intermediate "
           f"{config.intermediate_size}, {config.num_attention_heads} heads on "
           f"{config.num_key_value_heads} key-value heads of {config.head_dim}, "
           f"{str(dtype).removeprefix('torch.')}")
-    print(f"{'part':>10} {'parameters':>15} {'MB':>10} {'share':>7}")
+    parts = {"embedding": "embed_tokens", "attention": "self_attn", "MLP": ".mlp.",
+             "head": "lm_head", "norms": "norm"}
     numbers = dict.fromkeys(parts, 0)
-    stored = dict.fromkeys(parts, 0)                       # bytes
-    for name, (count, size) in tensors.items():
-        part = next((part for part, sign in parts.items() if sign in name), None)
-        if part is not None:
-            numbers[part] += count
-            stored[part] += size
-    whole = sum(stored.values())
-    for part in parts:
+    for name, parameter in Llama.shapes(config).named_parameters():
+        numbers[next(part for part, sign in parts.items() if sign in name)] += parameter.numel()
+    whole = sum(numbers.values())
+    print(f"{'part':>10} {'parameters':>15} {'MB':>10} {'share':>7}")
+    for part, number in [*numbers.items(), ("all", whole)]:
         tied = part == "head" and config.tie_word_embeddings
-        print(f"{part:>10} {numbers[part]:15,} {stored[part] / 1e6:10,.1f} "
-              f"{stored[part] / whole:7.1%}" + "   (the embedding once more)" * tied)
-    print(f"{'all':>10} {sum(numbers.values()):15,} {whole / 1e6:10,.1f} {1:7.1%}")
-    # One row of the embedding is read a token. The head is read whole, and stays dense.
-    skippable = stored["attention"] + stored["MLP"]
-    read = skippable + stored["norms"] + (stored["head"] or stored["embedding"])
-    print(f"read for one token: {read / 1e6:,.1f} MB; sparsity can skip from attention and MLP, "
-          f"{skippable / read:.1%} of it")
+        print(f"{part:>10} {number:15,} {number * dtype.itemsize / 1e6:10,.1f} "
+              f"{number / whole:7.1%}" + "   (the embedding once more)" * tied)
+    # A token reads one row of the embedding, and the whole head, which stays dense.
+    skippable = numbers["attention"] + numbers["MLP"]
+    read = skippable + numbers["norms"] + (numbers["head"] or numbers["embedding"])
+    print(f"read for one token: {read * dtype.itemsize / 1e6:,.1f} MB; sparsity can skip from "
+          f"attention and MLP, {skippable / read:.1%} of it")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ is little where |x_i| is little.
 
 `sparsify(model, thresholds)` puts a `SparseLinear` in the place of each named linear of a Llama.
 While one token is decoded, its small inputs are dropped and their columns never read (kernel.py).
-Calls with more than one token, such as the prompt, run dense: they are bound by arithmetic, which
-skipping memory does not help. `sparse_mode` overrides that, since quality is measured on whole
-sequences.
+Calls with more tokens, such as the prompt, run dense: they are bound by arithmetic, not by memory.
+`sparse_mode` overrides that, since quality is measured on whole sequences.
 
     python sparsify.py [--model FOLDER] [--text FILE]      quality against sparsity, as a table
 """
@@ -24,13 +23,13 @@ import contextlib
 import math
 from dataclasses import dataclass
 
+import kernel
+from model import (Parser, asked_context, check_tokens, command_line, default_context, load_model,
+                   progress, read_tokens, require, share, windows_of)
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import kernel
-from model import (Parser, asked_context, check_tokens, command_line, default_context, load_model,
-                   natural, progress, read_tokens, require, share, windows_of)
 
 
 @dataclass
@@ -40,19 +39,18 @@ class SparseState:
     dense_prefix: int            # positions that stay dense at the start of what a call is given
     tokens: int                  # of the call that is running
     thresholds: torch.Tensor     # (inputs of all sparse linears,), so that one copy changes all
-    counts: torch.Tensor         # (sparse linears, 2) int64: inputs kept, inputs seen
-    counting: bool = True
+    realised: float = 0.0        # the share of the blocks' weights that `counted` saw skipped
 
     def is_sparse(self):
-        """Return whether the call that is running is sparse: its tokens decide, for all linears."""
+        """Return whether the running call is sparse: its number of tokens decides."""
         return self.mode == "all" or self.mode == "decode" and self.tokens == 1
 
 
 class SparseLinear(nn.Module):
     """A linear that reads only the weights of its large inputs.
 
-    weight_t: (in, out), the transposed weight, the only copy there is. threshold (in,), kept () and
-    seen () are views of the model's state; without a state the linear is dense.
+    weight_t: (in, out), the transposed weight, its only copy. threshold: (in,), a view of the
+    thresholds in the model's state; without a state the linear is dense.
     """
 
     def __init__(self, weight_t, bias=None):
@@ -70,45 +68,33 @@ class SparseLinear(nn.Module):
 
     def forward(self, x):
         """x (B, T, in) -> (B, T, out)"""
-        y = self.sparse(x) if self.state is not None and self.state.is_sparse() else self.dense(x)
+        if self.state is None or not self.state.is_sparse():
+            y = self.dense(x)
+        elif x[..., 0].numel() <= kernel.MAX_ROWS and not self.state.dense_prefix:
+            y = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+        else:                            # the same function as a dense product with zeros in it
+            keep = self.keep(x)
+            keep[:, :self.state.dense_prefix] = True
+            y = self.dense(x * keep)
         return y if self.bias is None else y + self.bias
 
-    def sparse(self, x):
-        """Return the product of what is kept of x."""
-        state = self.state
-        prefix = state.dense_prefix if state.mode == "all" else 0
-        rows = x.shape[0] * x.shape[1]
-        few = rows <= kernel.MAX_ROWS and not prefix
-        if few:
-            if state.counting:
-                self.count(x)
-            return self.product(x.view(rows, -1)).view(*x.shape[:-1], -1)
-        # Many tokens: the same function as a dense product with zeros in it.
-        keep = self.count(x, prefix)
-        keep[:, :prefix] = True
-        return self.dense(x * keep)
-
-    def count(self, x, prefix=0):
-        """Return what is kept of x (B, T, in), bool, and count it from position `prefix` on."""
-        keep = kernel.kept(x, self.threshold)
-        counted = keep[:, prefix:] if prefix else keep
-        self.kept.add_(counted.sum())
-        self.seen.add_(counted.numel())
-        return keep
+    def keep(self, x):
+        """Return which entries of x (..., in) are kept, bool."""
+        return kernel.kept(x, self.threshold)
 
     def product(self, x):
-        """Return the sparse product of x (B, in), B at most MAX_ROWS: (B, out)."""
+        """Return the product of x (B, in) without its small entries: (B, out), B <= MAX_ROWS."""
         return kernel.sparse_gemv(x, self.weight_t, self.threshold)
 
     def dense(self, x):
-        """Return the product of all of x."""
+        """Return the product of all of x (..., in): (..., out)."""
         return kernel.dense(x, self.weight_t)
 
 
 class TransposedEmbedding(nn.Module):
-    """An embedding that is stored as the weight of a SparseLinear, which may be its tied head.
+    """An embedding stored transposed, as its tied head is: one weight for both.
 
-    weight_t: (hidden, vocab), or what has a tensor's `index_select` and `t`.
+    weight_t: (hidden, vocab), or an object with a tensor's `index_select` and `t`.
     """
 
     def __init__(self, weight_t):
@@ -128,11 +114,10 @@ def sparsify(model, thresholds, make=SparseLinear):
     """Make the named linears of a Llama sparse, in place, and return the model.
 
     thresholds: {name of a linear, as "model.layers.0.mlp.down_proj": number, tensor () or (in,), or
-    None}. None keeps a linear dense but stores it transposed: on a CPU our kernel is the fastest
-    dense product, too. A linear not named stays as it is: dense, or with the threshold it had.
-    make: what makes a sparse linear of (weight_t, bias). Weights are transposed one by one, so that
-    no second copy of the model is needed. Raises InputError, and changes nothing, for a name or a
-    shape that does not fit.
+    None}. None: dense, but transposed for our kernel, on a CPU the fastest dense product, too. A
+    linear not named stays as it is: dense, or with the threshold it had. make(weight_t, bias)
+    returns a sparse linear. Weights are transposed one by one: there is no second copy of the
+    model. Raises InputError, and changes nothing, for a name or a shape that does not fit.
     """
     check_thresholds(model, thresholds, (nn.Linear, SparseLinear))
     for name in thresholds:
@@ -147,25 +132,20 @@ def sparsify(model, thresholds, make=SparseLinear):
     dtype = torch.promote_types(model.dtype, torch.float32)
     sparse = []
     for name, linear in model.named_modules():
-        if not isinstance(linear, SparseLinear):
-            continue
-        if name in thresholds:
-            linear.threshold = thresholds[name]
-        if linear.threshold is None:
+        if isinstance(linear, SparseLinear):
             linear.state = None
-            continue
-        value = torch.as_tensor(linear.threshold, dtype=dtype, device=model.device)
-        linear.threshold = value.expand(linear.in_features)
-        sparse.append(linear)
+            linear.threshold = thresholds.get(name, linear.threshold)
+            if linear.threshold is not None:
+                value = torch.as_tensor(linear.threshold, dtype=dtype, device=model.device)
+                linear.threshold = value.expand(linear.in_features)
+                sparse.append(linear)
     if not sparse:
         return model
-    state = SparseState("decode", 0, 0, torch.cat([linear.threshold for linear in sparse]),
-                        torch.zeros(len(sparse), 2, dtype=torch.int64, device=model.device))
+    state = SparseState("decode", 0, 0, torch.cat([linear.threshold for linear in sparse]))
     parts = state.thresholds.split([linear.in_features for linear in sparse])
-    for linear, threshold, counts in zip(sparse, parts, state.counts):
+    for linear, threshold in zip(sparse, parts):
         linear.state = state
         linear.threshold = threshold
-        linear.kept, linear.seen = counts
     if not hasattr(model, "sparse_state"):
         model.register_forward_pre_hook(note_tokens, with_kwargs=True)
     model.sparse_state = state
@@ -184,12 +164,10 @@ def check_thresholds(model, thresholds, kinds):
         linear = modules.get(name)
         require(isinstance(linear, kinds), f"thresholds name {name}, which is not a "
                 f"{'sparse ' * (kinds is SparseLinear)}linear of this model")
-        if threshold is not None:
-            value = torch.as_tensor(threshold)
-            require(value.shape in ((), (linear.in_features,)),
-                    f"threshold of {name}: shape {tuple(value.shape)}, expected () or "
-                    f"({linear.in_features},)")
-            require(bool(torch.isfinite(value).all()), f"threshold of {name} is not finite")
+        value = torch.as_tensor(0.0 if threshold is None else threshold)
+        require(value.shape in ((), (linear.in_features,)) and bool(value.isfinite().all()),
+                f"threshold of {name}: shape {tuple(value.shape)}, expected finite numbers, () or "
+                f"({linear.in_features},)")
 
 
 def set_thresholds(model, thresholds):
@@ -209,9 +187,9 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
     where: "decode": calls with one token are sparse, calls with more are dense
            "all": every call is sparse, except the first `dense_prefix` positions that it is given
            "off": every call is dense
-    thresholds: {name of a sparse linear: number, tensor () or (in,)}, in force inside; others stay.
-    Or all of them, a copy of model.sparse_state.thresholds, which is quick enough for every step.
-    A model that was not sparsified is dense whatever the mode.
+    thresholds: {name of a sparse linear: number, tensor () or (in,)}, in force inside; or all
+    thresholds at once, a copy of model.sparse_state.thresholds: quick enough for every step.
+    A model that was not sparsified is dense in every mode.
     """
     require(where in ("decode", "all", "off"), f'where is "decode", "all" or "off", not {where!r}')
     require(dense_prefix >= 0, f"dense_prefix is {dense_prefix}, expected at least 0")
@@ -220,10 +198,10 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
         yield
         return
     before = state.mode, state.dense_prefix
-    thresholds_before = None if thresholds is None else state.thresholds.clone()
+    thresholds_before = state.thresholds.clone() if thresholds is not None else None
     try:
         state.mode = where
-        state.dense_prefix = dense_prefix
+        state.dense_prefix = dense_prefix if where == "all" else 0
         if isinstance(thresholds, torch.Tensor):
             state.thresholds.copy_(thresholds)
         elif thresholds:
@@ -238,31 +216,49 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
 # --------------------------------------------------------------------------------------------------
 # Measures
 
-def realised_sparsity(model):
-    """Return the share of the blocks' weights that sparse calls did not read since `reset_counts`.
+@contextlib.contextmanager
+def counted(model):
+    """Count, inside a `with`, what sparse calls drop; afterwards realised_sparsity tells it."""
+    skipped = {}                         # {linear: [inputs dropped, inputs seen]}
 
-    Each linear counts with its size; a dense one is read whole. 0.0 if no call was sparse.
-    """
-    return share_skipped(model.model.layers)
+    def count(linear, inputs):
+        if linear.state.is_sparse():
+            keep = linear.keep(inputs[0])[:, linear.state.dense_prefix:]
+            dropped, seen = skipped.get(linear, (0, 0))
+            skipped[linear] = dropped + keep.numel() - int(keep.sum()), seen + keep.numel()
 
-
-def share_skipped(module):
-    """Return what `realised_sparsity` does, of the linears in a module."""
-    skipped = total = 0
-    for linear in module.modules():
-        if isinstance(linear, (nn.Linear, SparseLinear)):
-            size = linear.in_features * linear.out_features
-            total += size
-            if isinstance(linear, SparseLinear) and linear.state is not None:
-                seen = linear.seen.item()
-                skipped += size * (1 - linear.kept.item() / seen) if seen else 0
-    return skipped / total
-
-
-def reset_counts(model):
-    """Forget what was counted for `realised_sparsity`."""
+    linears = [linear for linear in model.model.layers.modules()
+               if isinstance(linear, (nn.Linear, SparseLinear))]
+    with contextlib.ExitStack() as hooks:
+        for linear in linears:
+            if getattr(linear, "state", None):
+                hooks.enter_context(linear.register_forward_pre_hook(count))
+        yield
+    size = {linear: linear.in_features * linear.out_features for linear in linears}
     if hasattr(model, "sparse_state"):
-        model.sparse_state.counts.zero_()
+        model.sparse_state.realised = sum(
+            dropped / max(seen, 1) * size[linear] for linear, (dropped, seen) in skipped.items()
+        ) / sum(size.values())
+
+
+def realised_sparsity(model):
+    """Return the share of the blocks' weights that sparse calls inside `counted` did not read.
+
+    Each linear counts with its size, a dense one as read whole. 0.0 if no call was sparse.
+    """
+    return model.sparse_state.realised if hasattr(model, "sparse_state") else 0.0
+
+
+@torch.no_grad()
+def skipped_share(model, ids, prompt):
+    """Return the realised sparsity of decoding `ids` after a prompt, the first `prompt` of them.
+
+    One pass over the finished text finds it, so that nothing is counted while a text is written.
+    """
+    tokens = torch.tensor([ids[:-1]], device=model.device)         # the last was not run
+    with counted(model), sparse_mode(model, "all", dense_prefix=prompt):
+        model(tokens, last_only=True)
+    return realised_sparsity(model)
 
 
 @torch.no_grad()
@@ -270,20 +266,30 @@ def perplexity(model, tokens, context=None, dense_prefix=0):
     """Return exp of the mean cross-entropy a token, over windows with nothing before them.
 
     tokens: (N,) int64. context: tokens a window; None: the model's own, at most 2048. A sparsified
-    model is sparse here, in every position from `dense_prefix` on of each window, except inside
-    sparse_mode(model, "off"). Afterwards `realised_sparsity` is that of this text.
+    model is sparse from position `dense_prefix` of each window on, but dense inside
+    sparse_mode(model, "off"). Afterwards realised_sparsity is that of this text.
     """
     check_tokens(tokens, model.config)
     windows = windows_of(tokens, context or default_context(model)).to(model.device)
     state = getattr(model, "sparse_state", None)
     mode = "off" if state is not None and state.mode == "off" else "all"
-    reset_counts(model)
     total = 0.0
-    with sparse_mode(model, mode, dense_prefix=dense_prefix):
+    with counted(model), sparse_mode(model, mode, dense_prefix=dense_prefix):
         for part in windows.split(4):
             logits = model(part[:, :-1]).flatten(0, 1)
             total += F.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / windows[:, 1:].numel())
+
+
+def measures(log_p, dense, targets):
+    """Return, summed over N tokens, (3,) float64: -log p of the targets, KL, agreement.
+
+    log_p, dense: (N, vocab), of the sparse and the dense model; targets (N,) int64. KL is that from
+    the dense distributions, in nats; agreement: how often the likeliest token is the same.
+    """
+    return torch.tensor([F.nll_loss(log_p, targets, reduction="sum").item(),
+                         F.kl_div(log_p, dense, reduction="sum", log_target=True).item(),
+                         (log_p.argmax(-1) == dense.argmax(-1)).sum().item()], dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -292,8 +298,7 @@ def quality(model, windows, settings):
 
     windows: (W, T + 1) int64; settings: a list of thresholds as `sparse_mode` takes them, all of
     the same linears, which are sparse afterwards. Returns (settings + 1, 4) float64, the dense
-    model first: perplexity; KL from the dense model's distributions, in nats a token; agreement,
-    how often the likeliest token is the same; realised sparsity.
+    model first: perplexity; KL and agreement, as `measures` has them, a token; realised sparsity.
     """
     require(all(each.keys() == settings[0].keys() for each in settings),
             "settings of different linears: one not named would keep the threshold it had")
@@ -304,17 +309,12 @@ def quality(model, windows, settings):
     for part in progress(parts, f"{len(settings)} settings"):
         tokens, targets = part[:, :-1], part[:, 1:].flatten()
         for i, thresholds in enumerate([None, *settings]):
-            reset_counts(model)
-            with sparse_mode(model, "all" if i else "off", thresholds):
+            with counted(model), sparse_mode(model, "all" if i else "off", thresholds):
                 log_p = model(tokens).flatten(0, 1).log_softmax(-1)             # (w * T, vocab)
             if i == 0:
                 dense = log_p
-            sums[i] += torch.tensor([
-                F.nll_loss(log_p, targets, reduction="sum").item(),
-                F.kl_div(log_p, dense, reduction="sum", log_target=True).item(),
-                (log_p.argmax(-1) == dense.argmax(-1)).sum().item(),
-                realised_sparsity(model) * len(targets),
-            ], dtype=torch.float64)
+            sums[i, :3] += measures(log_p, dense, targets)
+            sums[i, 3] += realised_sparsity(model) * len(targets)
     means = sums / windows[:, 1:].numel()
     means[:, 0] = means[:, 0].exp()
     return means
@@ -324,14 +324,8 @@ def main(load_calibration):
     parser = Parser(description="Prints quality against sparsity, for every allocation that the "
                                 "calibration holds.")
     parser.add_model()
-    parser.add_argument("--text", metavar="FILE",
-                        help="UTF-8 text (default: the standard library's held-out part)")
-    parser.add_argument("--tokens", type=natural, default=20_000,
-                        help="of it at most (default: 20000)")
-    parser.add_argument("--context", type=natural,
-                        help="tokens a window (default: the model's own, at most 2048)")
-    parser.add_argument("--calibration", metavar="FILE",
-                        help="(default: calibration.safetensors in the checkpoint folder)")
+    parser.add_text("held-out", 20_000)
+    parser.add_calibration()
     parser.add_argument("--sparsity", nargs="+", type=share, default=[0.25, 0.4, 0.5, 0.65],
                         help="(default: 0.25 0.4 0.5 0.65)")
     arguments = parser.parse_args()

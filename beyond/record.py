@@ -11,12 +11,12 @@ shapes it is a fifth of a step, since weights that stream through the caches evi
                                                                  addresses that it reads and writes
     each step     ──► copy the tokens and where they stand ──► the notes, one after the other, in C
 
-It is the forward of model.py itself that runs while it is recorded. So whoever changes model.py
-sees the change here, and nothing is said twice: what is recorded is what was done. An operation
-for which there is no C function below is noted all the same, and PyTorch replays it, a few
-microseconds slower. Views cost nothing; what depends on no input of the step is not repeated. A
-forward that looks at values while it runs (`if x.max() > 3`) cannot be recorded; then one line says
-so, and the model runs itself.
+It is the forward of model.py itself that runs while it is recorded. So whoever changes model.py, or
+puts a subclass of his own in place of a linear or a block, sees the change here: what is recorded
+is what was done. An operation for which there is no C function below is noted all the same, and
+PyTorch replays it, a few microseconds slower. Views cost nothing; what depends on no input of the
+step is not repeated. A forward that looks at values while it runs (`if x.max() > 3`) cannot be
+recorded; then one line says so, and the model runs itself.
 
 The seam: `generate(..., make_step=record.make_step)`. The cache of the step is
 `generate.StaticCache`, the one that CUDA graphs use. A chapter that has operations of its own says
@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import functools
 import struct
+from collections import Counter
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -48,20 +49,23 @@ static inline float exponential(float x) {
     return x != x ? x : x < -87.0f ? 0 : x > 88.0f ? INFINITY : power;
 }
 
-// Numbers are computed with in float32, and lie in memory in one of three types.
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+// Numbers are computed with in float32. In memory they have one of four types; those of a mask are
+// bytes, 0 and 1.
+enum { FLOAT32, BFLOAT16, FLOAT16, BOOL };
 
 static void load(const void *from, long type, long at, long n, float *restrict to) {
     const uint16_t *half = (const uint16_t *)from + at;
     if (type == FLOAT32) memcpy(to, (const float *)from + at, n * sizeof(float));
     else if (type == BFLOAT16) for (long i = 0; i < n; i++) to[i] = of_bfloat16(half[i]);
-    else for (long i = 0; i < n; i++) to[i] = of_float16(half[i]);
+    else if (type == FLOAT16) for (long i = 0; i < n; i++) to[i] = of_float16(half[i]);
+    else for (long i = 0; i < n; i++) to[i] = ((const uint8_t *)from)[at + i];
 }
 static void store(void *to, long type, long at, long n, const float *restrict from) {
     uint16_t *half = (uint16_t *)to + at;
     if (type == FLOAT32) memcpy((float *)to + at, from, n * sizeof(float));
     else if (type == BFLOAT16) for (long i = 0; i < n; i++) half[i] = bfloat16_of(from[i]);
-    else for (long i = 0; i < n; i++) half[i] = float16_of(from[i]);
+    else if (type == FLOAT16) for (long i = 0; i < n; i++) half[i] = float16_of(from[i]);
+    else for (long i = 0; i < n; i++) ((uint8_t *)to)[at + i] = from[i] != 0;
 }
 
 // What every function here is given: addresses, sizes, and floats by their bits.
@@ -75,38 +79,19 @@ int product(const args *a) {
         a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12]);
 }
 
-/* Counts what of x (rows, in) a threshold (in) keeps, for realised_sparsity.
-   x, type, rows, in, threshold, kept, seen */
-int count(const args *a) {
-    long rows = a[2], in = a[3], kept = 0;
-    const float *threshold = POINTER(4);
-    float x[256];
-    for (long t = 0; t < rows; t++)
-        for (long i = 0; i < in; i += 256) {
-            long n = in - i < 256 ? in - i : 256;
-            load(POINTER(0), a[1], t * in + i, n, x);
-            int here = 0;
-            for (long j = 0; j < n; j++) here += !(fabsf(x[j]) <= threshold[i + j]);
-            kept += here;
-        }
-    *(int64_t *)POINTER(5) += kept;
-    *(int64_t *)POINTER(6) += rows * in;
-    return 0;
-}
-
-/* y = x / sqrt(mean(x^2) + eps) * weight, over rows.   x, y, weight, type, rows, size, eps */
+/* y = x / sqrt(mean(x^2) + eps) * weight, over rows of float32.
+   x, y, weight, type of the weight, rows, size, eps */
 int rms_norm(const args *a) {
     long size = a[5];
-    float x[size], weight[size];
+    float weight[size];
     load(POINTER(2), a[3], 0, size, weight);
     for (long t = 0; t < a[4]; t++) {
-        load(POINTER(0), a[3], t * size, size, x);
-        float sum = 0;
+        const float *x = (const float *)a[0] + t * size;
+        float *restrict y = (float *)a[1] + t * size, sum = 0;
         #pragma omp simd reduction(+:sum)
         for (long i = 0; i < size; i++) sum += x[i] * x[i];
         float factor = 1 / sqrtf(sum / size + float_of(a[6]));
-        for (long i = 0; i < size; i++) x[i] = x[i] * factor * weight[i];
-        store(POINTER(1), a[3], t * size, size, x);
+        for (long i = 0; i < size; i++) y[i] = x[i] * factor * weight[i];
     }
     return 0;
 }
@@ -114,7 +99,7 @@ int rms_norm(const args *a) {
 /* y = f(x0, x1, x2), number by number. Four dimensions; each tensor has its strides.
    f, inputs, sizes (4), then for y and each input: address, type, strides (4); of an input the last
    stride is 0 or 1, of y it is 1 */
-enum { COPY, ADD, SUB, MUL, ADDCMUL, SILU };
+enum { COPY, ADD, MUL, ADDCMUL, SILU };
 #define CHUNK 256
 int elementwise(const args *a) {
     const args *sizes = a + 2, *y = a + 6;
@@ -132,7 +117,6 @@ int elementwise(const args *a) {
         }
         for (long p = 0; a[0] == COPY && p < n; p++) z[p] = x[0][p];
         for (long p = 0; a[0] == ADD && p < n; p++) z[p] = x[0][p] + x[1][p];
-        for (long p = 0; a[0] == SUB && p < n; p++) z[p] = x[0][p] - x[1][p];
         for (long p = 0; a[0] == MUL && p < n; p++) z[p] = x[0][p] * x[1][p];
         for (long p = 0; a[0] == ADDCMUL && p < n; p++) z[p] = x[0][p] + x[1][p] * x[2][p];
         for (long p = 0; a[0] == SILU && p < n; p++) z[p] = x[0][p] / (1 + exponential(-x[0][p]));
@@ -164,24 +148,25 @@ static inline float dot(const float *a, const float *b, long n) {
     return sums[0] + sums[2] + (sums[1] + sums[3]);
 }
 
-/* y = softmax(scale q k^T) v over what the mask shows. q, y (G, R, D); k, v (G, S, D); mask (R, S).
+/* y = softmax(scale q k^T) v over what the mask shows. q, y (G, R, D) float32; k, v (G, S, D), of
+   the cache's type; mask (R, S).
    The positions are taken in tiles, each shared by all queries of a group; a tile that nobody sees
    is not read. A query keeps the largest of its scores so far; e^(score - largest) and their sum
    are of that largest one, and shrink when a larger turns up (FlashAttention, arXiv 2205.14135).
    What is not seen scores -infinity, and `largest` starts above that: their difference is no NaN.
    A group is cut in parts, as many as give each thread the same work, which are joined in the end.
-   Positions that are listed, (G, S) int64, are the only ones that are read.
    q, k, v, mask, y, type, G, R, S, D, scale, group strides of q, k, v, row strides of q, k, v,
-   row stride of the mask, threads, positions or none, their group stride */
+   row stride of the mask, threads */
 #define TILE 32
 int attend(const args *a) {
     const uint8_t *mask = POINTER(3);
-    const int64_t *positions = POINTER(19);
-    long type = a[5], G = a[6], R = a[7], S = a[8], D = a[9], end = positions ? S : 0;
+    const float *queries = POINTER(0);
+    float *outputs = POINTER(4);
+    long type = a[5], G = a[6], R = a[7], S = a[8], D = a[9], end = 0;
     float scale = float_of(a[10]);
     for (long r = 0; r < R; r++)
         for (long s = S; s > end; s--) if (mask[r * a[17] + s - 1]) { end = s; break; }
-    long threads = R * G * end * D > 1 << 16 ? a[18] : 1;        // to wake one takes as long
+    long threads = R * G * end * D > 1 << 19 ? a[18] : 1;        // a thread that wakes may be late
     long parts = 1, tiles = (end + TILE - 1) / TILE;
     while (G * parts % threads) parts++;
     float sums[G * parts * R * D], totals[G * parts * R], most[G * parts * R];
@@ -189,27 +174,25 @@ int attend(const args *a) {
     for (long unit = 0; unit < G * parts; unit++) {
         long g = unit / parts, part = unit % parts, last = tiles * (part + 1) / parts * TILE;
         if (last > end) last = end;
-        float tile[TILE * D], q[R][D], sum[R][D], score[R][TILE], largest[R], total[R];
+        const float *q = queries + g * a[11];
+        float tile[TILE * D], sum[R][D], score[R][TILE], largest[R], total[R];
         memset(sum, 0, sizeof sum);
         for (long r = 0; r < R; r++) {
-            load(POINTER(0), type, g * a[11] + r * a[14], D, q[r]);
             largest[r] = -FLT_MAX;
             total[r] = 0;
         }
         for (long start = tiles * part / parts * TILE; start < last; start += TILE) {
-            long n = last - start < TILE ? last - start : TILE, at[TILE], seen = 0;
-            for (long p = 0; p < n; p++)
-                at[p] = positions ? positions[g * a[20] + start + p] : start + p;
+            long n = last - start < TILE ? last - start : TILE, seen = 0;
             for (long r = 0; r < R && !seen; r++)
-                for (long p = 0; p < n; p++) seen |= mask[r * a[17] + at[p]];
+                for (long p = 0; p < n; p++) seen |= mask[r * a[17] + start + p];
             if (!seen) continue;
             for (long p = 0; p < n; p++)
-                load(POINTER(1), type, g * a[12] + at[p] * a[15], D, tile + p * D);
+                load(POINTER(1), type, g * a[12] + (start + p) * a[15], D, tile + p * D);
             for (long r = 0; r < R; r++) {
-                const uint8_t *sees = mask + r * a[17];
+                const uint8_t *sees = mask + r * a[17] + start;
                 float before = largest[r];
                 for (long p = 0; p < n; p++)
-                    score[r][p] = sees[at[p]] ? scale * dot(q[r], tile + p * D, D) : -INFINITY;
+                    score[r][p] = sees[p] ? scale * dot(q + r * a[14], tile + p * D, D) : -INFINITY;
                 for (long p = n; p < TILE; p++) score[r][p] = -INFINITY;
                 for (long p = 0; p < TILE; p++)
                     largest[r] = score[r][p] <= largest[r] ? largest[r] : score[r][p];
@@ -220,7 +203,7 @@ int attend(const args *a) {
                 for (long i = 0; shrunk != 1 && i < D; i++) sum[r][i] *= shrunk;
             }
             for (long p = 0; p < n; p++)
-                load(POINTER(2), type, g * a[13] + at[p] * a[16], D, tile + p * D);
+                load(POINTER(2), type, g * a[13] + (start + p) * a[16], D, tile + p * D);
             memset(tile + n * D, 0, (TILE - n) * D * sizeof(float));
             for (long r = 0; r < R; r++)
                 for (long p = 0; p < TILE; p += 4) {             // four at a time: sums move less
@@ -236,8 +219,8 @@ int attend(const args *a) {
     }
     for (long g = 0; g < G; g++)
         for (long r = 0; r < R; r++) {
-            float y[D], largest = -FLT_MAX, total = 0;
-            memset(y, 0, sizeof y);
+            float *y = outputs + (g * R + r) * D, largest = -FLT_MAX, total = 0;
+            memset(y, 0, D * sizeof *y);
             for (long u = g * parts * R + r; u < (g + 1) * parts * R; u += R)
                 largest = most[u] <= largest ? largest : most[u];
             for (long u = g * parts * R + r; u < (g + 1) * parts * R; u += R) {
@@ -246,12 +229,11 @@ int attend(const args *a) {
                 for (long i = 0; i < D; i++) y[i] += shrunk * sums[u * D + i];
             }
             for (long i = 0; i < D; i++) y[i] /= total;
-            store(POINTER(4), type, (g * R + r) * D, D, y);
         }
     return 0;
 }
 
-typedef struct { int (*function)(const args *); args a[32]; } call;
+typedef struct { int (*function)(const args *); args a[30]; } call;
 
 /* Does what was noted. Returns not 0 if a call failed. */
 int replay(const call *calls, long n) {
@@ -261,8 +243,8 @@ int replay(const call *calls, long n) {
 }
 """
 C_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KINDS = {"copy": 0, "add": 1, "sub": 2, "mul": 3, "addcmul": 4, "silu": 5}
-ARGUMENTS = 32
+KINDS = {"copy": 0, "add": 1, "mul": 2, "addcmul": 3, "silu": 4}
+ARGUMENTS = 30           # of a call, at most: those of elementwise
 NOTES = {}               # {name of a chapter's own operation: function(tape, y, *its arguments)}
 
 
@@ -286,7 +268,8 @@ class Unrecordable(Exception):
 # Operations whose result Python sees, or whose output's shape depends on values.
 LOOKS = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__",
          "__contains__", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select",
-         "unique", "unique_consecutive", "bincount", "repeat_interleave", "arange", "linspace"}
+         "unique", "unique_consecutive", "bincount", "repeat_interleave", "arange", "linspace",
+         "data_ptr"}
 
 
 def written_in_place(name, args, kwargs):
@@ -301,18 +284,22 @@ def written_in_place(name, args, kwargs):
 
 
 class Tape(TorchFunctionMode):
-    """What a forward did, as notes that do it again. Inside `with tape:` everything is noted."""
+    """Notes that do again what a forward did. Inside `with tape:` everything is noted.
 
-    def __init__(self, model, inputs):
+    Conversions are noted like all else. But norms and attention in C convert what they read, the
+    weight and the cache, in registers: in the end a conversion that nothing reads is dropped.
+    """
+
+    def __init__(self, inputs):
         """inputs: tensors that change from step to step."""
         super().__init__()
         self.notes = []              # (address of a C function, arguments), or a Python function
         self.alive = []              # every tensor of which an address is noted
         self.changing = {storage_of(tensor) for tensor in inputs}
         self.born = set()            # memory that the forward itself has asked for
-        self.linears = {linear.threshold.data_ptr(): linear for linear in model.modules()
-                        if getattr(linear, "state", None) is not None}
-        self.counting = any(linear.state.counting for linear in self.linears.values())
+        self.conversions = {}        # {id of a tensor: (it, what it was before)}, while it was that
+        self.places = {}             # {id of a conversion's result: its place in the notes}
+        self.reads = Counter()       # {id of a tensor: how many operations read it}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -331,9 +318,13 @@ class Tape(TorchFunctionMode):
             self.notes.append(lambda: target.copy_(before))
         result = function(*args, **kwargs)
         results = [x for x in flat(result) if isinstance(x, torch.Tensor)]
+        self.alive += results + tensors
+        self.reads.update(map(id, tensors))
         if target is not None:
             self.note(lambda: function(*args, **kwargs), name, target, args, kwargs)
             self.changing.add(storage_of(target))
+            self.conversions = {key: each for key, each in self.conversions.items()
+                                if storage_of(target) not in map(storage_of, each[:2])}
         elif results:
             inputs = {storage_of(tensor) for tensor in tensors}
             views = all(storage_of(each) in inputs for each in results)
@@ -341,13 +332,16 @@ class Tape(TorchFunctionMode):
                 raise Unrecordable(f"which part it looks at depends on values, in `{name}`")
             if not views:
                 self.born |= {storage_of(each) for each in results}
+                if name in ("to", "float"):
+                    self.alive.append(result)
+                    self.conversions[id(result)] = result, args[0]
+                    self.places[id(result)] = len(self.notes) if changing else None
             if changing and not views:
                 def again():
                     for old, new in zip(results, flat(function(*args, **kwargs))):
                         old.copy_(new)
                 self.note(again, name, results[0] if len(results) == 1 else None, args, kwargs)
                 self.changing |= {storage_of(each) for each in results}
-        self.alive += results + tensors
         return result
 
     def note(self, again, name, y, args, kwargs):
@@ -376,13 +370,22 @@ class Tape(TorchFunctionMode):
         self.notes.append((ctypes.cast(function, ctypes.c_void_p).value, values))
         return True
 
+    def before(self, x):
+        """Return what a converted tensor x was converted from, else x."""
+        return self.conversions[id(x)][1] if id(x) in self.conversions else x
+
+    def unread(self, *tensors):
+        """Count one reader less of each: a C function reads what it was converted from."""
+        self.reads.subtract(map(id, tensors))
+        return True
+
     # The operations that have C functions. Each returns whether it takes these arguments.
 
     def elementwise(self, kind, y, *inputs):
-        if y.dtype not in C_TYPES or y.ndim > 4 or not y.numel():
-            return False
         inputs = [x if isinstance(x, torch.Tensor) else torch.tensor(float(x)) for x in inputs]
-        if not all(x.dtype in C_TYPES and x.ndim <= 4 for x in inputs):
+        kinds = {x.dtype for x in (y, *inputs)}
+        types = C_TYPES if kinds <= C_TYPES.keys() else {torch.bool: 3} if kind == "copy" else {}
+        if not kinds <= types.keys() or any(x.ndim > 4 for x in (y, *inputs)) or not y.numel():
             return False
         arguments = [KINDS[kind], len(inputs), *[1] * (4 - y.ndim), *y.shape]
         for x in (y, *inputs):
@@ -391,14 +394,11 @@ class Tape(TorchFunctionMode):
                 strides[-1] = 1 if x is y else 0
             if strides[-1] not in (0, 1):
                 return False
-            arguments += [x, C_TYPES[x.dtype], *strides]
+            arguments += [x, types[x.dtype], *strides]
         return self.call(c_functions().elementwise, *arguments)
 
     def note_add(self, y, a, b, alpha=1):
         return alpha == 1 and self.elementwise("add", y, a, b)
-
-    def note_sub(self, y, a, b, alpha=1):
-        return alpha == 1 and self.elementwise("sub", y, a, b)
 
     def note_mul(self, y, a, b):
         return self.elementwise("mul", y, a, b)
@@ -411,6 +411,8 @@ class Tape(TorchFunctionMode):
 
     def note_to(self, y, x, *args, **kwargs):
         return self.elementwise("copy", y, x)
+
+    note_float = note_to
 
     def note_reshape(self, y, x, *shape):
         return y.is_contiguous() and self.elementwise("copy", y.view(x.shape), x)
@@ -426,12 +428,14 @@ class Tape(TorchFunctionMode):
                 and self.elementwise("copy", y.narrow(dims, first, rest), x.narrow(dims, 0, rest)))
 
     def note_rms_norm(self, y, x, normalized_shape, weight=None, eps=None):
-        if (y.dtype not in C_TYPES or weight is None or eps is None or len(normalized_shape) != 1
-                or weight.dtype != x.dtype or not x.is_contiguous()):
+        if (y.dtype != torch.float32 or weight is None or eps is None or x.dtype != y.dtype
+                or len(normalized_shape) != 1 or not x.is_contiguous()):
             return False
+        stored = self.before(weight).detach()
         size = x.shape[-1]
-        return self.call(c_functions().rms_norm, x, y, weight.detach(), C_TYPES[y.dtype],
-                         x.numel() // size, size, float(eps))
+        return (stored.dtype in C_TYPES and self.unread(weight)
+                and self.call(c_functions().rms_norm, x, y, stored, C_TYPES[stored.dtype],
+                              x.numel() // size, size, float(eps)))
 
     def note_index_copy_(self, y, keys, dim, slots, k):
         rows = keys.stride(-1) == k.stride(-1) == 1
@@ -447,60 +451,46 @@ class Tape(TorchFunctionMode):
         mask = attn_mask
         if (is_causal or dropout_p or mask is None or mask.dtype != torch.bool or mask.ndim != 2
                 or q.ndim != 4 or q.shape[0] != 1 or q.shape[1] != k.shape[1]
-                or y.dtype not in C_TYPES or not k.dtype == v.dtype == q.dtype == y.dtype
-                or not y.is_contiguous() or q.shape[-1] != v.shape[-1]
-                or not all(x.stride(-1) == 1 for x in (q, k, v, mask))):
+                or q.shape[-1] != v.shape[-1] or not y.is_contiguous()):
             return False
-        return self.attend(y, q, k, v, mask, scale=scale)
-
-    def attend(self, y, q, k, v, mask, positions=None, scale=None):
-        """Note an attention: q (1, G, R, D), k and v (1, G, S, D), mask (R or 1, S) -> y.
-
-        positions: None, or those that are read, (1, G or 1, K) int64.
-        """
+        keys, values = self.before(k), self.before(v)
+        if (not q.dtype == y.dtype == torch.float32 or keys.dtype != values.dtype
+                or keys.dtype not in C_TYPES
+                or not all(x.stride(-1) == 1 for x in (q, keys, values, mask))):
+            return False
         _, G, R, D = q.shape
         S = k.shape[2]
-        listed = 0, 0
-        if positions is not None:
-            S = positions.shape[2]
-            listed = positions, S if positions.shape[1] > 1 else 0
-        return self.call(c_functions().attend, q, k, v, mask, y, C_TYPES[y.dtype], G, R, S, D,
-                         float(D ** -0.5 if scale is None else scale),
-                         *[x.stride(1) for x in (q, k, v)], *[x.stride(2) for x in (q, k, v)],
-                         mask.stride(0) if len(mask) > 1 else 0, torch.get_num_threads(), *listed)
-
-    def note_repeat(self, y, mask, *repeats):
-        """Note the mask, once for each head of a group."""
-        if (y.dtype != torch.bool or mask.ndim != 2 or repeats[1:] != (1,)
-                or not y.is_contiguous() or not mask.is_contiguous()):
-            return False
-        size = mask.numel()
-        zero = torch.zeros(1, dtype=torch.int64)
-        for copy in y.view(repeats[0], size):
-            self.call(c_functions().index_copy, copy, mask, zero, size, 1, 1, 0, 0, 0, 0)
-        return True
+        tensors = q, keys, values
+        return self.unread(k, v) and self.call(
+            c_functions().attend, *tensors, mask, y, C_TYPES[keys.dtype], G, R, S, D,
+            float(D ** -0.5 if scale is None else scale), *[x.stride(1) for x in tensors],
+            *[x.stride(2) for x in tensors], mask.stride(0) if len(mask) > 1 else 0,
+            kernel.THREADS)
 
     def product(self, c_call, x, weight_t, threshold):
         """Do and note a product of a backend, in whose place this stands while it is recorded."""
+        if x.dtype != torch.float32:
+            return self.product(c_call, x.float(), weight_t, threshold).to(x.dtype)
         with torch._C.DisableTorchFunction():
             y = x.new_empty(len(x), weight_t.shape[1])
             function, arguments = c_call(x, weight_t, threshold, y)
             if function(*arguments):
                 raise MemoryError("no memory for the list of kept channels")
             self.alive += [x, threshold, y]
-            linear = self.linears.get(threshold.data_ptr())
-            if linear is not None and self.counting:
-                self.call(c_functions().count, x, C_TYPES[x.dtype], *x.shape, threshold,
-                          linear.kept, linear.seen)
+            self.reads.update(map(id, (x, threshold)))
             address = ctypes.cast(function, ctypes.c_void_p).value
             self.call(c_functions().product, address, *arguments)
         self.changing.add(storage_of(y))
         return y
 
-    def finish(self):
+    def finish(self, result):
         """Make the notes what `replay` wants: Python functions, and runs of C calls as arrays."""
+        self.reads[id(result)] += 1
+        dropped = {place for key, place in self.places.items() if not self.reads[key]}
         runs = []
-        for note in self.notes:
+        for place, note in enumerate(self.notes):
+            if place in dropped:
+                continue
             if callable(note):
                 runs.append(note)
             else:
@@ -566,9 +556,10 @@ class RecordedStep:
         self.tapes = {}
         self.reason = self.why_not()
         self.say()
-        fits = tokens <= kernel.MAX_ROWS and cache.used + tokens <= cache.length
-        if self.reason is None and fits:
-            self.tape(torch.zeros(1, tokens, dtype=torch.int64))
+        for T in sorted({1, tokens}):
+            fits = T <= kernel.MAX_ROWS and cache.used + T <= cache.length
+            if self.reason is None and fits:
+                self.tape(torch.zeros(1, T, dtype=torch.int64))
 
     def why_not(self):
         """Return why steps of this model cannot be recorded, "" if that is expected; else None."""
@@ -611,14 +602,11 @@ class RecordedStep:
     def tape(self, tokens):
         """Return the tape for so many tokens in the mode in force; None if there can be none."""
         state = getattr(self.model, "sparse_state", None)
-        key = tokens.shape[1], None
-        if state is not None:
-            if state.mode == "all" and state.dense_prefix:
-                return None
-            state.tokens = tokens.shape[1]
-            key = tokens.shape[1], (state.is_sparse(), state.counting)
-            if any(tape.state is not state for tape in self.tapes.values()):
-                self.tapes = {}      # the model was made sparse anew
+        if state is not None and state.mode == "all" and state.dense_prefix:
+            return None
+        if any(tape.state is not state for tape in self.tapes.values()):
+            self.tapes = {}          # the model was made sparse anew
+        key = tokens.shape[1], state and state.mode
         if key not in self.tapes:
             try:
                 self.tapes[key] = self.record(tokens, state)
@@ -634,18 +622,14 @@ class RecordedStep:
         place = tokens.clone()
         static = StaticCache(self.cache, tokens.shape[1])
         static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
-        inputs = [place, static.positions, static.slots, static.mask, static.keys, static.values]
-        tape = Tape(self.model, inputs)
-        counting = state is not None and state.counting
-        try:
-            if counting:
-                state.counting = False               # the tape counts in C
-            with products_to(tape), tape:
-                logits = self.model(place, static)
-        finally:
-            if counting:
-                state.counting = True
-        tape.finish()
+        inputs = [place, static.positions, static.slots, static.mask, static.keys, static.values,
+                  *self.model.parameters(), *self.model.buffers()]
+        if state is not None:
+            inputs.append(state.thresholds)
+        tape = Tape(inputs)
+        with products_to(tape), tape:
+            logits = self.model(place, static)
+        tape.finish(logits)
         tape.place, tape.static, tape.logits, tape.state = place, static, logits, state
         return tape
 

@@ -37,10 +37,11 @@ from pathlib import Path
 
 import torch
 
-from beyond.folders import check_new_folder, is_quantized, rewrite_checkpoint
+from beyond.folders import (check_new_folder, is_quantized, load_model, read_config,
+                            rewrite_checkpoint)
 from calibrate import BATCH, SINKS, spread
-from model import (DEMO, Config, Llama, Parser, checked_shards, checkpoint_dtype, command_line,
-                   default_context, load_model, natural, progress, read_tokens, require, windows_of)
+from model import (DEMO, Llama, Parser, checked_shards, checkpoint_dtype, command_line,
+                   default_context, natural, progress, read_tokens, require, windows_of)
 
 READS_NORM = {               # which norm's output the linears read that read the stream
     "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
@@ -143,7 +144,7 @@ def rotate(folder, out, Q, R, dtype=None):
     embedding does not. That costs vocab * hidden weights more on disk and in memory, none to read.
     """
     check_floating_point(folder)
-    config = Config.read(folder)
+    config = read_config(folder)
     dtype = dtype or checkpoint_dtype(folder)
     shapes = Llama.shapes(config)
     norms = {}
@@ -205,7 +206,7 @@ def main():
     Q = principal_directions(stream)
     R = principal_directions(heads)
     rotate(folder, out, Q, R, arguments.dtype and getattr(torch, arguments.dtype))
-    after = Llama.from_pretrained(out, device)(check.to(device)).cpu()
+    after = load_model(out, device)[0](check.to(device)).cpu()
     print(f"{out}: {folder} in the principal directions of {windows[:, 1:].numel():,} tokens of "
           f"{source}")
     energy = torch.linalg.eigvalsh(stream).flip(0).cumsum(0)

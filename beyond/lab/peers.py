@@ -1,5 +1,6 @@
 """Other ways to skip weights without training, measured beside ours in judge.py.
 
+    wina            each linear keeps the largest |x_i| · ‖column i‖        (arXiv 2505.19427)
     cats            a channel of the MLP whose |activation(gate)| is small is skipped by up and down
                     (arXiv 2404.08763, section 3)
     wina-turned     WINA with its orthogonal transformation: q, k, v and gate, up read their input
@@ -15,8 +16,7 @@
 Each is written for measuring: it runs dense products with zeros in them, under hooks, and tells how
 many of the blocks' weights a decoding step would have to read. A basis of a layer's own is a matrix
 more to read for each change of basis, (hidden, hidden): one a layer for larosa, two for
-wina-turned. A low rank is two narrow matrices more. wina without its transformation is an
-allocation (allocate.py).
+wina-turned. A low rank is two narrow matrices more.
 
 The seam: a forward pre-hook of a linear may change what it reads.
 """
@@ -26,11 +26,12 @@ import math
 
 import torch
 
-from calibrate import BATCH, SINKS, quantile
+from calibrate import BATCH, SINKS, count, quantile
 from kernel import kept
-from model import block_linears, linear_names, progress, require
+from model import block_linears, linear_names, progress
+from sparsify import sparse_mode
 
-PEERS = ("cats", "wina-turned", "larosa", "rsparse")
+PEERS = ("wina", "cats", "wina-turned", "larosa", "rsparse")
 LOW_RANK = 0.1           # of a linear's weights: what rsparse's low rank has
 
 
@@ -38,55 +39,45 @@ class Reads:
     """Counts, under hooks, the weights of the blocks' linears that a decoding step would read.
 
     mode: "all", or "decode": calls with one token are sparse; prefix: positions that stay dense at
-    the start of a call, with "all". more: weights that each token reads beside the linears.
+    the start of a call, with "all".
     """
 
-    def __init__(self, config, mode, prefix, more):
-        self.total = config.num_hidden_layers * sum(linear_sizes(config).values())
+    def __init__(self, mode, prefix):
         self.mode = mode
         self.prefix = prefix if mode == "all" else 0
-        self.more = more
-        self.tokens = 0
-        self.skipped = 0.0
+        self.skipped = {}                # {what it is of: (inputs dropped, seen, weights)}
 
     def is_sparse(self, x):
         """Return whether the call is sparse that gives a module x (B, T, ...)."""
         return self.mode == "all" or x.shape[1] == 1
 
-    def note_tokens(self, model, inputs, named):
-        """Count the tokens of a call of the model: a forward pre-hook."""
-        tokens = inputs[0] if inputs else named["tokens"]
-        if self.is_sparse(tokens):
-            self.tokens += len(tokens) * (tokens.shape[1] - self.prefix)
-
-    def add(self, keep, size):
+    def add(self, name, keep, size):
         """Keep all of the prefix in keep (B, T, n), of a matrix of `size` weights, and count."""
         keep[:, :self.prefix] = True
-        counted = keep[:, self.prefix:].float()
-        self.skipped += (1 - counted.mean().item()) * size * counted[..., 0].numel()
+        counted = keep[:, self.prefix:]
+        dropped, seen, _ = self.skipped.get(name, (0, 0, size))
+        dropped += counted.numel() - counted.sum().item()
+        self.skipped[name] = dropped, seen + counted.numel(), size
 
-    def sparsity(self):
-        """Return the share of the weights that was not read, what is read beside them set off.
-
-        0.0 if no call was sparse.
-        """
-        if not self.tokens:
-            return 0.0
-        return (self.skipped / self.tokens - self.more) / self.total
+    def weights(self):
+        """Return how many weights a step did not read."""
+        return sum(dropped / seen * size for dropped, seen, size in self.skipped.values())
 
 
 @contextlib.contextmanager
 def hooked(model, mode, prefix, more, hooks_of):
     """Run a dense model with a peer's hooks inside a `with`; yield what gives its sparsity.
 
-    hooks_of(reads) yields the handles of the hooks, which tell a Reads what is kept.
+    hooks_of(reads) yields the handles of the hooks, which tell a Reads what is kept. more: weights
+    that each token reads beside the linears; they are set off. The sparsity is 0.0 if no call was
+    sparse.
     """
-    reads = Reads(model.config, mode, prefix, more)
-    with contextlib.ExitStack() as hooks:
+    reads = Reads(mode, prefix)
+    total = len(model.model.layers) * sum(linear_sizes(model.config).values())
+    with sparse_mode(model, "off"), contextlib.ExitStack() as hooks:
         for handle in hooks_of(reads):
             hooks.enter_context(handle)
-        hooks.enter_context(model.register_forward_pre_hook(reads.note_tokens, with_kwargs=True))
-        yield reads.sparsity
+        yield lambda: (reads.weights() - more) / total if reads.skipped else 0.0
 
 
 def linear_sizes(config):
@@ -109,7 +100,7 @@ def cats(thresholds, model, mode, prefix=0):
             if not reads.is_sparse(gate):
                 return gate
             keep = kept(mlp.activation(gate), threshold)
-            reads.add(keep, size)
+            reads.add(module, keep, size)
             return gate * keep           # an activation of 0 is 0: the channel's product is gone
         for block, threshold in zip(model.model.layers, thresholds.to(model.device)):
             hook = functools.partial(drop, block.mlp, threshold)
@@ -135,7 +126,7 @@ def turned(bases, weights, share, more, model, mode, prefix=0):
             dropped = round(share * z.shape[-1])
             keep = torch.ones_like(z, dtype=torch.bool)
             keep.scatter_(-1, size.topk(dropped, largest=False).indices, False)
-            reads.add(keep, module.in_features * module.out_features)
+            reads.add(name, keep, module.in_features * module.out_features)
             z = z * keep
             return z if basis is None else z @ basis.T
         for name in linear_names(model.config):
@@ -153,24 +144,28 @@ def stream_readers(model):
 
 
 @torch.no_grad()
-def wina_basis(model):
-    """Return the bases and weights of wina-turned, as `turned` takes them."""
-    bases = dict.fromkeys(linear_names(model.config))
-    weights = {}
-    for names in progress(list(stream_readers(model)), "wina, bases"):
-        first = model.get_submodule(names[0]).weight.float()                    # (out, in)
-        basis = torch.linalg.svd(first).Vh.T
-        for name in names:
-            bases[name] = basis.to(model.dtype)
-            weights[name] = (model.get_submodule(name).weight.float() @ basis).norm(dim=0)
+def column_norms(model, bases):
+    """Return {linear: (in,) float32}: the norms of its columns in `bases`, for `turned`."""
+    norms = {}
     for name, basis in bases.items():
-        if basis is None:
-            weights[name] = model.get_submodule(name).weight.float().norm(dim=0)
-    return bases, weights
+        weight = model.get_submodule(name).weight.float()                       # (out, in)
+        norms[name] = (weight if basis is None else weight @ basis.float()).norm(dim=0)
+    return norms
 
 
 @torch.no_grad()
-def larosa_basis(model, windows):
+def wina_bases(model):
+    """Return the bases of wina-turned: the right singular vectors of the k and gate projections."""
+    bases = dict.fromkeys(linear_names(model.config))
+    for names in progress(list(stream_readers(model)), "wina, bases"):
+        first = model.get_submodule(names[0]).weight.float()                    # (out, in)
+        basis = torch.linalg.svd(first).Vh.T.to(model.activation_dtype)
+        bases |= dict.fromkeys(names, basis)
+    return bases
+
+
+@torch.no_grad()
+def larosa_bases(model, windows):
     """Return the bases of larosa: the principal directions of the layers' inputs in windows."""
     size = model.config.hidden_size
     moments = torch.zeros(model.config.num_hidden_layers, size, size, device=model.device)
@@ -185,7 +180,7 @@ def larosa_basis(model, windows):
     bases = dict.fromkeys(linear_names(model.config))
     for number, names in enumerate(stream_readers(model)):
         basis = torch.linalg.eigh(moments[number // 2].double()).eigenvectors
-        bases |= dict.fromkeys(names, basis.to(model.device, model.dtype))
+        bases |= dict.fromkeys(names, basis.to(model.device, model.activation_dtype))
     return bases
 
 
@@ -197,8 +192,8 @@ def low_ranks(model):
         weight = model.get_submodule(name).weight.float()                       # (out, in)
         rank = round(LOW_RANK * weight.numel() / sum(weight.shape))
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        ranks[name] = ((S[:rank, None] * U.T[:rank]).to(model.dtype),
-                       Vh[:rank].T.to(model.dtype))
+        ranks[name] = ((S[:rank, None] * U.T[:rank]).to(model.activation_dtype),
+                       Vh[:rank].T.to(model.activation_dtype))
     return ranks
 
 
@@ -218,7 +213,7 @@ def rsparse(ranks, thresholds, model, mode, prefix=0):
             if not reads.is_sparse(x):
                 return x
             keep = kept(x, thresholds[name].to(x.device))
-            reads.add(keep, module.in_features * module.out_features)
+            reads.add(name, keep, module.in_features * module.out_features)
             dropped[name] = x * ~keep
             return x * keep
 
@@ -232,6 +227,15 @@ def rsparse(ranks, thresholds, model, mode, prefix=0):
     return hooked(model, mode, prefix, weights_of(ranks), hooks_of)
 
 
+def gate_counts(model, windows):
+    """Return the distributions (layers, BINS) of |activation(gate)| in windows, for cats."""
+    watched = []
+    for block in model.model.layers:
+        activation = block.mlp.activation
+        watched.append((block.mlp.gate_proj, lambda x, y, activation=activation: activation(y)))
+    return count(model, windows, watched, "cats, gates")
+
+
 def peer_maker(name, model, calibration, windows):
     """Return a function of a sparsity: the peer as `Setting` takes it, or None if out of its reach.
 
@@ -239,32 +243,34 @@ def peer_maker(name, model, calibration, windows):
     """
     config = model.config
     sizes = sum(linear_sizes(config).values())             # of a block
+    more = 0                             # weights that are read beside the linears
+    reach = 1.0                          # the share of the weights that it acts on
     if name == "cats":
-        require("gate" in calibration.distributions,
-                f"this calibration holds no distribution of the gate, which cats needs: it is "
-                f"{calibration.source}; python -m beyond.allocate makes one that does")
-        gate = calibration.distributions["gate"]
-
-        def share_of(level):
-            return level / (cats_size(config) / sizes)
+        gates = gate_counts(model, windows)
+        reach = cats_size(config) / sizes
 
         def make(share):
-            return functools.partial(cats, quantile(gate, share).float())
+            return functools.partial(cats, quantile(gates, share).float())
+    elif name == "rsparse":
+        ranks = low_ranks(model)
+        more = weights_of(ranks)
+
+        def make(share):
+            return functools.partial(rsparse, ranks, calibration.thresholds(share, "uniform"))
     else:
-        if name == "rsparse":
-            ranks = low_ranks(model)
-            more = weights_of(ranks)
+        turns = {"wina": 0, "larosa": 1, "wina-turned": 2}[name]     # of the stream, in a layer
+        bases = dict.fromkeys(linear_names(config))
+        if name == "larosa":
+            bases = larosa_bases(model, windows)
+        elif name == "wina-turned":
+            bases = wina_bases(model)
+        weights = {} if name == "larosa" else column_norms(model, bases)
+        more = turns * config.hidden_size ** 2 * config.num_hidden_layers
 
-            def make(share):
-                return functools.partial(rsparse, ranks, calibration.thresholds(share, "uniform"))
-        else:
-            turns = 2 if name == "wina-turned" else 1      # of the stream, in a layer
-            bases, weights = wina_basis(model) if turns == 2 else (larosa_basis(model, windows), {})
-            more = turns * config.hidden_size ** 2 * config.num_hidden_layers
+        def make(share):
+            return functools.partial(turned, bases, weights, share, more)
 
-            def make(share):
-                return functools.partial(turned, bases, weights, share, more)
-
-        def share_of(level):             # what is read beside the linears is dropped in them
-            return level + more / (config.num_hidden_layers * sizes)
-    return lambda level: make(share_of(level)) if share_of(level) < 0.99 else None
+    def peer_at(level):                  # what is read beside the linears is dropped in them
+        share = (level + more / (config.num_hidden_layers * sizes)) / reach
+        return make(share) if share < 0.99 else None
+    return peer_at

@@ -1,8 +1,8 @@
 """One text, token by token: what sparsity skips, what it changes, and where greedy texts part.
 
 Sparsity and perplexity are means over many tokens. Here are the tokens. Decoding is sparse behind a
-dense prompt, and so it is done here: tokens follow a dense prompt one by one, in a dense and in a
-sparse pass, each with its own cache. The picture has a column for each of them:
+dense prompt, and so is one pass over prompt and text in which the prompt's positions stay dense.
+The picture has a column for each token behind the prompt:
 
     KL       how far the sparse model's distribution of the next token is from the dense model's,
              in nats; red where the likeliest one is another
@@ -12,24 +12,26 @@ sparse pass, each with its own cache. The picture has a column for each of them:
              bar. From there on the sparse model is judged on a text that it would not have written
 
 With --text the tokens are those of a file, behind its first 16.
-The seam: `sparse_mode` switches one model between dense and sparse, and after each step the counts
-of its sparse linears say what was read.
+The seam: `sparse_mode` switches one model between dense and sparse, and `SparseLinear.keep` says
+what is kept of an input.
 
-    python -m beyond.watch --figure FILE.png [--model FOLDER] [--prompt TEXT] [--sparsity 0.5]
-    python -m beyond.watch --figure FILE.png --text FILE
+    python -m beyond.lab.watch --figure FILE.png [--model FOLDER] [--prompt TEXT] [--sparsity 0.5]
+    python -m beyond.lab.watch --figure FILE.png --text FILE
 """
+import contextlib
 import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from beyond.allocate import check_figure, pyplot, refuse_beside, save_figure
+from beyond.folders import load_model
+from beyond.lab.figures import check_figure, pyplot, refuse_beside, save_figure
 from calibrate import load_calibration
 from generate import PROMPT, StreamDecoder, check_prompt, first_difference, generate, plain_step
-from model import (Parser, command_line, load_model, natural, progress, read_tokens, require,
-                   share)
-from sparsify import reset_counts, share_skipped, sparse_mode, sparsify
+from model import Parser, command_line, natural, read_tokens, require, share
+from sparsify import SparseLinear, sparse_mode, sparsify
 
 PROMPT_TOKENS = 16       # of a --text, which are read dense
 MOST_LABELS = 72         # tokens whose text can be read side by side
@@ -37,7 +39,7 @@ LONGEST_LABEL = 12       # characters
 
 
 class Watched(NamedTuple):
-    """What was seen while N tokens were read."""
+    """What was seen while N tokens were read behind a prompt."""
     skipped: torch.Tensor            # (N, layers) float64: shares of a block's weights not read
     kl: torch.Tensor                 # (N,) of the next token's distribution, from the dense, nats
     same: torch.Tensor               # (N,) bool: the likeliest next token is the dense model's
@@ -45,30 +47,37 @@ class Watched(NamedTuple):
 
 @torch.no_grad()
 def watch(model, prompt, ids):
-    """Return what is Watched while a sparse model reads `ids` one by one behind a prompt.
+    """Return what is Watched while a sparse model reads `ids` behind a prompt, which is dense.
 
-    prompt, ids: lists of token ids. The prompt is dense, but for one of a single token, which is a
-    decode step as any other.
+    prompt, ids: lists of token ids.
     """
-    prompt = check_prompt(model, prompt, len(ids))
-    caches = {}
-    for mode in ("off", "decode"):
-        caches[mode] = model.make_cache(1, prompt.shape[1] + len(ids))
-        with sparse_mode(model, mode):
-            model(prompt, caches[mode], last_only=True)
-    steps = []
-    for token in progress(ids, "watching"):
-        log_p = {}                                                              # (vocab,) each
-        for mode, cache in caches.items():
-            reset_counts(model)
-            with sparse_mode(model, mode):
-                logits = model(torch.tensor([[token]], device=model.device), cache)
-            log_p[mode] = logits[0, 0].log_softmax(-1)
-        kl = F.kl_div(log_p["decode"], log_p["off"], reduction="sum", log_target=True)
-        same = log_p["decode"].argmax() == log_p["off"].argmax()
-        skipped = [share_skipped(block) for block in model.model.layers]
-        steps.append((torch.tensor(skipped, dtype=torch.float64), kl.cpu(), same.cpu()))
-    return Watched(*map(torch.stack, zip(*steps)))
+    check_prompt(model, prompt, len(ids))
+    tokens = torch.tensor([[*prompt, *ids]], device=model.device)
+    behind = slice(len(prompt), None)
+    skipped = torch.zeros(len(ids), len(model.model.layers), dtype=torch.float64)
+    log_p = {}                                                                  # (N, vocab) each
+    with contextlib.ExitStack() as hooks:
+        for block, of in zip(model.model.layers, skipped.T):
+            size = sum(linear.in_features * linear.out_features for linear in linears_of(block))
+            for linear in linears_of(block):
+                if getattr(linear, "state", None) is None:
+                    continue             # dense
+
+                def see(linear, inputs, of=of, size=size):
+                    if linear.state.is_sparse():
+                        dropped = (~linear.keep(inputs[0])[0, behind]).double().mean(-1)    # (N,)
+                        of += dropped.cpu() * linear.in_features * linear.out_features / size
+                hooks.enter_context(linear.register_forward_pre_hook(see))
+        for mode in ("off", "all"):
+            with sparse_mode(model, mode, dense_prefix=len(prompt)):
+                log_p[mode] = model(tokens)[0, behind].log_softmax(-1).cpu()
+    kl = F.kl_div(log_p["all"], log_p["off"], reduction="none", log_target=True).sum(-1)
+    return Watched(skipped, kl, log_p["all"].argmax(-1) == log_p["off"].argmax(-1))
+
+
+def linears_of(block):
+    """Return the linears of a block, sparse or not."""
+    return [linear for linear in block.modules() if isinstance(linear, (nn.Linear, SparseLinear))]
 
 
 def labels(tokenizer, prompt, ids):
@@ -156,6 +165,7 @@ def main():
         ids = ids[:min(PROMPT_TOKENS + arguments.tokens, model.config.max_position_embeddings)]
         texts = {"text": ids[PROMPT_TOKENS:]}
         prompt = ids[:PROMPT_TOKENS]
+        arguments.tokens = len(texts["text"])
     else:
         texts = {}
         prompt = tokenizer.encode(PROMPT if arguments.prompt is None else arguments.prompt)

@@ -1,0 +1,771 @@
+"""Fewer bits a weight, together with fewer weights.
+
+A weight of 16 bits can be rounded to 8 or 4, and the model hardly notices. Decoding is bound by the
+bytes it reads, and skipping a column saves as large a share of 4 bits as of 16: the gains multiply.
+
+    bytes a weight       dense    50 % sparse
+    bfloat16             2        1
+    int8                 1        0.5
+    int4                 0.52     0.26           128 weights share a scale and a zero point, 3 bytes
+
+int8, one scale for each output (a row of W, a column of the transposed weight):
+
+    scale = max|w| / 127        code = round(w / scale)              w ≈ scale * code
+
+int4 has sixteen values, too few for a whole row: each group of 128 inputs of an output has a range
+of its own. (Of 96, 64 or 32 where 128 does not divide the inputs of all linears.)
+
+    scale = (high - low) / 15   code = round((w - low) / scale)      w ≈ scale * (code - zero)
+
+    weights of a group     low ─────┬───┬───┬───┬── 0 ──┬───┬───┬───┬───── high       sixteen steps
+    clipped                    low ──┬──┬──┬──┬ 0 ┬──┬──┬──┬── high                   finer steps
+
+Where a few weights are large, cutting them off makes the steps of all others finer: of some ratios,
+each group takes the one with the least squared error. Rounding is to nearest. Quantized are the
+linears of the blocks and, in 8 bits unless `head_bits` says otherwise, the embedding and the head,
+which are read at each step. A column of the embedding is turned back into numbers for its token.
+
+Decoding unpacks in registers, in the pass that skips. On a CPU whose instructions multiply bytes
+the activations are rounded to 8 bits as well, eight with a scale (see C below); elsewhere, and
+with --float-activations, they stay as they are. The activations of a quantized model differ a
+little, so it is calibrated anew.
+
+The seams: `sparsify(model, thresholds, make=...)` makes a `QuantizedLinear`, which is a
+SparseLinear; its products stand in `kernel.BACKENDS`, as codes-c, codes-torch and, from fused.py,
+codes-triton; folders.py calls `shape` for a folder that quantize.py has written.
+"""
+import ctypes
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import kernel
+from model import linear_names, progress, require
+from sparsify import SparseLinear, TransposedEmbedding, sparsify
+
+GROUPS = (128, 96, 64, 32)                 # inputs that share a scale: the first that fits
+CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)     # of a group's range: those tried
+AT_ONCE = 1 << 12                          # outputs that are rounded at a time: whole words
+METHOD = "minteal"                         # what config.json calls a checkpoint of quantize.py
+VERSION = 2                                # 1: the head and the embedding are as they were
+EMBEDDING = "model.embed_tokens"
+
+
+# --------------------------------------------------------------------------------------------------
+# Codes
+
+class QuantizedWeight(nn.Module):
+    """A transposed weight (in, out) in 8 or 4 bits.
+
+    8 bits: weight[i, j] = scales[j] * (code[i, j] - 128), code from 1 to 255;
+            scales (out,) float32, zeros None, group None
+    4 bits: `group` neighbouring channels have a scale and a zero point for each output:
+            weight[i, j] = scales[i // group, j] * (code[i, j] - zeros[i // group, j]), code 0 to 15
+            scales (groups, out) bfloat16, zeros (groups, out) uint8
+    codes: (in, words) int32, as pack_codes lays them out: a channel is one contiguous run
+    """
+
+    def __init__(self, codes, scales, zeros=None, group=None):
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+        self.group = group
+        self.bits = 4 if group else 8
+        self.shape = torch.Size((codes.shape[0], scales.shape[-1]))
+
+    def _apply(self, function, recurse=True):
+        """Move as any module does, but keep the dtypes whatever the model is cast to."""
+        device = function(self.scales[:0]).device
+        for name, tensor in list(self.named_buffers()):
+            setattr(self, name, tensor.to(device))
+        return self
+
+    @property
+    def device(self):
+        return self.codes.device
+
+    @property
+    def nbytes(self):
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def dequantized(self, dtype):
+        """Return the weight (in, out) in floating point."""
+        codes = unpack_codes(self.codes, self.bits, self.shape[1])              # (in, out)
+        return self._numbers(codes, slice(None), dtype)
+
+    def t(self):
+        """Return the weight in floating point, transposed: (out, in) float32, as of a tensor."""
+        return self.dequantized(torch.float32).t()
+
+    def index_select(self, dimension, outputs):
+        """Return the columns `outputs` (n,) as (in, n) float32, as a tensor's index_select(1, ...).
+
+        For sparsify.TransposedEmbedding: a column is the embedding of a token.
+        """
+        block, inside = outputs // (16 * 32 // self.bits), outputs % (16 * 32 // self.bits)
+        words = self.codes.index_select(1, 16 * block + inside % 16)            # (in, n)
+        codes = words >> self.bits * (inside // 16) & (1 << self.bits) - 1
+        return self._numbers(codes, outputs, torch.float32)
+
+    def _numbers(self, codes, outputs, dtype):
+        """Return what codes (in, n) of some outputs stand for, (in, n)."""
+        wide = torch.promote_types(dtype, torch.float32)
+        scales = self.scales[..., outputs].to(wide)
+        if self.bits == 8:
+            return ((codes - 128).to(wide) * scales).to(dtype)
+        codes = codes.unflatten(0, (-1, self.group))                            # (groups, group, n)
+        zeros = self.zeros[:, None, outputs].int()
+        return ((codes - zeros).to(wide) * scales[:, None]).flatten(0, 1).to(dtype)
+
+
+def words_of(outputs, bits):
+    """Return how many words hold the codes of so many outputs, as pack_codes lays them out."""
+    return -(-outputs // (16 * (32 // bits))) * 16
+
+
+def pack_codes(codes, bits):
+    """Return codes (in, out), integers of 4 or 8 bits, as words (in, words) int32.
+
+    With n = 32 / bits codes to a word, 16 words hold 16 n neighbouring outputs: bits k * bits and
+    up of word w are output 16 k + w, so that shifting 16 words by k * bits gives 16 neighbours, a
+    vector. The last 16 n outputs are padded with zeros.
+    """
+    lanes = 32 // bits
+    padded = F.pad(codes, (0, -codes.shape[1] % (16 * lanes)))
+    blocks = padded.unflatten(1, (-1, lanes, 16)).long()                       # (in, blocks, n, 16)
+    shifts = torch.arange(0, 32, bits, device=codes.device)[:, None]
+    words = (blocks << shifts).sum(2)                                           # (in, blocks, 16)
+    return words.flatten(1).to(torch.uint32).view(torch.int32)
+
+
+def unpack_codes(words, bits, outputs):
+    """Return the codes (in, out) int32 in words (in, words): the inverse of pack_codes."""
+    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)[:, None]
+    blocks = words.unflatten(1, (-1, 1, 16)) >> shifts                         # (in, blocks, n, 16)
+    return (blocks & (1 << bits) - 1).flatten(1)[:, :outputs]
+
+
+# --------------------------------------------------------------------------------------------------
+# Rounding
+
+def quantize_weight(weight, bits, group=128, clipping=CLIPPING, name="the weight"):
+    """Return the QuantizedWeight of `weight` (out, in), rounded to nearest.
+
+    bits: 8, or 4 with groups of `group` inputs. clipping: ratios of a group's range, of which the
+    best is taken (int4). Of a weight on the meta device, the result has shapes alone. Raises
+    InputError, with `name`, for what check_weight refuses.
+    """
+    check_weight(weight, bits, group, name)
+    parts = [rounded(part, bits, group, clipping) for part in weight.split(AT_ONCE)]
+    tensors = [torch.cat(tensor, -1) for tensor in zip(*parts)]
+    return QuantizedWeight(*tensors, **({} if bits == 8 else {"group": group}))
+
+
+def rounded(weight, bits, group, clipping):
+    """Return the tensors of the QuantizedWeight of some outputs: codes, scales and zeros."""
+    weight_t = weight.t().float()                                               # (in, out)
+    if bits == 8:
+        smallest = torch.finfo(torch.float32).tiny
+        scales = (weight_t.abs().amax(0) / 127).clamp(min=smallest)             # (out,)
+        return pack_codes((weight_t / scales).round().int() + 128, 8), scales
+    parts = weight_t.unflatten(0, (-1, group))                                # (groups, group, out)
+    low = parts.amin(1).clamp(max=0)                       # zero is always among the values
+    high = parts.amax(1).clamp(min=0)                                           # (groups, out)
+    least = torch.full_like(low, float("inf"))
+    scales = zeros = torch.zeros_like(low)
+    codes = torch.zeros_like(parts)
+    for ratio in clipping:
+        scale = ((high - low) * ratio / 15).clamp(min=1e-30)
+        scale = scale.bfloat16().float()                   # as it will be stored
+        zero = (-low * ratio / scale).round().clamp(0, 15)
+        code = (parts / scale[:, None] + zero[:, None]).round().clamp(0, 15)
+        error = ((code - zero[:, None]) * scale[:, None] - parts).square().sum(1)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales = torch.where(better, scale, scales)
+        zeros = torch.where(better, zero, zeros)
+        codes = torch.where(better[:, None], code, codes)
+    return pack_codes(codes.flatten(0, 1).int(), 4), scales.bfloat16(), zeros.to(torch.uint8)
+
+
+def check_weight(weight, bits, group, name):
+    """Raise InputError for a weight (out, in) that cannot be quantized so."""
+    require(bits in (4, 8), f"bits is {bits}, expected 4 or 8")
+    require(weight.is_meta or bool(torch.isfinite(weight).all()),
+            f"{name}: holds NaN or infinity, which has no code")
+    require(bits == 8 or is_group(group, weight.shape[1]),
+            f"{name}: groups of {group}, expected a multiple of 32 that divides its "
+            f"{weight.shape[1]} inputs")
+
+
+def is_group(group, inputs):
+    """Return whether `inputs` can be quantized in groups of so many."""
+    return group >= 1 and group % 32 == 0 and inputs % group == 0
+
+
+def fitting_group(model):
+    """Return the first of GROUPS that fits all linears of a Llama's blocks; if none does, 128."""
+    inputs = {model.get_submodule(name).weight.shape[1] for name in linear_names(model.config)}
+    fitting = [group for group in GROUPS if all(is_group(group, size) for size in inputs)]
+    return (fitting or GROUPS)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Products. A backend for codes is as one of kernel.py, with a QuantizedWeight for weight_t:
+# function(x (B, in), weight, threshold () or (in,)) -> y (B, out).
+
+def codes_gemv(x, weight, threshold, backend=None):
+    """Return x with its small channels dropped, times a QuantizedWeight: kernel.sparse_gemv of it.
+
+    x: (B, in), B from 1 to 8, floating point; threshold, backend: as in sparse_gemv
+    Returns (B, out) in x's dtype. Raises ValueError for shapes and devices that do not fit.
+    """
+    if x.ndim != 2 or not 1 <= x.shape[0] <= kernel.MAX_ROWS or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected floating point (1 to "
+                         f"{kernel.MAX_ROWS}, in)")
+    if weight.shape[0] != x.shape[1] or weight.device != x.device:
+        raise ValueError(f"the weight is {weight.bits} bits, {tuple(weight.shape)} on "
+                         f"{weight.device}, expected ({x.shape[1]}, out) on {x.device}, as x is")
+    name = f"codes-{backend or kernel.best_backend(x)}"
+    if name not in kernel.BACKENDS:
+        raise ValueError(f'backend is "triton", "c", "torch" or None, not {backend!r}')
+    if name == "codes-c" and x.dtype != torch.float32:
+        return codes_gemv(x.float(), weight, threshold, "c").to(x.dtype)
+    return kernel.BACKENDS[name](x.contiguous(), weight, kernel.as_threshold(threshold, x))
+
+
+def codes_dense(x, weight):
+    """Return x (..., in) times a QuantizedWeight, nothing dropped: kernel.dense of it."""
+    rows = x.numel() // x.shape[-1]
+    backend = kernel.best_backend(x)
+    # To write a weight out in floating point takes longer than a few passes that unpack it, and
+    # products of bytes are as fast as any of the library's.
+    most = {"c": 8 * kernel.MAX_ROWS, "triton": kernel.MAX_ROWS, "torch": 0}[backend]
+    if rows > most and not (backend == "c" and rounds(weight)) or x.requires_grad:
+        # A backward pass turns the weight into numbers anew: no second copy of the model is kept.
+        return checkpoint(lambda x: x @ weight.dequantized(x.dtype), x, use_reentrant=False)
+    keep_all = kernel.KEEP_ALL if backend == "c" else -1.0
+    parts = x.reshape(rows, -1).split(kernel.MAX_ROWS)
+    parts = [codes_gemv(part, weight, keep_all) for part in parts]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+
+
+def torch_codes(x, weight, threshold):
+    """Compute codes_gemv in PyTorch: the whole weight in floating point, slow but right."""
+    weight_t = weight.dequantized(threshold.dtype)
+    return kernel.torch_gemv(x.to(threshold.dtype), weight_t, threshold).to(x.dtype)
+
+
+# C. Kept channels are listed first, as in kernel.py, and taken eight at a time. To unpack a weight,
+# make it a float and multiply would take longer than to read it. So the activations are rounded to
+# bytes, too, eight with a scale: a processor multiplies four pairs of bytes in each 32 bits of a
+# register and adds them, in one instruction or three. The four weights must meet in those 32 bits,
+# but they are of four channels, which lie in four rows of memory. Two rounds of interleaving bring
+# them together, here for sixteen outputs a to p of the channels 1 to 4:
+#
+#     rows of memory       after 8 bits of one, 8 of the other      after 16 of one, 16 of the other
+#     a1 b1 c1 d1 ...      a1 a2 b1 b2 c1 c2 d1 d2 ...              a1 a2 a3 a4 b1 b2 b3 b4 ...
+#     a2 b2 c2 d2 ...      i1 i2 j1 j2 ...                          e1 e2 e3 e4 f1 ...
+#     a3 b3 c3 d3 ...      a3 a4 b3 b4 c3 c4 d3 d4 ...              i1 i2 i3 i4 j1 ...
+#     a4 b4 c4 d4 ...      i3 i4 j3 j4 ...                          m1 m2 m3 m4 n1 ...
+#                                                                   └── · x1 x2 x3 x4, added up
+#
+# Bytes of int4 hold two outputs, and are split when they have met. The sums do not stand in the
+# order of the outputs; the same two rounds with 32 and 64 bits bring them into it.
+#
+# The zero point and the scale are applied when a sum is finished:
+#     Σ x · scale · (code - zero) = scale · (Σ x · code - zero · Σ x)
+# With int4 sums are finished after each group, which has one scale.
+
+C_SOURCE = kernel.C_NUMBERS + r"""
+#include <stdlib.h>
+#define UNROLL _Pragma("GCC unroll 8")
+#define ROOM 8192        // sums that a thread works on: 32 KB, what the first cache holds
+#define WORTH (1 << 20)  // bytes of kept weights for which another thread is woken
+enum { CODES = 32 / BITS, OUTPUTS = 16 * CODES };          // in a word; in the 64 bytes of 16 words
+
+// WIDTH: bytes of a register. EIGHTS: as many eights of rows are added together as the registers
+// hold. ZIP interleaves the lower or the upper halves of two registers. DOT adds the products of
+// four codes, UNSIGNED or around zero, and four inputs. AVX2 has two steps for it, PAIRS and WIDEN:
+// pairs are added in 16 bits, unsigned bytes by signed ones; so int8 lends its codes the signs of
+// the inputs (FLIP).
+#if defined ROUNDED && defined __AVX512VNNI__ && defined __AVX512BW__ && !defined NARROW
+#define NAME "AVX-512 VNNI"
+#include <immintrin.h>
+enum { WIDTH = 64, EIGHTS = 2, UNSIGNED = 1, FLIP = 0 };
+#define ZIP(half, bits, a, b) (bytes)_mm512_unpack##half##_epi##bits((__m512i)(a), (__m512i)(b))
+#define DOT(sums, codes, x) \
+    (ints)_mm512_dpbusd_epi32((__m512i)(sums), (__m512i)(codes), (__m512i)(x))
+#elif defined ROUNDED && defined __AVX2__
+#include <immintrin.h>
+#define ZIP(half, bits, a, b) (bytes)_mm256_unpack##half##_epi##bits((__m256i)(a), (__m256i)(b))
+#if defined __AVXVNNI__ && !defined NARROW
+#define NAME "AVX-VNNI"
+enum { WIDTH = 32, EIGHTS = 1, UNSIGNED = 1, FLIP = 0 };
+#define DOT(sums, codes, x) \
+    (ints)_mm256_dpbusd_avx_epi32((__m256i)(sums), (__m256i)(codes), (__m256i)(x))
+#else
+#define NAME "AVX2"
+enum { WIDTH = 32, EIGHTS = 1, UNSIGNED = 0, FLIP = BITS == 8 };
+#define PAIRS(a, b) _mm256_maddubs_epi16((__m256i)(a), (__m256i)(b))
+#define WIDEN(pairs) (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+#endif
+#elif defined ROUNDED && defined __ARM_FEATURE_DOTPROD
+#define NAME "NEON dot product"
+#include <arm_neon.h>
+enum { WIDTH = 16, EIGHTS = 2, UNSIGNED = 0, FLIP = 0 };
+#define lo 1
+#define hi 2
+#define ZIP(half, bits, a, b) ZIP_(half, bits, a, b)
+#define ZIP_(half, bits, a, b) (bytes)vzip##half##q_u##bits((uint##bits##_t __attribute__(( \
+    vector_size(16))))(a), (uint##bits##_t __attribute__((vector_size(16))))(b))
+#define DOT(sums, codes, x) (ints)vdotq_s32((int32x4_t)(sums), (int8x16_t)(codes), (int8x16_t)(x))
+#endif
+
+#ifdef NAME
+const char *const instructions = NAME ", activations rounded to 8 bits";
+
+/* Eight inputs of a token: x[i] * scale; with FLIP, x is a magnitude, and flip[i] makes of a code
+   code - 128, or 127 - code where the input is negative. */
+struct eight { int8_t x[8]; uint8_t flip[8]; float scale; };
+
+/* Sets an eight to numbers, as near as it can hold them. Returns what its sums have too much
+   (int8), or what each unit of the zero point adds (int4). Infinity or NaN makes all outputs NaN.
+*/
+static inline float fill(struct eight *to, const float *values) {
+    uint32_t largest = 0;
+    int rounded[8], sum = 0;
+    for (int i = 0; i < 8; i++) {
+        uint32_t size = bits_of(values[i]) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+    }
+    to->scale = largest < 0x7f800000 ? number(largest) / 127 : NAN;
+    float factor = to->scale > 1e-30f ? 127 / number(largest) : 0;         // of NaN: 0
+    for (int i = 0; i < 8; i++)                            // to the nearest integer
+        rounded[i] = bits_of(factor * values[i] + 0x1.8p23f) - 0x4b400000;
+    for (int i = 0; i < 8; i++) {
+        int turned = FLIP && rounded[i] < 0;
+        to->flip[i] = 128 - turned;
+        to->x[i] = turned ? -rounded[i] : rounded[i];
+        if (FLIP && !turned) rounded[i] = 0;
+    }
+    for (int i = 0; i < 8; i++) sum += rounded[i];
+    return to->scale * sum * (BITS == 8 && !FLIP ? 128 * UNSIGNED : 1);
+}
+
+typedef uint8_t bytes __attribute__((vector_size(WIDTH), may_alias));
+typedef bytes unaligned __attribute__((aligned(1)));
+typedef int32_t ints __attribute__((vector_size(WIDTH), may_alias));
+typedef float floats __attribute__((vector_size(WIDTH), may_alias));
+
+static inline bytes four(const void *at) {
+    int32_t x;
+    memcpy(&x, at, 4);
+    return (bytes)(x - (ints){0});
+}
+
+/* Returns the sums of eight products. a, b: codes of four channels each. */
+static inline __attribute__((always_inline)) ints dot(bytes a, bytes b, const struct eight *x) {
+#if defined PAIRS && BITS == 8         // 127 * 128 twice fits 16 bits
+    a ^= four(x->flip);
+    b ^= four(x->flip + 4);
+    return WIDEN(PAIRS(four(x->x), a)) + WIDEN(PAIRS(four(x->x + 4), b));
+#elif defined PAIRS                    // 127 * 15 four times does, too
+    return WIDEN(_mm256_add_epi16(PAIRS(a, four(x->x)), PAIRS(b, four(x->x + 4))));
+#else
+    if (BITS == 8 && !UNSIGNED) a ^= 128, b ^= 128;
+    return DOT(DOT((ints){0}, a, four(x->x)), b, four(x->x + 4));
+#endif
+}
+
+/* The two rounds of the drawing: `bits` of a and b, of c and d; then twice as many of the two. */
+#define MEET(bits, twice, a, b, c, d, to) do {                                  \
+    bytes low_ab = ZIP(lo, bits, a, b), high_ab = ZIP(hi, bits, a, b);          \
+    bytes low_cd = ZIP(lo, bits, c, d), high_cd = ZIP(hi, bits, c, d);          \
+    (to)[0] = ZIP(lo, twice, low_ab, low_cd);                                   \
+    (to)[1] = ZIP(hi, twice, low_ab, low_cd);                                   \
+    (to)[2] = ZIP(lo, twice, high_ab, high_cd);                                 \
+    (to)[3] = ZIP(hi, twice, high_ab, high_cd);                                 \
+} while (0)
+
+/* Adds an eight of rows, or EIGHTS of them, to the sums of all tokens, `size` bytes of each row.
+   next: the rows that follow, of which a processor does not know. sums: [token][register of bytes]
+   [half byte][part][lane]. The upper half of an UNSIGNED byte needs no shift: what is summed up is
+   16 * upper + lower. */
+static inline __attribute__((always_inline)) void add_eights(
+        const int eights, const uint8_t *const *row, const uint8_t *const *next,
+        const struct eight *x, float *sums, long size, const long tokens, long stride) {
+    for (long j = 0; j < size; j += WIDTH, sums += WIDTH / 4 * CODES) {
+        bytes met[2 * EIGHTS][4];
+        for (int r = 0; r < 8 * eights && j % 64 == 0; r++) __builtin_prefetch(next[r] + j, 0, 2);
+        for (int f = 0; f < 2 * eights; f++) {
+#define AT(r) *(const unaligned *)(row[4 * f + r] + j)
+            MEET(8, 16, AT(0), AT(1), AT(2), AT(3), met[f]);
+        }
+        UNROLL
+        for (int unit = 0; unit < CODES / 4; unit++) {               // what the registers hold
+            bytes codes[2 * EIGHTS][4];
+            for (int f = 0; f < 2 * eights; f++)
+                UNROLL
+                for (int i = 0; i < 4; i++) {
+                    codes[f][i] = met[f][BITS == 8 ? i : 2 * unit + i % 2];
+                    if (BITS == 4 && i < 2) codes[f][i] &= 15;
+                    if (BITS == 4 && i >= 2 && !UNSIGNED) codes[f][i] >>= 4;
+                }
+            for (long t = 0; t < tokens; t++)
+                UNROLL
+                for (int i = 0; i < 4; i++) {
+                    floats *sum = (floats *)(sums + t * stride);
+                    sum += BITS == 8 ? i : 4 * (i / 2) + 2 * unit + i % 2;
+                    floats total = *sum;
+                    for (int e = 0; e < eights; e++) {
+                        const struct eight *of = x + e * tokens + t;
+                        ints products = dot(codes[2 * e][i], codes[2 * e + 1][i], of);
+                        total += of->scale * __builtin_convertvector(products, floats);
+                    }
+                    *sum = total;
+                }
+        }
+    }
+}
+
+/* Brings the sums of 64 bytes of codes into the order of the outputs. */
+static inline void order(const float *sums, float *ordered) {
+    const floats *of = (const floats *)sums;
+    for (int j = 0; j < 64 / WIDTH; j++)
+        for (int half = 0; half < CODES / 4; half++, of += 4) {
+            floats in[4];
+            bytes to[4];
+            for (int i = 0; i < 4; i++) {
+                in[i] = of[i];
+                if (half && UNSIGNED) in[i] = (in[i] - of[i - 4]) / 16;        // see add_eights
+            }
+            MEET(32, 64, in[0], in[1], in[2], in[3], to);
+            for (int k = 0; k < 4; k++)
+                memcpy(ordered + 16 * (CODES / 4 * k + half) + WIDTH / 4 * j, &to[k], WIDTH);
+        }
+}
+
+#else
+const char *const instructions = "plain C, activations in floating point";
+enum { EIGHTS = 1 };
+typedef int32_t __attribute__((aligned(1), may_alias)) word;
+struct eight { float x[8]; };
+
+static inline float fill(struct eight *to, const float *values) {
+    float sum = 0;
+    for (int i = 0; i < 8; i++) sum += to->x[i] = values[i];
+    return BITS == 4 ? sum : 128 * sum;
+}
+
+static inline __attribute__((always_inline)) void add_eights(
+        const int eights, const uint8_t *const *row, const uint8_t *const *next,
+        const struct eight *x, float *sums, long size, const long tokens, long stride) {
+    for (long j = 0; j < size; j += 64, sums += OUTPUTS) {
+        for (int r = 0; r < 8; r++) __builtin_prefetch(next[r] + j, 0, 2);
+        for (long t = 0; t < tokens; t++)
+            UNROLL
+            for (int k = 0; k < CODES; k++)
+                #pragma omp simd
+                for (int w = 0; w < 16; w++) {
+                    float sum = 0;
+                    UNROLL
+                    for (int r = 0; r < 8; r++) {
+                        int codes = ((const word *)(row[r] + j))[w];
+                        sum += x[t].x[r] * (float)(codes >> BITS * k & ((1 << BITS) - 1));
+                    }
+                    sums[t * stride + 16 * k + w] += sum;
+                }
+    }
+}
+
+static inline void order(const float *sums, float *ordered) {
+    memcpy(ordered, sums, OUTPUTS * sizeof(float));
+}
+#endif
+
+/* What is multiplied. Kept channels are listed by spans; with int4 a span is a group, which has one
+   scale. Span s has the eights begin[s] to begin[s + 1], of channels channel[8 * k] and on; x:
+   [eight][token]; offset: [span][token]. */
+struct product {
+    const uint8_t *codes, *zeros;
+    const char *scales;
+    float *y, *offset;
+    struct eight *x;
+    int *begin, *channel;
+    long spans, tokens, out, pitch, share;            // share: outputs of a part
+};
+
+/* Lists the channels that any token keeps, each span padded to whole eights with zeros. */
+static void list_kept(struct product *p, const float *x, const float *threshold, long step,
+                      long in, long size) {
+    float kept[p->tokens][size + 8];
+    int eights = 0;
+    for (long s = 0; s < p->spans; s++) {
+        int *channel = p->channel + 8 * eights, n = 0;
+        for (long i = s * size; i < (s + 1) * size && i < in; i++) {
+            int needed = 0;
+            for (long t = 0; t < p->tokens; t++) {
+                float value = x[t * in + i];
+                int keep = !(fabsf(value) <= threshold[i * step]);             // NaN is kept
+                kept[t][n] = keep ? value : 0.0f;
+                needed |= keep;
+            }
+            channel[n] = i;
+            n += needed;
+        }
+        for (int last = n; n % 8; n++) {
+            for (long t = 0; t < p->tokens; t++) kept[t][n] = 0;
+            channel[n] = channel[last - 1];
+        }
+        p->begin[s] = eights;
+        for (long t = 0; t < p->tokens; t++) {
+            float *offset = &p->offset[s * p->tokens + t], sum = 0;
+            for (int k = 0; k < n; k += 8)
+                sum += fill(&p->x[(eights + k / 8) * p->tokens + t], kept[t] + k);
+            *offset = sum + (BITS == 8 && s ? offset[-p->tokens] : 0);         // int8: of all spans
+        }
+        eights += n / 8;
+    }
+    p->begin[p->spans] = eights;
+    for (int r = 8 * eights; r < 8 * eights + 16 * EIGHTS; r++)      // `next` of the last
+        p->channel[r] = eights ? p->channel[8 * eights - 1] : 0;
+}
+
+/* Computes the outputs [first, first + columns) of all tokens. */
+static void outputs(const struct product *p, long first, long columns) {
+    float sums[ROOM] __attribute__((aligned(64))), ordered[OUTPUTS] __attribute__((aligned(64)));
+    long tokens = p->tokens, size = (columns + OUTPUTS - 1) / OUTPUTS * 64;
+    long stride = size * CODES / 4;
+    const uint8_t *start = p->codes + first * BITS / 8;
+    memset(sums, 0, tokens * stride * sizeof(float));
+    for (long t = 0; t < tokens; t++) memset(p->y + t * p->out + first, 0, columns * sizeof(float));
+    for (long s = 0; s < p->spans; s++) {
+        int eights;
+        for (long k = p->begin[s]; k < p->begin[s + 1]; k += eights) {
+            const uint8_t *row[8 * EIGHTS], *next[8 * EIGHTS];
+            const struct eight *x = p->x + k * tokens;
+            eights = k + EIGHTS <= p->begin[s + 1] ? EIGHTS : 1;
+            for (int r = 0; r < 8 * EIGHTS; r++) {
+                row[r] = start + p->channel[8 * k + r] * p->pitch;
+                next[r] = start + p->channel[8 * (k + eights) + r] * p->pitch;
+            }
+            if (eights == 1 && tokens == 1) add_eights(1, row, next, x, sums, size, 1, 0);
+            else if (eights == 1) add_eights(1, row, next, x, sums, size, tokens, stride);
+            else if (tokens == 1) add_eights(EIGHTS, row, next, x, sums, size, 1, 0);
+            else add_eights(EIGHTS, row, next, x, sums, size, tokens, stride);
+        }
+        if (BITS == 8 && s + 1 < p->spans) continue;       // one scale for all spans
+        for (long t = 0; t < tokens; t++)
+            for (long j = 0; j < columns; j += OUTPUTS) {
+                long n = columns - j < OUTPUTS ? columns - j : OUTPUTS;
+                long at = first + j + (BITS == 8 ? 0 : s * p->out);
+                const void *scales = p->scales + (BITS == 8 ? 4 : 2) * at;
+                float *restrict y = p->y + t * p->out + first + j;
+                float offset = p->offset[s * tokens + t];
+                order(sums + t * stride + j, ordered);
+                for (long i = 0; i < n; i++)
+#if BITS == 8
+                    y[i] = ((const float *)scales)[i] * (ordered[i] - offset);
+#else
+                    y[i] += of_bfloat16(((const uint16_t *)scales)[i])
+                            * (ordered[i] - p->zeros[at + i] * offset);
+#endif
+            }
+        memset(sums, 0, tokens * stride * sizeof(float));
+    }
+}
+
+/* Computes the outputs of a part, as many at a time as there is room for. */
+static void outputs_of(void *of, long part) {
+    const struct product *p = of;
+    long room = ROOM / p->tokens / 128 * 128, begin = part * p->share;
+    long end = begin + p->share < p->out ? begin + p->share : p->out;
+    for (long first = begin; first < end; first += room)
+        outputs(p, first, end - first < room ? end - first : room);
+}
+
+/* y (tokens, out) = x (tokens, in), its small channels dropped, times a weight in codes. size: the
+   channels of a span. threshold: one (step 0) or (in) (step 1). Returns 1 where memory ran out. */
+int codes_product(const float *x, const uint8_t *codes, const void *scales, const uint8_t *zeros,
+                  long size, const float *threshold, long step, float *y, long tokens, long in,
+                  long out, int threads) {
+    long spans = (in + size - 1) / size, most = spans * ((size + 7) / 8);      // eights
+    struct product p = { codes, zeros, scales, y, .spans = spans, .tokens = tokens, .out = out,
+                         .pitch = (out + OUTPUTS - 1) / OUTPUTS * 64 };
+    p.x = malloc(most * tokens * sizeof *p.x + (8 * (most + 2 * EIGHTS) + spans + 1) * sizeof(int)
+                 + spans * tokens * sizeof(float));
+    if (!p.x) return 1;
+    p.channel = (int *)(p.x + most * tokens);
+    p.begin = p.channel + 8 * (most + 2 * EIGHTS);
+    p.offset = (float *)(p.begin + spans + 1);
+    list_kept(&p, x, threshold, step, in, size);
+    long worth = 1 + p.begin[spans] * 8 * p.pitch / WORTH;
+    if (threads > worth) threads = worth;
+    p.share = (out + threads * 128 - 1) / (threads * 128) * 128;
+    #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (long part = 0; part < threads; part++) outputs_of(&p, part);
+    free(p.x);
+    return 0;
+}
+"""
+SPAN = 512               # channels of int8 that are listed at a time
+ROUND_ACTIVATIONS = True                   # where the processor has instructions for it
+
+
+@functools.cache
+def c_library(bits, rounded, narrow=False):
+    """Return the C library for codes of so many bits; None without a compiler.
+
+    rounded: whether activations are, where the processor has instructions for that. narrow: without
+    AVX-512 and AVX-VNNI, for tests.
+    """
+    defines = [f"BITS {bits}"] + rounded * ["ROUNDED"] + narrow * ["NARROW"]
+    library = kernel.compiled("".join(f"#define {define}\n" for define in defines) + C_SOURCE)
+    if library is not None:
+        pointer, long = ctypes.c_void_p, ctypes.c_long
+        library.codes_product.argtypes = [pointer, pointer, pointer, pointer, long, pointer, long,
+                                          pointer, long, long, long, ctypes.c_int]
+    return library
+
+
+def instructions(device, bits):
+    """Return what multiplies codes on a device, as text: a backend, and in C the instructions."""
+    backend = kernel.best_backend(torch.empty(0, device=device))
+    if backend != "c":
+        return f"{backend}, activations in floating point"
+    library = c_library(bits, ROUND_ACTIVATIONS)
+    return f"C, {ctypes.c_char_p.in_dll(library, 'instructions').value.decode()}"
+
+
+def rounds(weight):
+    """Return whether the activations that a weight is multiplied by are rounded."""
+    return "floating point" not in instructions(weight.device, weight.bits)
+
+
+def c_call(x, weight, threshold, y):
+    """Return the C function and the arguments that set y (B, out) to the sparse product.
+
+    x, threshold and y are float32 and contiguous, on the CPU.
+    """
+    zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
+    return c_library(weight.bits, ROUND_ACTIVATIONS).codes_product, (
+        x.data_ptr(), weight.codes.data_ptr(), weight.scales.data_ptr(), zeros,
+        weight.group or SPAN, threshold.data_ptr(), threshold.ndim, y.data_ptr(), *x.shape,
+        weight.shape[1], kernel.THREADS)
+
+
+def c_codes(x, weight, threshold):
+    """Compute codes_gemv in C, of x float32."""
+    if x.device.type != "cpu" or c_library(weight.bits, ROUND_ACTIVATIONS) is None:
+        raise ValueError(f'backend "codes-c" needs a C compiler and tensors on the CPU, not on '
+                         f'{x.device.type}')
+    y = x.new_empty(len(x), weight.shape[1])
+    function, arguments = c_call(x, weight, threshold, y)
+    if function(*arguments):
+        raise MemoryError("no memory for the list of kept channels")
+    return y
+
+
+kernel.BACKENDS |= {"codes-c": c_codes, "codes-torch": torch_codes}        # fused.py: codes-triton
+kernel.C_CALLS["codes-c"] = c_call
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+class QuantizedLinear(SparseLinear):
+    """A SparseLinear whose weight_t is a QuantizedWeight. Without a threshold it is dense."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__(torch.empty(weight.shape, device="meta"), bias)
+        del self.weight_t                # a parameter, in whose place a module comes
+        self.weight_t = weight
+
+    def product(self, x):
+        return codes_gemv(x, self.weight_t, self.threshold)
+
+    def dense(self, x):
+        return codes_dense(x, self.weight_t)
+
+
+def bits_by_name(config, bits, head_bits=8):
+    """Return {name of a linear, or EMBEDDING: bits} of what is quantized in a Llama of a Config.
+
+    With a tied head EMBEDDING stands for both.
+    """
+    bits_of = dict.fromkeys(linear_names(config), bits)
+    if head_bits < 16:
+        bits_of |= {EMBEDDING: head_bits}
+        if not config.tie_word_embeddings:
+            bits_of |= {"lm_head": head_bits}
+    return bits_of
+
+
+def replace_linear(model, name, weight_of):
+    """Put the QuantizedWeight weight_of(weight (out, in)) in the place of a linear or EMBEDDING."""
+    def make(weight_t, bias):
+        return QuantizedLinear(weight_of(weight_t.t()), bias)
+
+    if name != EMBEDDING:
+        sparsify(model, {name: None}, make)
+    elif model.config.tie_word_embeddings:
+        sparsify(model, {"lm_head": None}, make)           # the embedding reads the head's weight
+    else:
+        model.model.embed_tokens = TransposedEmbedding(weight_of(model.model.embed_tokens.weight))
+
+
+@torch.no_grad()
+def quantize(model, bits, group=None, clipping=CLIPPING, head_bits=8):
+    """Quantize the linears of a Llama in place, one by one, and return the model, dense.
+
+    bits: 8 or 4, of the blocks' linears; head_bits: 16, 8 or 4, of the head and the embedding.
+    group: of inputs, at 4 bits; None: `fitting_group`. Raises InputError, and changes nothing, for
+    a model that is sparse or quantized already, and for weights that cannot be quantized.
+    """
+    require(not any(isinstance(module, SparseLinear) for module in model.modules()),
+            "the model is quantized or sparse already; quantize it first, then make it sparse")
+    group = group or fitting_group(model)
+    bits_of = bits_by_name(model.config, bits, head_bits)
+    for name, number in bits_of.items():
+        check_weight(model.get_submodule(name).weight, number, group, name)
+    for name in progress(list(bits_of), f"quantizing to int{bits}"):
+        replace_linear(model, name,
+                       lambda weight: quantize_weight(weight, bits_of[name], group, clipping))
+    model.quantization = settings_of(bits, group, head_bits)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder: a linear's `NAME.weight` becomes `NAME.weight_t.codes`, `.scales` and `.zeros`
+
+def settings_of(bits, group, head_bits):
+    """Return what config.json says of a quantized checkpoint, in quantization_config."""
+    return {"quant_method": METHOD, "version": VERSION, "bits": bits, "head_bits": head_bits,
+            "group": group if 4 in (bits, head_bits) else None}
+
+
+def shape(model, settings):
+    """Put linears without memory, quantized as `settings` say, into a Llama on the meta device.
+
+    settings: the quantization_config of a folder, afterwards model.quantization. Raises InputError
+    for one that is not from quantize.py.
+    """
+    what = "config.json: quantization_config"
+    settings = {"head_bits": 16} | settings
+    for key, known in {"version": (1, VERSION), "bits": (4, 8), "head_bits": (4, 8, 16)}.items():
+        require(type(settings.get(key)) is int and settings[key] in known,
+                f"{what}: {key} is {settings.get(key)!r}, expected {' or '.join(map(str, known))}")
+    bits, head_bits, group = settings["bits"], settings["head_bits"], settings.get("group")
+    expected = int if 4 in (bits, head_bits) else type(None)
+    require(type(group) is expected, f"{what}: {bits} bits, the head {head_bits}, with group "
+            f"{group!r}, expected {'a number' if expected is int else 'null'}")
+    for name, number in bits_by_name(model.config, bits, head_bits).items():
+        replace_linear(model, name,
+                       lambda weight: quantize_weight(weight, number, group, (1.0,),
+                                                      f"{what}: {name}"))
+    model.quantization = settings

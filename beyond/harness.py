@@ -1,0 +1,441 @@
+"""The field's own tasks: minTEAL's model in EleutherAI's lm-evaluation-harness (lm_eval on PyPI).
+
+Papers on sparsity report how often a model chooses the right one of a few answers (PIQA, ARC,
+HellaSwag, MMLU), and measure it with this harness. It asks a model for three things: the
+log-likelihood of a continuation after a context, that of a whole text, and a text to be written.
+`MinTEAL` answers with minTEAL's own model, dense or sparse. Tokens, begin of sequence, cuts and
+stop strings are those of the harness's own `hf` model, and so is every number of a dense model.
+
+Most of the work would be done twice: four answers to one question, five examples before each of a
+hundred questions. So the texts to be scored grow together as a tree, in which what several begin
+with stands once. Its tokens run as one row, with one cache, and each sees only its own text:
+
+    The cat sat down ─┐      The ─► cat ─┬► sat ─► down         row:  The cat ran sat down
+    The cat ran      ─┘                  └► ran                 down sees The, cat, sat and itself
+
+Sparsity is as in the paper: every token of a text is sparse except the first few. Or it is as in
+decoding (--dense-prompt): contexts are dense, continuations sparse. The first token of each is then
+the dense model's, since the last token of the context gives it. Where a text is written, the prompt
+is dense and the answer sparse in any case.
+
+The seam: `sparse_mode(model, "all", dense_prefix=...)`, and a KVCache that sees in its own way.
+
+    pip install "lm_eval[hf]==0.4.13"
+    python -m beyond.harness --model FOLDER --tasks piqa arc_easy --sparsity 0 0.4 0.5
+    python -m beyond.harness run --model minteal --model_args pretrained=FOLDER,sparsity=0.5 \\
+        --tasks piqa                                           the harness's own command line
+"""
+import itertools
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from beyond.folders import load_model
+from calibrate import SINKS, Calibration, load_calibration
+from generate import generate
+from model import (HubTokenizer, InputError, KVCache, Parser, check_output, command_line, natural,
+                   note, progress, require, share, write_json)
+from sparsify import counted, realised_sparsity, skipped_share, sparse_mode, sparsify
+
+try:
+    import lm_eval
+    from lm_eval import utils
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import (handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs,
+                                      postprocess_generated_text)
+    from lm_eval.tasks import TaskManager
+except ImportError:                      # main says so
+    TemplateLM = None
+
+TOKENS = 512             # of a tree beside what its texts share, and of a call of the model
+
+
+# --------------------------------------------------------------------------------------------------
+# The tree of the texts that are scored
+
+class Scored(NamedTuple):
+    """A text to be scored."""
+    tokens: list[int]                    # without the last, after which nothing is asked
+    dense: int                           # how many of them stay dense
+    targets: list[int]                   # what should come after each of the last of them
+    request: int                         # the number of the request that asks
+
+
+@dataclass
+class Node:
+    """A token of the tree. Nodes are numbered as a walk meets them, so those after it come next."""
+    token: int
+    dense: bool
+    position: int
+    number: int
+    end: int = 0                         # the number after the last node that follows this one
+    late: bool = False                   # whether a score is asked after it or a node before it
+    asked: list = field(default_factory=list)              # of (target, request)
+
+
+def bundles(texts):
+    """Return the texts in lists of (tokens shared with the one before, text), a tree for each."""
+    texts = sorted(texts)
+    lists = []
+    for before, text in zip([None, *texts], texts):
+        shared = 0
+        if before is not None:
+            pairs = zip(before.tokens, text.tokens)
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if before.dense != text.dense:
+                shared = min(shared, before.dense, text.dense)
+        if not lists or size - shared + len(text.tokens) - shared > TOKENS:
+            lists.append([])
+            size = shared = 0            # size: of the tree so far
+        lists[-1].append((shared, text))
+        size += len(text.tokens) - shared
+    return lists
+
+
+def grow(bundle):
+    """Return the nodes of a tree in the order in which they run: none before what it follows."""
+    nodes = []
+    path = []                            # the nodes of the text before
+    for shared, text in bundle:
+        del path[shared:]
+        for token in text.tokens[shared:]:
+            path.append(Node(token, len(path) < text.dense, len(path), len(nodes)))
+            nodes.append(path[-1])
+        for node in path:
+            node.end = len(nodes)
+        for node, target in zip(path[-len(text.targets):], text.targets):
+            node.asked.append((target, text.request))
+    end = 0
+    for node in nodes:
+        end = max(end, node.end if node.asked else 0)
+        node.late = node.number < end
+    return sorted(nodes, key=lambda node: (node.late, not node.dense, node.position))
+
+
+class TreeCache(KVCache):
+    """A cache for the nodes of a tree: each sees those that it follows, and itself."""
+
+    def __init__(self, cache, nodes):
+        vars(self).update(vars(cache))
+        numbers = [(node.number, node.end, node.position) for node in nodes]
+        self.number, self.end, self.position = torch.tensor(numbers, device=cache.keys.device).t()
+
+    def look(self, T, window):
+        new = slice(self.used, self.used + T)
+        seen = slice(0, self.used + T)
+        number = self.number[new, None]                                         # (T, 1)
+        mask = (self.number[seen] <= number) & (number < self.end[seen])        # (T, S)
+        if window:
+            mask &= self.position[new, None] - self.position[seen] < window
+        return self.position[new], mask
+
+
+# --------------------------------------------------------------------------------------------------
+# The model, as the harness asks it
+
+class MinTEAL(TemplateLM or object):
+    """A model of the harness, where its name is minteal.
+
+    pretrained: a checkpoint folder. sparsity, allocation, calibration: what its thresholds are read
+    from. dense_prefix: how many tokens stay dense at the start of a text that is scored;
+    dense_prompt: all of its context. max_length: tokens that the model sees at most (None: its
+    context). dtype, device: as for load_model. The harness also gives a batch_size, which is
+    without meaning here: TOKENS run at a time.
+    """
+    eot_token_id = prefix_token_id = tokenizer_name = None           # properties of TemplateLM
+
+    def __init__(self, pretrained, sparsity=0.0, allocation=None, calibration=None,
+                 dense_prompt=False, dense_prefix=SINKS, max_length=None, dtype=None, device=None,
+                 batch_size=None, max_batch_size=None, **unknown):
+        super().__init__()
+        require(not unknown, f"minteal has no model_args {', '.join(unknown)}")
+        require(type(dense_prompt) is bool and type(dense_prefix) is int and dense_prefix >= 0,
+                f"dense_prompt={dense_prompt}, dense_prefix={dense_prefix}: expected True or "
+                f"False, and a number of tokens")
+        self.folder = str(pretrained)
+        self.model, tokenizer = load_model(
+            self.folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+        require(tokenizer is not None, f"{self.folder} has no tokenizer")
+        longest = self.model.config.max_position_embeddings
+        self.max_length = longest if max_length is None else max_length
+        require(type(self.max_length) is int and 2 <= self.max_length <= longest,
+                f"max_length is {max_length}, expected 2 to {longest}, the model's context")
+        self.dense_prompt = dense_prompt
+        self.dense_prefix = dense_prefix
+        self.calibration = calibration             # a path, until one is needed
+        self.tokenizer_name = self.folder.replace("/", "__")
+        self.own_tokenizer = tokenizer
+        if not isinstance(tokenizer, HubTokenizer) and Path(self.folder, "tokenizer.json").exists():
+            tokenizer = HubTokenizer(self.folder)          # as the hf model has it
+        self.tokenizer = getattr(tokenizer, "tokenizer", None)
+        begin = getattr(self.tokenizer, "bos_token_id", None), *tokenizer.encode("")[:1]
+        end = getattr(self.tokenizer, "eos_token_id", None), *tokenizer.eos_ids
+        self.eot_token_id, self.prefix_token_id = (
+            next((i for i in ids if i is not None), None) for ids in (end, begin + end))
+        require(self.eot_token_id is not None, f"{self.folder}: no token ends a text")
+        self._device = self.model.device
+        self.set(sparsity, allocation)
+
+    def set(self, sparsity, allocation=None):
+        """Make the model sparse as the calibration has it for so much, or dense; count anew."""
+        require(isinstance(sparsity, (int, float)) and 0 <= sparsity < 1,
+                f"sparsity is {sparsity}, expected at least 0 and below 1")
+        self.sparse = sparsity > 0
+        self.skipped = 0.0               # sums over the tokens that ran sparse, of the share of the
+        self.tokens = 0                  # blocks' weights that each skipped, and of ones
+        if self.sparse:
+            if not isinstance(self.calibration, Calibration):
+                self.calibration = load_calibration(self.model, self.folder, self.calibration)
+            sparsify(self.model, self.calibration.thresholds(sparsity, allocation))
+
+    def realised(self):
+        """Return the share of the blocks' weights that the sparse tokens did not read."""
+        return self.skipped / max(self.tokens, 1)
+
+    # Tokens
+
+    def tok_encode(self, string, add_special_tokens=None, **more):
+        """Return the token ids of a text, after those that the tokenizer adds, unless it has them.
+
+        A folder with tokenizer.model alone is read by minTEAL's own tokenizer.
+        """
+        if self.tokenizer is None:
+            return self.own_tokenizer.encode(string, bos=add_special_tokens is not False)
+        if add_special_tokens is None:
+            begin = self.tokenizer.decode(self.prefix_token_id)
+            add_special_tokens = not has_bos_prefix(string, begin)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def tok_decode(self, ids, **options):
+        if self.tokenizer is None:
+            return self.own_tokenizer.decode(ids)
+        return self.tokenizer.decode(ids, **options)
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        require(self.tokenizer is not None, f"{self.folder} has no chat template")
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt)
+
+    # Scores
+
+    def loglikelihood(self, requests, disable_tqdm=True):
+        for request in requests:
+            require(request.args[1], f"task {request.task_name}, document {request.doc_id}: the "
+                                     f"continuation is empty")
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests, **more):
+        """Return (log-likelihood, whether it is the greedy one) of each (key, context, target)."""
+        texts = []
+        cut = 0
+        for i, (key, context, targets) in enumerate(requests):
+            require(0 < len(targets) <= self.max_length,
+                    f"a continuation has {len(targets)} tokens, expected 1 to {self.max_length}, "
+                    f"the context of the model: {(key or ('', ''))[1][:40]!r}...")
+            context = context or [self.prefix_token_id]    # it was blanks, now of the continuation
+            whole = (context + targets)[-self.max_length - 1:]
+            cut += len(whole) < len(context) + len(targets)
+            before = len(whole) - len(targets)
+            dense = before if self.dense_prompt else min(self.dense_prefix, len(whole) - 1)
+            texts.append(Scored(whole[:-1], dense, targets, i))
+        if cut:
+            note(f"{cut} of {len(requests)} texts are longer than {self.max_length} tokens, and "
+                 f"cut from the left")
+        sums = torch.zeros(len(requests), dtype=torch.float64, device=self.device)
+        misses = torch.zeros(len(requests), dtype=torch.int64, device=self.device)
+        for bundle in progress(bundles(texts), "log-likelihoods"):
+            self.score(grow(bundle), sums, misses)
+        require(bool(sums.isfinite().all()), "a log-likelihood is no finite number: the model's "
+                                             "numbers are too large for its dtype")
+        answers = [(value, not missed) for value, missed in zip(sums.tolist(), misses.tolist())]
+        for (key, *_), answer in zip(requests, answers):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answers
+
+    def score(self, nodes, sums, misses):
+        """Run a tree. Add each log-likelihood to the sums (requests,), and misses of the greedy."""
+        cache = TreeCache(self.model.make_cache(1, len(nodes)), nodes)
+        for late, part in itertools.groupby(nodes, key=lambda node: node.late):
+            part = list(part)
+            for some in (part[i:i + TOKENS] for i in range(0, len(part), TOKENS)):
+                tokens = torch.tensor([[node.token for node in some]], device=self.device)
+                dense = sum(node.dense for node in some)
+                with counted(self.model), sparse_mode(self.model, "all" if self.sparse else "off",
+                                                      dense_prefix=dense):
+                    logits = self.model(tokens, cache, last_only=not late)[0]   # (T, vocab)
+                if self.sparse:
+                    self.skipped += realised_sparsity(self.model) * (len(some) - dense)
+                    self.tokens += len(some) - dense
+                asked = [(row, *each) for row, node in enumerate(some) for each in node.asked]
+                if asked:
+                    rows, targets, request = torch.tensor(asked, device=self.device).t()
+                    sums.index_add_(0, request, logits.log_softmax(-1)[rows, targets].double())
+                    misses.index_add_(0, request, (logits.argmax(-1)[rows] != targets).long())
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=True):
+        windows = []
+        for i, request in enumerate(requests):
+            for pair in utils.get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1):
+                windows.append((i, utils.make_disjoint_window(pair)))
+        scores = self._loglikelihood_tokens([(None, *pair) for _, pair in windows])
+        sums = [0.0] * len(requests)
+        for (i, _), (score, _) in zip(windows, scores):
+            sums[i] += score
+        for request, answer in zip(requests, sums):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        return sums
+
+    # Texts
+
+    def generate_until(self, requests, disable_tqdm=True):
+        texts = []
+        for request in progress(requests, "texts"):
+            context, options = request.args
+            texts.append(self.write(context, normalize_gen_kwargs(options)))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
+
+    def write(self, context, options):
+        """Return what the model writes after a context, up to a stop string."""
+        stops = handle_stop_sequences(options.pop("until"), self.tok_decode([self.eot_token_id]))
+        stops = [stop for stop in stops if stop]
+        most = options.pop("max_gen_toks")
+        room = self.max_length - most
+        require(room > 0, f"{most} tokens to be written leave no room for a prompt in the model's "
+                          f"context of {self.max_length}")
+        sampled = options.pop("do_sample") and options.get("temperature", 0) > 0
+        options = {key: value for key, value in options.items() if sampled or key != "temperature"}
+        unknown = options.keys() - {"temperature", "top_k", "top_p"}
+        require(not unknown, f"generation options that minTEAL does not follow: "
+                             f"{', '.join(sorted(unknown))}")
+        if sampled:
+            options["seed"] = int(torch.randint(2**31, ()))          # by the harness's own seed
+        prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        # As the hf model looks for a stop string: in as many last tokens as it has, and two.
+        stops = {stop: len(self.tok_encode(stop, add_special_tokens=False)) + 2 for stop in stops}
+        ids = []
+        with sparse_mode(self.model, "decode" if self.sparse else "off"):
+            for token in generate(self.model, prompt, most, eos_ids=self.own_tokenizer.eos_ids,
+                                  **options):
+                ids.append(token)
+                if any(stop in self.tok_decode(ids[-last:]) for stop, last in stops.items()):
+                    break
+        if self.sparse and len(ids) > 1:
+            self.skipped += skipped_share(self.model, prompt + ids, len(prompt)) * (len(ids) - 1)
+            self.tokens += len(ids) - 1
+        return postprocess_generated_text(self.tok_decode(ids, skip_special_tokens=True),
+                                          list(stops), None)
+
+
+if TemplateLM is not None:
+    register_model("minteal")(MinTEAL)
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+def print_table(rows, about):
+    """Print the harness's results, task by task."""
+    print(about)
+    for task in rows[0]["results"]:
+        metrics = [key for key in rows[0]["results"][task]
+                   if "," in key and not key.split(",")[0].endswith("_stderr")]
+        first = rows[0]["results"][task]
+        names = [key.removesuffix(",none") for key in metrics]
+        print(f"\n{task}, {first.get('sample_len', '?')} documents")
+        print(f"{'allocation':>12} {'sparsity':>9} {'realised':>9}"
+              + "".join(f" {name:>19}" for name in names))
+        for row in rows:
+            line = f"{row['allocation']:>12} {row['sparsity']:9.0%} {row['realised']:9.1%}"
+            for key in metrics:
+                value = row["results"][task][key]
+                error = row["results"][task].get(key.replace(",", "_stderr,"), "N/A")
+                shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+                line += f" {shown + (f' ± {error:.4f}' if isinstance(error, float) else ''):>19}"
+            print(line)
+
+
+def main():
+    require(TemplateLM is not None,
+            'beyond.harness needs lm_eval: pip install "lm_eval[hf]==0.4.13"')
+    if sys.argv[1:2] and sys.argv[1] in ("run", "ls", "validate"):
+        harness = HarnessCLI()
+        arguments = harness.parse_args()
+        require(getattr(arguments, "limit", None) is None or arguments.limit > 0,
+                "--limit 0: nothing would be measured")
+        utils.setup_logging()
+        try:
+            harness.execute(arguments)
+        except (ValueError, KeyError) as error:            # so lm_eval says what it cannot use
+            raise InputError(str(error)) from error
+        return
+    parser = Parser(description="Measures a model, dense and sparse, on tasks of "
+                                "lm-evaluation-harness. With run, ls or validate as first word: "
+                                "the harness's own command line, which knows the model minteal.")
+    parser.add_model()
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK",
+                        help="as the harness names them (python -m beyond.harness ls tasks)")
+    parser.add_argument("--sparsity", nargs="+", type=share, default=[0.0, 0.4, 0.5],
+                        help="(default: 0 0.4 0.5)")
+    parser.add_argument("--allocation", nargs="+", default=[None],
+                        help="of those in the calibration (default: its first)")
+    parser.add_argument("--calibration", metavar="FILE",
+                        help="(default: calibration.safetensors in the checkpoint folder)")
+    parser.add_argument("--include-path", metavar="DIR", help="with task files (default: none)")
+    parser.add_argument("--limit", type=natural, metavar="N",
+                        help="documents of each task (default: all)")
+    parser.add_argument("--num-fewshot", metavar="N",
+                        type=lambda text: 0 if text == "0" else natural(text),
+                        help="examples before each (default: the task's own number)")
+    parser.add_argument("--dense-prompt", action="store_true",
+                        help="contexts dense, continuations sparse, as in decoding (default: all "
+                             f"sparse but the first {SINKS} tokens)")
+    parser.add_argument("--context", type=natural, metavar="N",
+                        help="tokens that the model sees at most (default: its context)")
+    parser.add_argument("--out", metavar="FILE", help="JSON to write, too (default: none)")
+    arguments = parser.parse_args()
+    if arguments.out:
+        check_output(arguments.out, "--out")
+    require(arguments.include_path is None or Path(arguments.include_path).is_dir(),
+            f"--include-path {arguments.include_path}: no such folder")
+    tasks = TaskManager(include_path=arguments.include_path, include_defaults=False)
+    if not all(tasks.match_tasks([name]) for name in arguments.tasks):
+        tasks = TaskManager(include_path=arguments.include_path)     # it reads 13,000 files
+    for name in arguments.tasks:
+        require(tasks.match_tasks([name]), f"--tasks {name}: no such task; see python -m "
+                                           f"beyond.harness ls tasks, and --include-path")
+    model = MinTEAL(arguments.model, calibration=arguments.calibration,
+                    dense_prompt=arguments.dense_prompt, max_length=arguments.context,
+                    dtype=arguments.dtype, device=arguments.device)
+    about = (f"{arguments.model}, lm_eval {lm_eval.__version__}; in texts that are scored "
+             + ("contexts are dense, continuations sparse" if arguments.dense_prompt else
+                f"all tokens but the first {SINKS} are sparse"))
+    rows = []
+    levels = sorted(set(arguments.sparsity))
+    settings = [(0.0, None)] * (0 in levels) + [
+        (level, name) for level in levels if level for name in arguments.allocation]
+    for sparsity, allocation in settings:
+        model.set(sparsity, allocation)
+        name = (allocation or model.calibration.allocations[0]) if sparsity else "dense"
+        note(f"{name}, {sparsity:.0%}")
+        found = lm_eval.simple_evaluate(
+            model, tasks=tasks.match_tasks(arguments.tasks), num_fewshot=arguments.num_fewshot,
+            limit=arguments.limit, log_samples=False, task_manager=tasks)
+        rows.append({"allocation": name, "sparsity": sparsity, "realised": model.realised(),
+                     "results": found["results"], "n-shot": found["n-shot"]})
+        if arguments.out:                # after each, so that a run that is stopped leaves some
+            write_json(arguments.out, {"about": about, "rows": rows})
+    print_table(rows, about)
+
+
+if __name__ == "__main__":
+    command_line(main)

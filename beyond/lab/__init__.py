@@ -1,0 +1,1 @@
+"""How quality and speed are measured; nobody needs it to use anything."""

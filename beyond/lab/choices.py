@@ -1,0 +1,130 @@
+"""Tasks for lm-evaluation-harness, made from a text that is here, so that no network is needed.
+
+    choices     the true continuation of a passage among four. The others continue other passages
+                of the same article, so that the subject alone does not tell. Chance gives 25 %
+    pages       the perplexity of a word of the articles: the harness's own task wikitext, on this
+                text
+
+The text is cut into articles at lines as " = Robert Boulter = ", as WikiText has them, and its
+spaces around punctuation are taken out as the harness does it. Without --text it is the held-out
+part of the standard library, a file an article.
+
+    python -m beyond.lab.choices --text wikitext-2/test.txt --out tasks
+    python -m beyond.harness --model FOLDER --tasks choices pages --include-path tasks
+"""
+import json
+import random
+import re
+from pathlib import Path
+
+from model import InputError, Parser, command_line, natural, replacing, require
+
+try:
+    import lm_eval
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+except ImportError:                      # main says so
+    lm_eval = None
+
+CHOICES = """task: choices
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {path}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata:
+  version: 1.0
+"""
+PAGES = """include: {wikitext}
+task: pages
+dataset_path: json
+dataset_name: null
+dataset_kwargs:
+  data_files:
+    test: {path}
+training_split: null
+validation_split: null
+"""
+
+
+def articles_of(text):
+    """Return the articles of a text in which WikiText's headings may stand."""
+    parts = re.split(r"(?m)^(?= = [^=].* = $)", text)
+    return [part for part in parts if part.strip()]
+
+
+def items_of(articles, number, before, after, seed=0):
+    """Return {"context", "choices", "answer"} for passages drawn from articles with a seed.
+
+    articles: texts. before, after: words of a context and of each of its four choices. No two
+    passages of an article overlap, and the wrong choices are those of its other passages.
+    """
+    draw = random.Random(seed)
+    passages = []
+    for words in (article.split(" ") for article in articles):
+        starts = range(0, len(words) - before - after, before + after)
+        own = [(" ".join(words[i:i + before]), " ".join(words[i + before:i + before + after]))
+               for i in starts]
+        passages += [(own, i) for i in range(len(own)) if len({end for _, end in own}) >= 4]
+    require(len(passages) >= number, f"the text has {len(passages)} passages for {number} items: "
+                                     f"give more text, or fewer --items")
+    items = []
+    for own, i in draw.sample(passages, number):
+        context, true = own[i]
+        wrong = draw.sample(sorted({end for _, end in own} - {true}), 3)
+        choices = draw.sample([true, *wrong], 4)
+        items.append({"context": context, "choices": choices, "answer": choices.index(true)})
+    return items
+
+
+def write_task(folder, name, documents, text, **values):
+    """Write a task of the harness: NAME.yaml, and NAME.jsonl with its documents."""
+    path = (folder / f"{name}.jsonl").absolute()
+    with replacing(path) as file:
+        file.writelines(f"{json.dumps(each)}\n".encode() for each in documents)
+    with replacing(folder / f"{name}.yaml") as file:
+        file.write(text.format(path=json.dumps(str(path)), **values).encode())
+    print(f"{folder / name}.yaml: {len(documents)} documents")
+
+
+def main():
+    require(lm_eval is not None, 'tasks need lm_eval: pip install "lm_eval[hf]==0.4.13"')
+    parser = Parser(description="Makes tasks for lm-evaluation-harness from a text.")
+    parser.add_argument("--text", metavar="FILE",
+                        help="UTF-8 text (default: the standard library's held-out part)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the tasks")
+    parser.add_argument("--items", type=natural, default=500,
+                        help="passages to continue (default: 500)")
+    parser.add_argument("--before", type=natural, default=40,
+                        help="words of a passage's beginning (default: 40)")
+    parser.add_argument("--after", type=natural, default=8,
+                        help="words of each continuation (default: 8)")
+    arguments = parser.parse_args()
+    if arguments.text is None:
+        from demo import corpus
+        articles = [text for _, text in corpus.files("held-out")]
+    else:
+        try:
+            articles = articles_of(Path(arguments.text).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{arguments.text}: no UTF-8 text: {error}") from None
+    clean = articles
+    if arguments.text is not None:
+        clean = [wikitext_detokenizer({"page": article}) for article in articles]
+    items = items_of(clean, arguments.items, arguments.before, arguments.after)
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_task(folder, "choices", items, CHOICES)
+    wikitext = Path(lm_eval.__file__).parent / "tasks" / "wikitext" / "wikitext.yaml"
+    write_task(folder, "pages", [{"page": article} for article in articles], PAGES,
+               wikitext=json.dumps(str(wikitext)))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,248 @@
+"""Tests of drafts.py: Token Recycling, adaptive lengths, sparse verifiers; nothing is lost.
+
+What Speculation itself promises stands in test_all.py.
+"""
+import pytest
+import torch
+
+from beyond import drafts, record
+from beyond.drafts import speculate
+from beyond.tests.conftest import NO_COMPILER, random_llama
+from generate import fast_step, generate
+from model import InputError, Llama, linear_names
+from sparsify import sparse_mode, sparsify
+
+KINDS = ["sparse", "recycle", "model"]
+
+
+def tiny_verifier(dtype=torch.float64, seed=0, **changes):
+    """Return a small Llama, see conftest.py."""
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=8, vocab_size=13, max_position_embeddings=64)
+    return random_llama(dtype, seed, **shape | changes)
+
+
+def prompt_like(model, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+
+
+def draft_of(kind, model):
+    """Return (draft, draft_thresholds) for a model that is not sparse; "sparse" makes it so.
+
+    A draft model has other weights: it is often right, and sometimes not.
+    """
+    if kind == "sparse":
+        sparsify(model, dict.fromkeys(linear_names(model.config), 0.0))
+        return kind, dict.fromkeys(linear_names(model.config), 0.35)
+    if kind == "recycle":
+        return kind, None
+    torch.manual_seed(5)
+    other = Llama(model.config).to(model.device, model.dtype).eval()
+    for theirs, own in zip(other.parameters(), model.parameters()):
+        theirs.requires_grad_(False)
+        theirs.copy_(own)
+        if own.ndim == 2:
+            theirs.add_(0.2 * own.std() * torch.randn(own.shape, dtype=own.dtype).to(own.device))
+    return other, None
+
+
+# --------------------------------------------------------------------------------------------------
+# The same text
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_speculation_is_greedy_decoding(kind):
+    model = tiny_verifier(max_position_embeddings=40)
+    prompts = [prompt_like(model, 1 + 9 * seed, seed) for seed in range(3)]
+    texts = [list(generate(model, prompt, 24)) for prompt in prompts]
+    assert len(texts[2]) == 21                             # the context ends
+    draft, thresholds = draft_of(kind, model)
+    right = judged = 0
+    for draft_tokens in (1, 3, 16, None):                  # 17 tokens are more than a kernel takes
+        for prompt, text in zip(prompts, texts):
+            run = speculate(model, prompt, 24, draft, thresholds, draft_tokens)
+            assert list(run) == text
+            did = run.statistics
+            assert did.tokens == len(text) - 1             # the first is the prompt's
+            assert did.passes == sum(map(len, did.times.values())) <= did.tokens
+            assert did.tokens_a_pass == did.tokens / did.passes
+            assert all(right <= judged for right, judged in zip(did.right, did.judged))
+            assert draft_tokens is None or max(did.times) == min(draft_tokens, len(text) - 2)
+            right += sum(did.right)
+            judged += sum(did.judged)
+    assert 0.15 < right / judged < 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_verifier_may_be_sparse(kind):
+    """Then the text is that of `generate` in the mode in force, whatever the draft's thresholds.
+
+    A prompt of one token is sparse in mode "decode", a longer one is not, whatever its parts.
+    """
+    model = tiny_verifier(vocab_size=32, max_position_embeddings=300)
+    lengths = [1, 2, drafts.PART + 1]
+    prompts = [prompt_like(model, length, seed) for length in lengths for seed in range(3)]
+    draft, draft_thresholds = draft_of(kind, model)
+    sparsify(model, dict.fromkeys([*linear_names(model.config), "lm_head"], 0.4))
+    texts = {}
+    for mode in ("off", "decode", "all"):
+        with sparse_mode(model, mode):
+            texts[mode] = [list(generate(model, prompt, 8)) for prompt in prompts]
+            for prompt, text in zip(prompts, texts[mode]):
+                run = speculate(model, prompt, 8, draft, draft_thresholds, len(prompt) % 9 + 2,
+                                sparse_verifier=True)
+                assert run.against == ("the dense model" if mode == "off" else "the sparse model")
+                assert list(run) == text, (mode, len(prompt))
+            run = speculate(model, prompts[0], 8, draft, draft_thresholds, 3)
+            assert run.against == "the dense model" and list(run) == texts["off"][0]
+    firsts = {mode: [text[0] for text in texts[mode][3:]] for mode in texts}
+    assert firsts["decode"] == firsts["off"] != firsts["all"]        # of prompts of several tokens
+    assert texts["off"] != texts["decode"] != texts["all"]
+
+
+@torch.no_grad()
+def test_interleaved_speculations_leave_no_trace():
+    model = tiny_verifier()
+    prompts = [prompt_like(model, 5, seed) for seed in range(4)]
+    texts = [list(generate(model, prompt, 16)) for prompt in prompts]
+    kinds = [draft_of("recycle", model), draft_of("model", model)]
+    sparsify(model, dict.fromkeys(linear_names(model.config), 0.2))
+    texts[3] = list(generate(model, prompts[3], 16))
+    before = model.sparse_state.thresholds.clone()
+    kinds.append(("sparse", dict.fromkeys(linear_names(model.config), 0.5)))
+    runs = [speculate(model, prompt, 16, *kind) for prompt, kind in zip(prompts, kinds)]
+    runs.append(speculate(model, prompts[3], 16, *kinds[2], sparse_verifier=True))
+    for place in range(12):                                # none comes to its end
+        for run, text in zip(runs, texts):
+            assert next(run) == text[place]
+            assert model.sparse_state.mode == "decode"
+            assert torch.equal(model.sparse_state.thresholds, before)
+
+
+@pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=NO_COMPILER),
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_speculation_by_recorded_steps_and_graphs(kind, device):
+    model = tiny_verifier(torch.float32).to(device)
+    prompt = prompt_like(model, 5)
+    draft, thresholds = draft_of(kind, model)
+    sparsify(model, dict.fromkeys(linear_names(model.config), 0.2))
+    for mode, sparse_verifier in (("off", False), ("decode", True)):
+        with sparse_mode(model, mode):
+            text = list(generate(model, prompt, 16))
+            for draft_tokens in (3, None):
+                run = speculate(model, prompt, 16, draft, thresholds, draft_tokens,
+                                sparse_verifier=sparse_verifier, make_step=record.make_step)
+                assert list(run) == text
+                assert run.step.tapes if device == "cpu" else run.step.graphs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_speculation_repeats_with_a_seed_and_a_fixed_draft(kind):
+    model = tiny_verifier()
+    plain = [list(generate(model, [1, 2], 12, 1.0, seed=seed)) for seed in range(3)]
+    draft, thresholds = draft_of(kind, model)
+    texts = [list(speculate(model, [1, 2], 12, draft, thresholds, 3, 1.0, seed=seed))
+             for seed in (0, 1, 2, 0)]
+    assert texts[0] == texts[3] != texts[1]
+    if kind == "recycle":                                  # one draw a token, as without drafts
+        assert texts[:3] == plain
+
+
+# --------------------------------------------------------------------------------------------------
+# What drafts learn, and how long they are
+
+def test_recycling_learns_the_likeliest_after_the_last_of_equal_tokens():
+    draft = drafts.RecycleDraft()
+    logits = torch.randn(4, 13, generator=torch.Generator().manual_seed(0))
+    draft.learn(torch.tensor([2, 5, 2, 7]), logits)
+    likeliest = logits.argmax(-1).tolist()
+    assert draft.following == {2: likeliest[2], 5: likeliest[1], 7: likeliest[3]}
+    draft.following |= {2: 5, 5: 9}
+    assert draft.guess([9, 2], 4) == ([5, 9, 0, 0], None)
+
+
+@pytest.mark.parametrize("draft_tokens", [3, None])
+def test_a_draft_object_learns_if_it_can(draft_tokens):
+    model = tiny_verifier()
+    prompt = prompt_like(model, 5)
+    text = list(generate(model, prompt, 30))
+    draft = drafts.RecycleDraft()
+    assert list(speculate(model, prompt, 30, draft, None, draft_tokens)) == text
+    assert draft.following.keys() >= {*prompt, *text[:-1]} and set(draft.following.values()) > {0}
+
+
+@pytest.mark.parametrize("acceptance, draft_time, verify_time", [
+    (0.9, 0.1, lambda rows: 1.0),
+    (0.7, 0.3, lambda rows: 1 + 0.05 * rows),
+    (0.8, 0.05, lambda rows: 1.0 if rows < 5 else 3.0),
+    (0.3, 0.9, lambda rows: float(rows)),                  # no draft is the best
+])
+@pytest.mark.parametrize("slow", [(), (3, 5), range(4, 12)])       # rounds that are disturbed
+def test_the_draft_length_adapts(acceptance, draft_time, verify_time, slow):
+    def tokens_a_second(size):
+        tokens = sum(acceptance ** i for i in range(size + 1))
+        return tokens / (size * draft_time + verify_time(size + 1))
+
+    did = drafts.Statistics()
+    torch.manual_seed(0)
+    for i in range(300):
+        size = did.best_size()
+        right = int((torch.rand(size) < acceptance).long().cumprod(0).sum())
+        seconds = verify_time(size + 1) * (20 if i in slow else 1)
+        did.record(size, right, size * draft_time, seconds)
+    best = max(range(8), key=tokens_a_second)
+    usual = max(did.times, key=lambda size: len(did.times[size]))
+    assert abs(usual - best) <= (best > 0)
+    assert did.acceptance[0] == pytest.approx(acceptance, abs=0.12)
+    assert best or len(did.times[1]) > 5                   # it tries again
+
+
+def test_statistics_count_by_place():
+    did = drafts.Statistics()
+    for accepted in (2, 0, 3):
+        did.record(3, accepted, 1.0, 2.0)
+    assert did.judged == [3, 2, 2] and did.right == [2, 2, 1]
+    assert did.draft_seconds == 3 and did.verify_seconds == 6 and did.times == {3: [3.0] * 3}
+    assert did.lines() == ["guesses accepted, by place: 67% 100% 50%",
+                           "rounds by guesses a pass: 3: 3"]
+
+
+def test_logits_that_are_no_numbers_end_a_text():
+    model = tiny_verifier()
+    model.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="position 1 of the text are NaN"):
+        next(speculate(model, [1, 2], 9, "recycle"))
+
+    def spoiled(model, cache, tokens=1):
+        return lambda tokens: fast_step(model, cache)(tokens) * float("inf")
+
+    tokens = speculate(tiny_verifier(), [1, 2], 9, "recycle", draft_tokens=3, make_step=spoiled)
+    next(tokens)                                           # the prompt's
+    with pytest.raises(InputError, match="position 2 of the text are NaN"):
+        next(tokens)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({}, 'draft "sparse" needs a model made sparse'),
+    ({"draft": "other"}, 'draft is "sparse", "recycle", a Llama, or an object with guess'),
+    ({"draft": tiny_verifier(vocab_size=12)}, "the draft model has 12 tokens, the model 13"),
+    ({"draft": "recycle", "draft_tokens": 0}, "draft_tokens is 0, expected at least 1"),
+    ({"draft": "recycle", "top_p": 0.0}, "top_p is 0.0"),
+    ({"draft": "recycle", "max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"draft": "recycle", "seed": -1}, "seed is -1"),
+    ({"draft": "recycle", "sparse_verifier": True, "dense_prefix": 2}, "a dense prefix"),
+])
+def test_speculate_refuses_what_does_not_fit(options, message):
+    model = tiny_verifier()
+    options = {"max_new_tokens": 4} | options
+    prefix = options.pop("dense_prefix", None)
+    if prefix:
+        sparsify(model, dict.fromkeys(linear_names(model.config), 0.2))
+    with pytest.raises(InputError, match=message):
+        with sparse_mode(model, "all", dense_prefix=prefix or 0):
+            speculate(model, [1, 2], **options)

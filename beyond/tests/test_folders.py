@@ -1,0 +1,118 @@
+"""Tests of folders.py: every spelling of a checkpoint folder, read as transformers reads it."""
+import json
+import shutil
+
+import pytest
+import torch
+
+from beyond import folders
+from beyond.tests.conftest import random_llama
+from model import (DEMO, InputError, Llama, load_model, read_json, read_safetensors, write_json,
+                   write_safetensors)
+from test_all import LLAMA3, read_by_transformers, reference, tokens_of
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def plain(folder, **changes):
+    """Write a small checkpoint folder, its config.json changed; return its model."""
+    model = random_llama(torch.float32, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=4096,
+                         max_position_embeddings=64)
+    model.save_pretrained(folder)
+    shutil.copy(DEMO / "tokenizer.model", folder)
+    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
+    return model
+
+
+@pytest.mark.parametrize("spelling", [
+    {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    {"rope_theta": 5e5, "rope_scaling": {
+        "type" if key == "rope_type" else key: value for key, value in LLAMA3.items()}},
+    {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+    {"rope_scaling": LLAMA3, "rope_parameters": LINEAR | {"rope_theta": 5e5}},
+    {"rope_scaling": LINEAR, "rope_parameters": LLAMA3, "rope_theta": 777.0},
+    {"rope_scaling": LINEAR | {"rope_theta": 5e5}, "rope_parameters": LLAMA3},
+    {"rope_scaling": {}, "rope_parameters": LLAMA3, "rope_theta": 5e5},
+    {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32},
+    {"rope_scaling": None, "rope_theta": 45.2e9},          # for a context of 4 million
+    {"rope_scaling": None, "rope_parameters": LINEAR | {"rope_theta": 9.0}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1}},
+])
+def test_every_spelling_of_rope(tmp_path, spelling):
+    reference(tmp_path)
+    raw = {key: value for key, value in read_json(tmp_path / "config.json").items()
+           if not key.startswith("rope")}
+    write_json(tmp_path / "config.json", raw | spelling)
+    theirs = read_by_transformers(tmp_path)
+    ours = folders.fill(folders.shaped(tmp_path), tmp_path)
+    tokens = tokens_of(ours, 1, 60)
+    assert (ours(tokens) - theirs(tokens).logits).norm() < 1e-4 * ours(tokens).norm()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
+    ({"architectures": 5}, "architectures is 5"),
+    ({"hidden_size": 32.0}, "hidden_size is 32.0, expected a whole number"),
+    ({"vocab_size": True}, "vocab_size is true, expected a whole number"),
+    ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648"),
+    ({"attention_bias": "yes"}, 'attention_bias is "yes", expected true or false'),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, 'rope_type is "yarn"'),
+    ({"rope_scaling": {"factor": 8.0}}, "factor is 8.0"),
+    ({"rope_scaling": "linear"}, 'rope_scaling is "linear", expected an object'),
+    ({"rope_scaling": {"type": "linear"}}, "factor is null, expected a number above 0"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor is 4.0, expected less"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rotary_factor"),
+])
+def test_a_setting_that_nothing_here_reads_is_refused_by_name(tmp_path, changes, message):
+    plain(tmp_path, **changes)
+    with pytest.raises(InputError, match="config.json: ") as error:
+        folders.load_model(tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_adapter_is_refused_and_a_plain_folder_is_the_cores(tmp_path):
+    model = plain(tmp_path)
+    ours, tokenizer = folders.load_model(tmp_path)
+    cores, _ = load_model(tmp_path)
+    tokens = torch.tensor([tokenizer.encode("def f(x):")])
+    assert torch.equal(ours(tokens), model(tokens)) and torch.equal(cores(tokens), model(tokens))
+    with pytest.raises(InputError, match="beyond.gguf makes a folder of a GGUF file"):
+        folders.load_model("x.gguf")
+    (tmp_path / "tokenizer.model").unlink()                # an adapter's folder may have none
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="adapter_config.json: an adapter; merge it into its base"):
+        folders.load_model(tmp_path)
+
+
+def test_a_head_that_is_tied_in_name_only(tmp_path):
+    """Merged adapters may leave a head that is not the embedding: what is stored counts."""
+    model = plain(tmp_path, tie_word_embeddings=True)
+    ours, _ = folders.load_model(tmp_path)
+    tokens = torch.arange(9)[None]
+    assert torch.equal(ours(tokens), model(tokens)) and not ours.config.tie_word_embeddings
+    tensors = read_safetensors(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    ours, _ = folders.load_model(tmp_path, maker=Llama)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+def test_sentencepiece_with_added_tokens_and_no_tokenizer_json(tmp_path):
+    pytest.importorskip("google.protobuf")
+    pytest.importorskip("transformers")
+    plain(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<turn>": 4096}))
+    with pytest.raises(InputError, match="python -m beyond reads more"):
+        load_model(tmp_path)
+    tokenizer = folders.load_tokenizer(tmp_path)
+    assert tokenizer.encode("x = 1")[0] == 1
+    assert tokenizer.decode(tokenizer.encode("x = 1", bos=False)).strip() == "x = 1"

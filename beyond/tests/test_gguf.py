@@ -1,0 +1,338 @@
+"""Tests of gguf.py: a Llama written as GGUF comes back as the same function and the same tokens.
+
+What llama.cpp makes of a text stands here as it was seen (node-llama-cpp 3.22.1, vocabulary only).
+"""
+import sys
+
+import pytest
+import torch
+
+from beyond import gguf as chapter
+from model import Config, InputError, Llama, linear_names, load_tokenizer
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("transformers")
+ByteLevel = pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel
+
+TOKENS = torch.arange(30)[None]
+ENDINGS = ["<|im_end|>", "<|eot_id|>", "<|custom|>", "</s>"]
+BYTES = sorted(ByteLevel.alphabet())                       # what a byte-level tokenizer begins with
+MERGES = ["1 2", "12 3", "3 4", "Ċ Ċ", "ĊĊ Ċ", "' s", "' S", "Ġ a", "Ġ Ġ", "a b", "ä º", "äº º"]
+WORDS = [merge.replace(" ", "") for merge in MERGES] + ["Ġwhole"]
+PIECES = {"▁": -9.0, "a": -8.0, "b": -7.0, "▁a": -3.0, "ab": -2.0, "▁▁": -1.0, "▁▁▁▁": -4.0}
+
+
+def bytewise(pre="gpt-2", special=(), **changes):
+    """Return a byte-level tokenizer's settings of a GGUF file; pre None: it says no kind."""
+    tokens = [*BYTES, *WORDS, *special]
+    types = [1] * (len(tokens) - len(special)) + [3] * len(special)
+    settings = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": MERGES}
+    settings |= {"pre": pre} | changes
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def of_sentencepiece(**changes):
+    """Return the settings of a small SentencePiece vocabulary."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *PIECES, "<mark>"]
+    types = [2, 3, 3] + [6] * 256 + [1] * len(PIECES) + [4]
+    scores = [0.0] * 259 + [*PIECES.values()] + [0.0]
+    return {"model": "llama", "tokens": tokens, "token_type": types, "scores": scores} | changes
+
+
+def tiny_model(**changes):
+    """Return a small Llama with random weights that bfloat16 holds exactly."""
+    config = Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=300,
+                    max_position_embeddings=128)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = Llama(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if "norm" not in name:
+            parameter.copy_(torch.randn(parameter.shape) * 0.2)
+        parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def write_gguf(path, model, tokenizer=None, kind="F32", part=(0, 1), without=(), more=None,
+               architecture="llama", others=None, **settings):
+    """Write a model as llama.cpp's converter does, each matrix of type `kind`; return the path.
+
+    part: (which, of how many files). without: tensors to leave out, by their names in GGUF.
+    more: tensors to add. settings: of the model, with __ for a point; others: with whole names.
+    """
+    config, kind = model.config, gguf.GGMLQuantizationType[kind]
+    tokenizer = bytewise() if tokenizer is None else tokenizer
+    values = {f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()} | (others or {})
+    values |= {f"llama.{name.replace('__', '.')}": value for name, value in settings.items()}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.clone()
+        if "q_proj" in name or "k_proj" in name:
+            halves = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
+            tensor = halves.transpose(1, 2).flatten(0, 2)
+        tensors[chapter.gguf_name(name)] = tensor
+    tensors |= more or {}
+    with chapter.writing(path, config, architecture) as writer:
+        for name, value in values.items():
+            numbers = gguf.GGUFValueType.UINT32 if type(value) is int else None
+            writer.add_key_value(name, value, numbers or gguf.GGUFValueType.get_type(value))
+        if part[1] > 1:
+            writer.add_uint16("split.no", part[0])
+            writer.add_uint16("split.count", part[1])
+            writer.add_int32("split.tensors.count", len(tensors) - len(without))
+        for name in [name for name in tensors if name not in without][part[0]::part[1]]:
+            of_type = kind if tensors[name].ndim == 2 else gguf.GGMLQuantizationType.F32
+            data = gguf.quants.quantize(tensors[name].numpy(), of_type)
+            writer.add_tensor(name, data, raw_dtype=of_type)
+    return path
+
+
+def converted(path, out):
+    chapter.convert(path, out)
+    return Llama.from_pretrained(out, dtype=torch.float32)
+
+
+def check_refused(path, message, tmp_path):
+    """Check that a file is refused by one line, and nothing is left."""
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=message) as error:
+        chapter.convert(path, tmp_path / "out")
+    assert str(error.value).startswith(str(path.parent)) and "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_function_is_the_same(tmp_path, changes, parts):
+    model = tiny_model(**changes)
+    paths = [write_gguf(tmp_path / f"m-{i + 1:05}-of-{parts:05}.gguf", model, part=(i, parts))
+             for i in range(parts)]
+    ours = converted(paths[-1], tmp_path / "out")          # any of its files stands for all
+    assert torch.allclose(ours(TOKENS), model(TOKENS), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind, tolerance", [("Q8_0", 0.08), ("Q4_1", 0.5), ("F16", 1e-3)])
+def test_types_that_the_package_dequantizes(tmp_path, kind, tolerance):
+    model = tiny_model()
+    ours = converted(write_gguf(tmp_path / "model.gguf", model, kind=kind), tmp_path / "out")
+    expected = model(TOKENS)
+    assert (ours(TOKENS) - expected).norm() < tolerance * expected.norm()
+
+
+def test_biases_that_are_missing_are_zero(tmp_path):
+    model = tiny_model(attention_bias=True, mlp_bias=True)
+    model.model.layers[1].self_attn.o_proj.bias.zero_()
+    model.model.layers[0].mlp.up_proj.bias.zero_()
+    write_gguf(tmp_path / "model.gguf", model,
+               without=("blk.1.attn_output.bias", "blk.0.ffn_up.bias"))
+    ours = converted(tmp_path / "model.gguf", tmp_path / "out")
+    assert torch.allclose(ours(TOKENS), model(TOKENS), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"without": ("blk.1.ffn_up.weight",)}, r"blk.1.ffn_up.weight: missing, expected \[96, 64\]"),
+    ({"without": ("token_embd.weight",)}, "tensor token_embd.weight is missing"),
+    ({"block_count": 1}, r"tensor blk.1.*\], expected none in a model of these settings"),
+    ({"block_count": 3}, "tensor blk.2.*: missing, expected"),
+    ({"more": {"blk.0.attn_norm.bias": torch.ones(64)}}, r"norm.bias: \[64\], expected none in"),
+    ({"more": {"output.weight": torch.ones(299, 64)}}, r"output.weight: \[299, 64\], expected"),
+    ({"more": {"blk.0.ffn_gate_inp.weight": torch.ones(4, 64)}}, "not part of a Llama"),
+    ({"more": {"output_norm.weight": torch.full((64,), torch.inf)}}, "output_norm.*not finite"),
+    ({"architecture": "falcon"}, "general.architecture is 'falcon', supported is 'llama'"),
+    ({"rope__dimension_count": 8}, "rope.dimension_count is 8, supported is the 16 of a head"),
+    ({"rope__dimension_count": "8"}, "rope.dimension_count is '8', expected a number"),
+    ({"attention__head_count_kv": 3}, "num_attention_heads % num_key_value_heads is 1"),
+    ({"attention__causal": False}, "attention.causal is False, supported is True"),
+    ({"expert_count": 8}, "expert_count is 8, supported is 0"),
+    ({"rope__scaling__type": "yarn"}, "rope.scaling.type is 'yarn', supported is 'linear'"),
+    ({"rope__scaling__factor": -2.0}, "factor is -2.0, expected a number above 0"),
+    ({"rope__scaling__factor": "2"}, "rope.scaling.factor is '2', expected a number"),
+    ({"rope__scaling__attn_factor": 0.5}, "attn_factor is 0.5, supported is 1"),
+    ({"tokenizer": {}}, "tokenizer.ggml.model is None, supported are 'llama' and 'gpt2'"),
+    ({"tokenizer": bytewise("gemma-9")}, "tokenizer.ggml.pre is 'gemma-9', a kind that is not"),
+    ({"tokenizer": bytewise("llama-bpe")}, "tokenizer.ggml.bos_token_id is missing"),
+    ({"tokenizer": bytewise(merges=["x y"])}, "its tokenizer cannot be read: .*out of vocabulary"),
+    ({"tokenizer": bytewise(merges=None)}, "cannot be read: tokenizer.ggml.merges is missing"),
+    ({"tokenizer": bytewise(special=ENDINGS * 9)}, "tokens are 305, 273 different"),
+    ({"tokenizer": bytewise(special=[f"<{i}>" for i in range(40)])}, "in a model of 300"),
+])
+def test_what_is_no_whole_llama_is_refused(tmp_path, changes, message):
+    write_gguf(tmp_path / "model.gguf", tiny_model(tie_word_embeddings=True), **changes)
+    check_refused(tmp_path / "model.gguf", message, tmp_path)
+
+
+@pytest.mark.parametrize("names, message", [
+    (["m-00001-of-00002.gguf"], "m-00002-of-00002.gguf: cannot be read"),
+    (["m-00001-of-00002.gguf", "renamed.gguf"], "renamed.gguf: one of the 2 files of a model"),
+    (["m-00002-of-00002.gguf", "m-00001-of-00002.gguf"], r"part \(1, 2\) of a model, expected"),
+])
+def test_a_part_that_is_missing_is_named(tmp_path, names, message):
+    for number, name in enumerate(names):
+        write_gguf(tmp_path / name, tiny_model(), part=(number, 2))
+    check_refused(tmp_path / names[-1], message, tmp_path)
+
+
+def test_what_is_no_gguf_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"nothing of the kind")
+    check_refused(tmp_path / "model.gguf", "not a GGUF file", tmp_path)
+    check_refused(tmp_path / "absent.gguf", "cannot be read", tmp_path)
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    check_refused(tmp_path / "big.gguf", "big.gguf: a big-endian GGUF file", tmp_path)
+
+
+@pytest.mark.parametrize("settings, factor", [             # llama-model.cpp, load_hparams
+    ({}, None),
+    ({"type": "linear", "factor": 4.0}, 4.0),
+    ({"factor": 4.0}, 4.0),                                # linear is what is not said
+    ({"_linear": 4.0}, 4.0),                               # the older rope.scale_linear
+    ({"_linear": 4.0, "factor": 2.0}, 2.0),
+    ({"type": "linear"}, None),
+    ({"type": "linear", "factor": 0.0}, None),
+    ({"type": "none", "factor": 4.0}, None),
+    ({"factor": 1.0}, None),
+])
+def test_scaling_as_llama_cpp_reads_it(tmp_path, settings, factor):
+    settings = {f"rope__{'scale' if name == '_linear' else 'scaling__'}{name}": value
+                for name, value in settings.items()}
+    write_gguf(tmp_path / "model.gguf", tiny_model(), **settings)
+    config = chapter.convert(tmp_path / "model.gguf", tmp_path / "out")
+    assert config == Config.read(tmp_path / "out")
+    assert config.rope_scaling == (factor and {"rope_type": "linear", "factor": factor})
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_scaling_of_llama3_is_recognised(tmp_path, factor):
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    model = tiny_model(rope_theta=5e5)
+    plain = chapter.frequencies(model.config)
+    model.config.rope_scaling = scaling
+    freqs = (plain / chapter.frequencies(model.config)).float()
+    path = write_gguf(tmp_path / "model.gguf", model, more={"rope_freqs.weight": freqs})
+    assert chapter.convert(path, tmp_path / "out").rope_scaling == scaling
+    write_gguf(path, model, more={"rope_freqs.weight": torch.ones(8)})
+    assert chapter.convert(path, tmp_path / "ones").rope_scaling is None
+    write_gguf(path, model, more={"rope_freqs.weight": freqs + 1})
+    check_refused(path, "rope_freqs.weight is not the scaling of Llama-3.1", tmp_path)
+    write_gguf(path, model, more={"rope_freqs.weight": freqs}, rope__scaling__factor=2.0)
+    check_refused(path, "rope_freqs.weight is not the scaling of Llama-3.1", tmp_path)
+
+
+def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(chapter, "SHARD_BYTES", 20_000)
+    model = tiny_model()
+    ours = converted(write_gguf(tmp_path / "model.gguf", model), tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert torch.allclose(ours(TOKENS), model(TOKENS), atol=1e-4)
+
+
+def tokenizer_of(tmp_path, settings, others=None):
+    write_gguf(tmp_path / "model.gguf", tiny_model(), settings, others=others)
+    chapter.convert(tmp_path / "model.gguf", tmp_path / "out")
+    return load_tokenizer(tmp_path / "out")
+
+
+TEXT = "01234ab'S \n\n\n a whole  人"
+
+
+@pytest.mark.parametrize("pre, expected", [
+    (None, "0|12|34|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ("default", "0|12|34|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ("falcon", "0|12|34|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ("gpt-2", "0|123|4|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ("smollm", "0|1|2|3|4|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ("llama-bpe", "<s>|0|12|34|ab|'S|Ġ|ĊĊĊ|Ġa|Ġwhole|Ġ|Ġ|äºº"),
+    ("tekken", "<s>|0|1|2|3|4|ab|'S|Ġ|ĊĊĊ|Ġa|Ġwhole|Ġ|Ġ|äºº"),
+    ("qwen2", "0|1|2|3|4|ab|'S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ("deepseek-coder", "0|1|2|3|4|ab|'|S|Ġ|Ċ|Ċ|Ċ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ("deepseek-llm", "0|123|4|ab|'|S|Ġ|Ċ|Ċ|Ċ|Ġa|Ġ|w|h|o|l|e|ĠĠ|äºº"),
+])
+def test_each_kind_cuts_and_begins_a_text_as_in_llama_cpp(tmp_path, pre, expected):
+    tokenizer = tokenizer_of(tmp_path, bytewise(pre, special=["<s>"], bos_token_id=269))
+    pieces = tokenizer.pieces()
+    ids = tokenizer.encode(TEXT)
+    assert "|".join(pieces[i] for i in ids) == expected
+    assert tokenizer.decode(ids) == TEXT
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({"add_bos_token": True}, ["<s>", "a", "a"]), ({"add_eos_token": True}, ["a", "a", "<s>"]),
+    ({"pre": "llama-bpe", "add_bos_token": False}, ["a", "a"]),
+])
+def test_what_a_text_is_given_is_what_the_file_says(tmp_path, settings, expected):
+    settings = {"bos_token_id": 269, "eos_token_id": 269} | settings
+    tokenizer = tokenizer_of(tmp_path, bytewise(special=["<s>"], **settings))
+    assert [tokenizer.pieces()[i] for i in tokenizer.encode("aa")] == expected
+
+
+@pytest.mark.parametrize("prefix, text, expected", [
+    (True, "a", "▁a"), (True, " a", "▁▁|a"), (True, "  ab", "▁▁|▁|ab"),
+    (True, "ab<mark>a", "▁|ab|<mark>|▁a"),
+    (True, "<s>é", "▁|<0x3C>|<0x73>|<0x3E>|<0xC3>|<0xA9>"),
+    (False, "a", "a"), (False, " a", "▁a"), (False, "  ab", "▁▁|ab"),
+    (False, "ab<mark>a", "ab|<mark>|a"), (False, "<s>é", "<0x3C>|<0x73>|<0x3E>|<0xC3>|<0xA9>"),
+])
+def test_sentencepiece_and_blanks(tmp_path, prefix, text, expected):
+    changes = {} if prefix else {"add_space_prefix": False, "add_bos_token": True}
+    tokenizer = tokenizer_of(tmp_path, of_sentencepiece(**changes))
+    begin, *ids = tokenizer.encode(text)
+    assert begin == 1 and tokenizer.eos_ids == (2,)        # what llama.cpp takes them for
+    assert "|".join(tokenizer.pieces()[i] for i in ids) == expected
+    if "mark" not in text:
+        assert tokenizer.decode([begin, *ids]) == text
+
+
+@pytest.mark.parametrize("settings, expected", [           # llama.cpp knows ends by name, too
+    ({}, ["</s>", "<|eot_id|>", "<|im_end|>"]),
+    ({"eos_token_id": 269}, ["<|im_end|>", "</s>", "<|eot_id|>"]),
+    ({"eos_token_id": 272, "eot_token_id": 271},
+     ["</s>", "<|custom|>", "<|eot_id|>", "<|im_end|>"]),
+    ({"eos_token_id": 272, "eom_token_id": 271},
+     ["</s>", "<|custom|>", "<|eot_id|>", "<|im_end|>"]),
+    ({"eos_token_id": 999}, ["</s>", "<|eot_id|>", "<|im_end|>"]),
+])
+def test_a_turn_ends_where_it_ends_in_llama_cpp(tmp_path, settings, expected):
+    tokenizer = tokenizer_of(tmp_path, bytewise(special=ENDINGS, **settings))
+    assert [tokenizer.pieces()[i] for i in tokenizer.eos_ids] == expected
+    assert tokenizer.decode(tokenizer.eos_ids) == ""
+
+
+def test_files_beside_a_gguf_change_nothing(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "no", "eos_token": "b"}')
+    (tmp_path / "added_tokens.json").write_text('{"a": 7}')
+    template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    settings = bytewise(special=ENDINGS, eos_token_id=269)
+    tokenizer = tokenizer_of(tmp_path, settings, {"tokenizer.chat_template": template})
+    pieces = tokenizer.pieces()
+    assert pieces == settings["tokens"] and pieces[tokenizer.eos_ids[0]] == "<|im_end|>"
+    ids = tokenizer.tokenizer.apply_chat_template([{"role": "user", "content": "a b"}],
+                                                  return_dict=False)
+    assert [pieces[i] for i in ids] == ["a", "Ġ", "b", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("bits, kind", [(8, "Q8_0"), (4, "Q4_0")])
+def test_a_file_to_time_llama_cpp_with_has_the_shapes(monkeypatch, tmp_path, bits, kind):
+    from beyond.lab import timing
+    config = Config(128, 256, 2, 2, 1, 64, 70, 64, tie_word_embeddings=True)
+    monkeypatch.setitem(timing.PRESETS, "small", config)
+    path = tmp_path / "small.gguf"
+    monkeypatch.setattr(sys, "argv", ["timing.py", "--gguf", str(path), "--shapes", "small",
+                                      "--bits", str(bits)])
+    timing.main()
+    settings, tensors = chapter.read_gguf(path)
+    assert chapter.config_of(path, settings, tensors) == config
+    names = {f"{name}.weight" for name in linear_names(config)}
+    for name, tensor in tensors.items():
+        if name in names:
+            assert tensor.tensor_type.name == kind
+        values = chapter.tensor_of(path, tensor, config)
+        assert values.ndim == 1 or 0.01 < values.float().std() < 0.03
+    assert tensors["model.embed_tokens.weight"].tensor_type.name == "Q8_0"

@@ -1,0 +1,359 @@
+"""Tests of parallel.py: several processes compute what one does, and all of them end."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from beyond import codes, drafts, parallel, quantize, record
+from beyond.tests.conftest import ROOT, random_llama
+from generate import generate, generate_speculative
+from model import InputError, Llama, linear_names, read_safetensors, write_safetensors
+from sparsify import skipped_share, sparse_mode, sparsify
+
+DEMO = ROOT / "demo"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+               "MASTER_ADDR": "127.0.0.1"}
+
+# torchrun in small: for each request it starts the ranks of a script, and when one of them fails it
+# ends the others, unless they are to end alone. What they need is imported once, before they part.
+LAUNCHER = """
+import gc, importlib, json, os, runpy, signal, socket, sys
+import torch
+importlib.import_module(sys.argv[1])
+torch.nn.Embedding(1, 1, device="meta")                    # imports 800 modules more
+gc.freeze()                                                # so that ranks end in less time
+
+def start(rank, folder, command):
+    pid = os.fork()
+    if pid:
+        return pid
+    for place, name in enumerate(("in", "out", "err")):
+        path = "/dev/null" if rank and not place else f"{folder}/{name}"
+        os.dup2(os.open(path, os.O_APPEND | os.O_WRONLY if place else os.O_RDONLY), place)
+    os.environ["RANK"] = str(rank)
+    sys.stdin = open(0)
+    sys.argv = [f"{folder}/rank.py", *command]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit()                                             # as every interpreter ends
+
+for line in sys.stdin:
+    folder, count, command, alone = json.loads(line)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(WORLD_SIZE=str(count), MASTER_PORT=str(free.getsockname()[1]))
+    running = {start(rank, folder, command): rank for rank in range(count)}
+    ended = {}
+    while running:
+        pid, status = os.wait()
+        rank = running.pop(pid)
+        ended[rank] = os.waitstatus_to_exitcode(status)
+        for other in running if ended[rank] and not alone else ():
+            os.kill(other, signal.SIGTERM)
+    print(json.dumps([ended[rank] for rank in range(count)]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def launch():
+    """Return a function that runs a script as so many ranks: (their statuses, output, errors)."""
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, __name__], text=True, cwd=ROOT,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT)
+
+    def run(folder, count, script, *arguments, alone=False):
+        (folder / "rank.py").write_text(script)
+        for name in ("in", "out", "err"):
+            (folder / name).touch()
+        request = json.dumps([str(folder), count, list(map(str, arguments)), alone])
+        print(request, file=process.stdin, flush=True)
+        statuses = json.loads(process.stdout.readline())
+        return statuses, (folder / "out").read_text(), (folder / "err").read_text()
+
+    yield run
+    process.communicate()
+
+
+def tiny_model(**changes):
+    """Return a small Llama, see conftest.py."""
+    shape = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=12, vocab_size=61, max_position_embeddings=64)
+    return random_llama(torch.float32, **shape | changes)
+
+
+def close(result, expected, tolerance):
+    """Return whether the relative error of a whole tensor is small; NaN never is."""
+    return bool((result - expected).norm() <= tolerance * expected.norm())
+
+
+# --------------------------------------------------------------------------------------------------
+# The same as one process
+
+@torch.no_grad()
+def what_a_model_does(maker, folder):
+    """Return {name: tensor} of logits and texts: the same from one process and from a rank."""
+    model = maker.from_pretrained(folder, dtype=torch.float64)
+    config = model.config
+    size = sum(tensor.numel() for name, tensor in model.named_parameters()
+               if "_proj" in name and not name.endswith(("o_proj.bias", "down_proj.bias")))
+    tokens = torch.randint(config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    prompt = tokens[0, :6].tolist()
+    cache = model.make_cache(2, 20)
+    results = {
+        "size": torch.tensor(size),
+        "seed": torch.tensor(parallel.from_first(lambda: 5 + parallel.rank())),
+        "whole": model(tokens),
+        "cached": torch.cat([model(part, cache) for part in tokens.split([9, 3, 1, 1, 6], 1)], 1),
+        "greedy": torch.tensor(list(generate(model, prompt, 4))),
+    }
+    thresholds = {}
+    inputs = {"o_proj": config.num_attention_heads * config.head_dim,
+              "down_proj": config.intermediate_size}
+    for i, name in enumerate(linear_names(config)):        # a number, or one a channel
+        torch.manual_seed(i)
+        channels = inputs.get(name.split(".")[-1], config.hidden_size)
+        thresholds[name] = torch.rand(() if i % 3 else channels) * (1.5 if channels < 100 else 0.6)
+    sparsify(model, parallel.part_of_thresholds(thresholds) | {"lm_head": None})
+    with sparse_mode(model, "all"):
+        results["sparse"] = model(tokens)
+    draft = tiny_model(vocab_size=config.vocab_size).double()
+    parallel.follow_first(draft)
+    texts = {
+        "sparse greedy": generate(model, prompt, 4, make_step=record.make_step),
+        "sampled": generate(model, prompt, 4, 1.0, seed=3),
+        "drafted": generate_speculative(model, prompt, 4, "sparse", draft_tokens=3),
+        "drafted by a model": generate_speculative(model, prompt, 4, draft, draft_tokens=3,
+                                                   temperature=1.0, seed=1),
+        "recycled": drafts.speculate(model, prompt, 4, "recycle", draft_tokens=7),
+    }
+    results |= {name: torch.tensor(list(text)) for name, text in texts.items()}
+    share = parallel.mean(skipped_share(model, tokens[0].tolist(), 3))
+    return results | {"skipped": torch.tensor(share, dtype=torch.float64)}
+
+
+@torch.no_grad()
+def what_quantized_ones_do(maker, folder):
+    """Return {name: tensor} of logits of the models in a folder, quantized when loaded.
+
+    Activations are not rounded: sums that differ in their last bit would be rounded otherwise.
+    """
+    codes.ROUND_ACTIVATIONS = False
+    results = {}
+    tokens = torch.arange(20)[None]
+    for bits in (8, 4):
+        model = maker.from_pretrained(folder)
+        codes.quantize(model, bits)
+        results[f"int{bits}"] = model(tokens)
+        sparsify(model, parallel.part_of_thresholds(dict.fromkeys(linear_names(model.config), 0.3)))
+        with sparse_mode(model, "all"):
+            results[f"int{bits} sparse"] = model(tokens)
+        share = parallel.mean(skipped_share(model, tokens[0].tolist(), 1))
+        results[f"int{bits} skipped"] = torch.tensor(share)
+    return results
+
+
+def rank_of(what, folder, out):
+    """Do `what`, a function above, as a rank. Rank 0 writes down what came out."""
+    with parallel.group("cpu"):
+        results = globals()[what](parallel, folder)
+        if parallel.rank() == 0:
+            write_safetensors(out, {name: x.contiguous() for name, x in results.items()})
+
+
+def by_ranks_and_alone(launch, tmp_path, what, model, processes):
+    """Return what a function above returns, of several ranks and of one process."""
+    folder = str(tmp_path / "model")
+    model.save_pretrained(folder)
+    script = f"import sys\nfrom {__name__} import rank_of\nrank_of(*sys.argv[1:])"
+    statuses, _, errors = launch(tmp_path, processes, script, what.__name__, folder,
+                                 tmp_path / "results")
+    assert statuses == [0] * processes, errors
+    return read_safetensors(tmp_path / "results"), what(Llama, folder)
+
+
+@pytest.mark.parametrize("kind, processes", [("demo", 4), ("biases", 2), ("tied", 2)])
+def test_ranks_do_together_what_one_process_does(launch, tmp_path, kind, processes):
+    if kind == "demo":
+        model = Llama.from_pretrained(DEMO)
+        del model.model.layers[2:]                         # time for talk, not for layers
+        model.config.num_hidden_layers = 2
+    else:
+        model = tiny_model(**{"attention_bias": True, "mlp_bias": True} if kind == "biases" else
+                           {"tie_word_embeddings": True})
+    results, expected = by_ranks_and_alone(launch, tmp_path, what_a_model_does, model, processes)
+    assert 0.1 < expected["skipped"] < 0.9
+    assert not close(expected["sparse"], expected["whole"], 0.01)
+    assert results.pop("size") == expected.pop("size") // processes
+    for name, tensor in expected.items():
+        assert close(results[name].double(), tensor.double(), 1e-10), name
+
+
+def test_ranks_quantize_their_parts(launch, tmp_path, monkeypatch):
+    monkeypatch.setattr(codes, "ROUND_ACTIVATIONS", True)  # and put back what it was
+    model = tiny_model(hidden_size=256, intermediate_size=256, head_dim=64)
+    results, expected = by_ranks_and_alone(launch, tmp_path, what_quantized_ones_do, model, 2)
+    for name in ("int4", "int4 sparse", "int4 skipped"):   # a group of int4 lies within a part
+        assert close(results[name], expected[name], 1e-5), name
+    for name in ("int8", "int8 skipped"):                  # of o and down each part has its scales
+        assert close(results[name], expected[name], 0.02), name
+    assert 0.1 < expected["int8 skipped"] < 0.9
+
+
+def test_torchrun_writes_what_one_process_writes(launch, tmp_path, monkeypatch, capsys):
+    from beyond.__main__ import main
+    options = ["--prompt", "class Stack:", "--max-new-tokens", "8", "--dtype", "float32",
+               "--temperature", "1", "--seed", "5", "--device", "cpu"]
+    sparse = [*options, "--sparsity", "0.5"]
+    drafted = [*options, "--draft", "demo", "--draft-tokens", "3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ended = subprocess.run([*torchrun, "-m", "beyond", *sparse], capture_output=True, text=True,
+                           cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    script = "from beyond.__main__ import main\nmain()\n"
+    statuses, written, errors = launch(tmp_path, 2, script, *drafted)
+    assert statuses == [0, 0], errors
+    for more, two in ((sparse, ended.stdout), (drafted, written)):
+        monkeypatch.setattr(sys, "argv", ["beyond", *more])
+        main()
+        one = capsys.readouterr().out
+        assert one.splitlines()[1:4] == two.splitlines()[1:4]
+        assert "8 tokens" in two
+        assert two.count("class Stack:") == 1              # rank 0 alone speaks
+        skipped = [re.findall(r"[\d.]+% of the blocks", text) for text in (one, two)]
+        assert skipped[0] == skipped[1] and len(skipped[0]) == ("--sparsity" in more)
+
+
+def test_ranks_hold_a_conversation_and_wait_for_a_person(launch, tmp_path):
+    """They wait for a line longer than they wait for one another."""
+    script = """
+import datetime, sys
+from beyond import chat, folders, parallel
+from generate import generate
+from model import Llama
+
+parallel.PATIENCE = datetime.timedelta(seconds=3)
+
+def main():
+    with parallel.group("cpu"):
+        maker = parallel if parallel.ranks() > 1 else Llama
+        model, tokenizer = folders.load_model(sys.argv[1], dtype="float64", maker=maker)
+        def template(messages):
+            assert parallel.rank() == 0                    # it may hold the time
+            text = "".join(f"# {message['content']}\\n" for message in messages)
+            return tokenizer.encode(text + "def ")
+        chat.chat(tokenizer, template, None, lambda prompt: generate(model, prompt, 5),
+                  from_first=parallel.from_first)
+
+parallel.command_line(main)
+"""
+    def speak(seconds):
+        with open(tmp_path / "in", "w") as person:
+            for line in ("one\n", "two\n"):
+                print(line, file=person, flush=True)
+                time.sleep(seconds)
+
+    os.mkfifo(tmp_path / "in")
+    written = {}
+    for ranks, seconds in ((1, 0), (2, 5)):
+        threading.Thread(target=speak, args=[seconds], daemon=True).start()
+        statuses, written[ranks], errors = launch(tmp_path, ranks, script, DEMO)
+        assert statuses == [0] * ranks, errors
+    assert written[2] == 2 * written[1] and written[1].count("\n") > 1
+
+
+# --------------------------------------------------------------------------------------------------
+# What ends the ranks
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_gloo_outlives_its_group():
+    """One that outlives Python may abort an orderly end. See `parallel.group`."""
+    script = """
+import os, pathlib
+import torch
+from beyond import parallel
+
+def threads_of_gloo():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+os.environ["RANK"] = "0" if os.fork() else "1"
+with parallel.group("cpu"):
+    import torch.distributed.nn.functional                 # as PyTorch does for a meta tensor
+    parallel.summed(torch.ones(1))
+    parallel.from_first(lambda: 1)
+    assert len(threads_of_gloo()) > 3
+assert not threads_of_gloo()
+if parallel.rank() == 0:
+    assert os.wait()[1] == 0
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = ENVIRONMENT | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+                           env=environment, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    quantize.quantize_folder(tmp_path / "model", tmp_path / "quantized", 8)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for folder, message in ((DEMO, "num_attention_heads is 8, which 3 processes cannot"),
+                            (tmp_path / "quantized", "quantized folders are not split")):
+        with pytest.raises(InputError, match=message):
+            parallel.from_pretrained(folder)
+    for number in ("", "two"):
+        monkeypatch.setenv("WORLD_SIZE", number)
+        with pytest.raises(InputError, match=f"WORLD_SIZE is '{number}' in the environment"):
+            parallel.ranks()
+
+
+@pytest.mark.parametrize("line, statuses, message", [
+    ("raise InputError('all ranks meet this')", {2}, "rank.py: error: all ranks meet this"),
+    ("parallel.from_first(lambda: open('nowhere'))", {2}, "No such file or directory: 'nowhere'"),
+    ("if parallel.rank() == 1: raise InputError('rank 1 alone')", {2}, "error: rank 1 alone"),
+    ("1 / 0", {1}, "ZeroDivisionError: division by zero"),
+    ("die_in_a_text()", {2, 9}, "rank 0: another process has ended or does not answer"),
+    (None, {2, 9}, "rank.py: error: the processes cannot be joined"),
+])
+def test_what_ends_one_rank_ends_all_with_one_message(launch, tmp_path, line, statuses, message):
+    """In seconds, and where a rank dies without torchrun, which would end the others itself."""
+    script = f"""
+import datetime, os
+from beyond import parallel
+from generate import generate
+from model import InputError
+parallel.GRACE = 1
+
+def die_in_a_text():
+    for count, _ in enumerate(generate(parallel.from_pretrained({str(DEMO)!r}), [1, 2, 3], 100)):
+        if parallel.rank() == 1 and count == 5:
+            os._exit(9)
+
+def main():
+    if {line is None}:
+        parallel.PATIENCE = datetime.timedelta(seconds=3)
+        if parallel.rank() == 1:
+            os._exit(9)
+    with parallel.group("cpu"):
+        parallel.from_first(lambda: 1)
+        {line}
+        parallel.from_first(lambda: 1)
+
+parallel.command_line(main)
+"""
+    began = time.perf_counter()
+    ended, _, errors = launch(tmp_path, 2, script, alone=9 in statuses)
+    assert time.perf_counter() - began < 60                # PATIENCE is ten minutes
+    assert set(ended) - {-signal.SIGTERM} == statuses, errors      # not aborted
+    assert message in errors
+    assert ("Traceback" in errors) == (statuses == {1})
+    assert errors.count(message) == 1 or statuses == {1}
