@@ -33,8 +33,10 @@ import json
 import math
 import mmap
 import os
+import signal
 import struct
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +45,8 @@ from typing import NamedTuple
 # While torch loads, a second or two, Ctrl-C ends a command without a traceback.
 sys.excepthook = lambda kind, error, trace: (
     kind is KeyboardInterrupt or sys.__excepthook__(kind, error, trace))
+FIRST = threading.current_thread() is threading.main_thread()        # only it may change signals
+interrupted = FIRST and signal.signal(signal.SIGINT, signal.SIG_DFL)
 # Torch reads these settings as it loads. Weights stream faster through memory pages of 2 MB than of
 # 4 KB. A waiting thread spins for 5 ms before it sleeps; 0.2 ms leave the cores to other work.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -51,6 +55,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch                                                                # noqa: E402
 import torch.nn.functional as F                                             # noqa: E402
 from torch import nn                                                        # noqa: E402
+
+if FIRST:
+    signal.signal(signal.SIGINT, interrupted or signal.SIG_DFL)
 
 
 DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))     # as seen from where a command runs

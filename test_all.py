@@ -17,10 +17,12 @@ import platform
 import re
 import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -2025,6 +2027,16 @@ def test_ctrl_c_keeps_what_was_written(capsys):
         llama.command_line(lambda: list(interrupted()))
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith(": interrupted\n")
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8])
+def test_ctrl_c_in_the_first_seconds_leaves_no_traceback(seconds):
+    command = subprocess.Popen([sys.executable, HERE / "generate.py"], stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, text=True)
+    time.sleep(seconds)
+    command.send_signal(signal.SIGINT)
+    assert "Traceback" not in command.communicate()[1]
+    assert command.returncode != 0
 
 
 def test_the_lines_of_the_readme_print_what_stands_below_them(monkeypatch):
