@@ -521,11 +521,14 @@ class Config:
     rope_scaling: dict | None = None                 # {"rope_type": "linear" or "llama3", numbers}
 
     @staticmethod
-    def read(folder):
-        """Return the Config of a checkpoint folder; refuse by name what is not implemented."""
+    def read(folder, raw=None):
+        """Return the Config of a checkpoint folder; refuse by name what is not implemented.
+
+        raw: the object of its config.json where that was respelled; None: as it stands.
+        """
         path = Path(folder) / "config.json"
         try:
-            config = Config.of(read_json(path), path)
+            config = Config.of(read_json(path) if raw is None else raw, path)
         except (AttributeError, LookupError, TypeError) as error:
             raise InputError(f"{path}: not the config.json of a Llama ({error})") from None
         if config.tie_word_embeddings and {EMBEDDING, HEAD} <= tensor_paths(folder).keys():

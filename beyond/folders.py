@@ -18,7 +18,7 @@ larger than memory, so this goes file by file:
 
 The folder gets its name when all of it is there. A run that fails or is stopped leaves nothing.
 
-The seams: `Config.of`, `fill`, `checked_shards`, `write_safetensors` of model.py.
+The seams: `Config.read`, `fill`, `checked_shards`, `write_safetensors` of model.py.
 """
 import contextlib
 import json
@@ -29,9 +29,10 @@ from pathlib import Path
 
 import model as core
 from beyond import codes, fused          # noqa: F401 (fused: codes on a GPU)
-from model import (EMBEDDING, HEAD, Config, HubTokenizer, InputError, Llama, checked_shards, fill,
-                   find_device, read_json, read_settings, require, tensor_paths, write_json,
-                   write_safetensors)
+from model import (Config, HubTokenizer, InputError, Llama, checked_shards, fill, find_device,
+                   read_json, read_settings, require, write_json, write_safetensors)
+
+import torch
 
 INTEGERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
@@ -45,18 +46,19 @@ def load_model(name, device="cpu", dtype=None, maker=Llama):
     name: a checkpoint folder, or "random:PRESET", which has no tokenizer: None. dtype: None, a
     torch.dtype, or the name of one. maker: Llama, or what has its `random` and `from_pretrained`.
     """
-    dtype = getattr(core.torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    device = find_device(device)
     if str(name).startswith("random:"):
         preset = str(name).removeprefix("random:")
-        return maker.random(preset, find_device(device), dtype or core.torch.bfloat16), None
+        return maker.random(preset, device, dtype or torch.bfloat16), None
     gguf = str(name).endswith(".gguf")
     require(Path(name).is_dir(), f"{name}: " + (
         "python -m beyond.gguf makes a folder of a GGUF file" if gguf else "no such folder"))
     check_adapter(name)
     tokenizer = load_tokenizer(name)     # first: it fails sooner
     if maker is not Llama:
-        return maker.from_pretrained(name, find_device(device), dtype), tokenizer
-    return fill(shaped(name), name, find_device(device), dtype), tokenizer
+        return maker.from_pretrained(name, device, dtype), tokenizer
+    return fill(shaped(name), name, device, dtype), tokenizer
 
 
 def shaped(folder):
@@ -82,10 +84,7 @@ def read_config(folder):
     """Return the Config of a checkpoint folder, however it is spelled."""
     check_adapter(folder)
     path = Path(folder) / "config.json"
-    config = Config.of(respelled(read_json(path), path), path)
-    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= tensor_paths(folder).keys():
-        config.tie_word_embeddings = False
-    return config
+    return Config.read(folder, respelled(read_json(path), path))
 
 
 def respelled(raw, path):
