@@ -14,19 +14,17 @@ distribution of |x| where each linear reads it, and take its quantiles as thresh
       └─────┴──────────────────► |x|
          t(50 %)
 
-Linears read at four places in a block, which so has four distributions: attention in (q, k, v),
+Linears read at four places in a block, each with a distribution of its own: attention in (q, k, v),
 attention out (o), MLP in (gate, up), MLP middle (down). 10,000 tokens give thresholds within a few
 percent. The first tokens of a window are left out: they are attention sinks, with activations many
 times as large as all others (arXiv 2309.17453).
 
-An allocation says how much of a model-wide sparsity each linear gets. It is a table: for some
-levels of model-wide sparsity, the share of its inputs that each linear drops. This file makes two:
+An allocation shares a model-wide sparsity out over the linears. It is kept as a table: for some
+levels of the sparsity, the share of its inputs that each linear drops. This file makes two:
 
     uniform    every linear drops the same share                                  (TEAL, section 4)
     greedy     block by block, step by step: the one of the seven linears that adds least to the
                error of the block's output drops more weights              (TEAL, algorithm 1)
-
-A calibration lies in the folder of its model, and is refused beside a model of another shape.
 
     python calibrate.py [--model FOLDER] [--text FILE]      writes FOLDER/calibration.safetensors
     python calibrate.py --greedy                            with the greedy allocation, too
@@ -34,13 +32,12 @@ A calibration lies in the folder of its model, and is refused beside a model of 
 """
 import contextlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 from kernel import kept
-from model import (InputError, Parser, asked_context, block_linears, check_output, check_tokens,
+from model import (Config, InputError, Parser, block_linears, check_output, check_tokens,
                    command_line, default_context, linear_names, load_model, progress, read_header,
                    read_safetensors, read_tokens, require, windows_of, write_safetensors)
 
@@ -52,11 +49,10 @@ SITE_OF = {                  # where each of the seven linears of a block reads
     "mlp.gate_proj": 2, "mlp.up_proj": 2, "mlp.down_proj": 3,
 }
 LINEARS = tuple(SITE_OF)
-
-FORMAT = "minTEAL calibration 3"         # what the file says it is
 SINKS = 4                                # tokens left out at the start of each window
 BATCH = 4                                # windows that run together
 TOKENS = 16_000                          # that the commands take if they are not told
+FORMAT = "minTEAL calibration 3"         # what the file says it is
 
 # Magnitudes are counted on a logarithmic scale that needs no look at the data first: 32 bins an
 # octave, 2.2 % wide, from 2^-20 (what is smaller falls into bin 0, zeros too) to 2^12.
@@ -77,27 +73,27 @@ def quantile(counts, share):
     share = torch.as_tensor(share, dtype=torch.float64).expand(counts.shape[:-1])
     below = counts.double().cumsum(-1)                               # (..., BINS)
     wanted = (share * below[..., -1]).unsqueeze(-1)
-    at = torch.searchsorted(below, wanted).clamp(max=BINS - 1)       # the bin in which it lies
-    inside = counts.double().gather(-1, at)
-    fraction = (wanted - (below.gather(-1, at) - inside)) / inside.clamp(min=1)
-    position = (at + fraction).squeeze(-1)                           # in bins
-    # Bin 0 has no lower edge: a threshold in it drops zeros alone.
-    return torch.exp2(position / PER_OCTAVE + LOWEST) * (share > 0) * (at.squeeze(-1) > 0)
+    bins = torch.searchsorted(below, wanted).clamp(max=BINS - 1)     # (..., 1), where it lies
+    inside = counts.double().gather(-1, bins)
+    fraction = (wanted - (below.gather(-1, bins) - inside)) / inside.clamp(min=1)   # of the bin
+    position = (bins + fraction).squeeze(-1)                         # in bins
+    # Bin 0 reaches down to 0: a quantile in it is returned as 0, which drops zeros alone.
+    return torch.exp2(position / PER_OCTAVE + LOWEST) * (share > 0) * (bins.squeeze(-1) > 0)
 
 
 # --------------------------------------------------------------------------------------------------
 # The calibration of a model
 
 class Table(NamedTuple):
-    """An allocation: the share of its inputs that each linear drops, at some sparsities."""
+    """An allocation: the share of its inputs that each linear drops, at some levels of sparsity."""
     levels: torch.Tensor             # (L,) rising, above 0 and below 1; may be empty
     shares: torch.Tensor             # (L, layers, 7)
 
     def at(self, sparsity):
         """Return the shares (layers, 7), float64, at a model-wide sparsity in [0, 1).
 
-        They are linear between levels. After the last one what is kept shrinks evenly, until at 1
-        nothing is: a table without levels is the uniform allocation.
+        They are linear between levels, of which two are implied: 0, where nothing is dropped, and
+        1, where all is. So a table without levels is the uniform allocation.
         """
         zeros = torch.zeros(1, *self.shares.shape[1:])
         levels = torch.cat((torch.zeros(1), self.levels, torch.ones(1))).double()
@@ -107,25 +103,25 @@ class Table(NamedTuple):
         return shares[after - 1] + fraction * (shares[after] - shares[after - 1])
 
 
-def even_table(layers):
-    """Return the Table that gives every linear the same share."""
+def uniform_table(layers):
+    """Return the Table of the uniform allocation."""
     return Table(torch.zeros(0), torch.zeros(0, layers, len(LINEARS)))
 
 
 @dataclass
 class Calibration:
     """The distributions of a model's activations; they give thresholds for any sparsity."""
-    shapes: dict                     # the model's, see shapes_of
+    shapes: dict                     # of the model: see shapes_of
     source: str                      # the text that was run
     counts: torch.Tensor             # (layers, 4, BINS) int64, the distributions of |x| by site
-    tables: dict[str, Table] = field(default_factory=dict)     # by allocation; default: the last
+    tables: dict[str, Table]         # by name of the allocation; the last one is the default
 
     @property
     def allocations(self):
         """The names of the allocations, the default first."""
         return list(reversed(self.tables))
 
-    def sparsities(self, sparsity, allocation=None):
+    def shares(self, sparsity, allocation=None):
         """Return the share (layers, 7) of each linear's inputs that an allocation drops."""
         require(0 <= sparsity < 1, f"sparsity is {sparsity}, expected at least 0 and below 1")
         allocation = allocation or self.allocations[0]
@@ -142,31 +138,30 @@ class Calibration:
         or None for the first. The share realised differs by a point or so, as inputs dropped in one
         layer change those of the next.
         """
-        return self.thresholds_at(self.sparsities(sparsity, allocation))
+        return self.thresholds_at(self.shares(sparsity, allocation))
 
     def thresholds_at(self, shares):
         """Return the thresholds that drop given shares (layers, 7) of the inputs of each linear."""
         values = quantile(self.counts[:, list(SITE_OF.values())], shares).float()
-        return dict(zip(linear_names(SimpleNamespace(**self.shapes)), values.flatten()))
+        names = linear_names(Config(max_position_embeddings=0, **self.shapes))
+        return dict(zip(names, values.flatten()))
 
-    def sizes(self):
-        """Return the outputs (7,) of a block's linears, and their shares (7,) of its weights."""
-        shapes = block_linears(SimpleNamespace(**self.shapes)).values()
-        shapes = torch.tensor(list(shapes), dtype=torch.float64)
-        weights = shapes.prod(1)
-        return shapes[:, 0], weights / weights.sum()
+    def weight_shares(self):
+        """Return the shares (7,) of a block's weights that its linears hold, float64."""
+        shapes = block_linears(Config(max_position_embeddings=0, **self.shapes)).values()
+        sizes = torch.tensor(list(shapes), dtype=torch.float64).prod(1)
+        return sizes / sizes.sum()
 
-    def check(self, model):
-        """Raise InputError if this was made for a model of another shape."""
+    def check(self, model, name="this calibration"):
+        """Raise InputError if this, called `name`, was made for a model of another shape."""
         for key, value in shapes_of(model.config).items():
             require(self.shapes.get(key) == value,
-                    f"this calibration was made for another model: {key} is "
-                    f"{self.shapes.get(key)} in it, {value} in the model")
+                    f"{name} was made for another model: {key} is {self.shapes.get(key)} in it, "
+                    f"{value} in the model; calibrate.py makes one")
 
     def save(self, path):
         """Write the calibration as a safetensors file."""
-        small = self.counts.max() < 2**31
-        tensors = {"distributions input": self.counts.int() if small else self.counts}
+        tensors = {"distributions input": self.counts}
         for name, table in self.tables.items():
             tensors[f"levels {name}"] = table.levels.double()
             tensors[f"shares {name}"] = table.shares.double()
@@ -177,36 +172,30 @@ class Calibration:
     @staticmethod
     def load(path):
         """Return what `save` wrote; raises InputError for anything else."""
-        metadata = read_header(path)[1]
-        require(metadata.get("format") == FORMAT,
-                f"{path}: not a calibration of this version: format is "
-                f"{metadata.get('format')!r}, expected {FORMAT!r}; make it with: "
-                f"python calibrate.py --model FOLDER")
-        tensors = read_safetensors(path)
+        metadata, tensors = read_header(path)[1], read_safetensors(path)
         try:
-            # A table that names channel weights, of an earlier version, is one of other numbers.
-            tables = json.loads(metadata["tables"])
-            names = [name for name in tables if not tables[name]]
-            calibration = Calibration(
-                json.loads(metadata["shapes"]), metadata["source"],
-                tensors["distributions input"].long(),
-                {name: Table(tensors[f"levels {name}"].clone(), tensors[f"shares {name}"].clone())
-                 for name in names})
+            require(metadata.get("format") == FORMAT,
+                    f"format is {metadata.get('format')!r}, expected {FORMAT!r}")
+            # A kind other than "" is an earlier version's, whose shares mean something else.
+            tables = {name: Table(tensors[f"levels {name}"], tensors[f"shares {name}"])
+                      for name, kind in json.loads(metadata["tables"]).items() if not kind}
+            calibration = Calibration(json.loads(metadata["shapes"]), metadata["source"],
+                                      tensors["distributions input"].long(), tables)
             layers = calibration.shapes["num_hidden_layers"]
             require(calibration.counts.shape == (layers, len(SITES), BINS)
-                    and (calibration.counts.sum(-1) > 0).all() and names, "distributions")
-            for name, (levels, shares) in calibration.tables.items():
+                    and (calibration.counts.sum(-1) > 0).all() and tables, "distributions")
+            for name, (levels, shares) in tables.items():
                 rising = torch.cat((torch.zeros(1), levels, torch.ones(1))).diff() > 0
-                require(bool(rising.all() and ((shares >= 0) & (shares < 1)).all())
+                require(rising.all() and ((shares >= 0) & (shares < 1)).all()
                         and shares.shape == (len(levels), layers, len(LINEARS)), name)
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path}: a damaged calibration ({error}); make it with: "
-                             f"python calibrate.py --model FOLDER") from None
+            raise InputError(f"{path}: not a calibration of this version, or damaged: {error}; "
+                             f"make one with: python calibrate.py --model FOLDER") from None
         return calibration
 
 
 def shapes_of(config):
-    """Return the numbers of a Config that a calibration depends on."""
+    """Return the numbers of a Config that a calibration depends on: all that shapes depend on."""
     return {key: getattr(config, key) for key in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "num_attention_heads",
         "num_key_value_heads", "vocab_size")}
@@ -217,16 +206,16 @@ def shapes_of(config):
 
 @torch.no_grad()
 def count(model, windows, watched, label):
-    """Run windows (W, T + 1) through the dense model; return the counts (watched, BINS) int64.
+    """Return the counts (watched, BINS) int64 of windows (W, T + 1), run through the dense model.
 
-    watched: a list of (module, function(input, output) -> values (B, T, ...)). The magnitudes of
-    these values are counted, except at the first tokens of a window.
+    watched: a list of (module, function(input, output) -> values (B, T, ...)), of which `calibrate`
+    takes the inputs. Their magnitudes are counted, except at the first tokens of a window.
     """
     counts = torch.zeros(len(watched), BINS, dtype=torch.int64)
     hooks = contextlib.ExitStack()       # a handle is a context manager, which takes its hook away
-    for (module, values), of in zip(watched, counts):
-        def add(module, inputs, output, values=values, of=of):
-            of += histogram(values(inputs[0], output)[:, SINKS:]).to(of.device)
+    for (module, values), row in zip(watched, counts):
+        def add(module, inputs, output, values=values, row=row):     # those of this turn
+            row += histogram(values(inputs[0], output)[:, SINKS:]).to(row.device)
         hooks.enter_context(module.register_forward_hook(add))
     with hooks:
         for part in progress(windows.split(BATCH), label):
@@ -251,7 +240,7 @@ def calibrate(model, tokens, context=None, source="unknown text"):
     counts = count(model, windows, watched, "calibrating")
     return Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}",
                        counts.view(-1, len(SITES), BINS),
-                       {"uniform": even_table(len(model.model.layers))})
+                       {"uniform": uniform_table(len(model.model.layers))})
 
 
 def evenly(windows, number):
@@ -260,9 +249,9 @@ def evenly(windows, number):
 
 
 def some_windows(model, tokens, number, length):
-    """Return windows (W, T) of tokens (N,), evenly apart, on the model's device.
+    """Return at most `number` windows (W, T) of tokens (N,), evenly apart, on the model's device.
 
-    At most `number` of at most `length` tokens: shorter where the model's context or the text is.
+    T is `length`, or less where the model's context or the text is shorter: no token is a target.
     """
     length = min(length, default_context(model), len(tokens) - 1)
     return evenly(windows_of(tokens, length), number)[:, :-1].to(model.device)
@@ -276,7 +265,7 @@ def spread(tokens, number, length):
     if number <= length or len(tokens) <= number:
         return tokens[:number]
     stretches = evenly(windows_of(tokens, length), number // length)
-    return torch.cat((stretches[:, :-1].flatten(), stretches[-1, -1:]))
+    return torch.cat((stretches[:, :-1].flatten(), stretches[-1, -1:]))         # and a last target
 
 
 def check_dense(model):
@@ -285,95 +274,81 @@ def check_dense(model):
             "a calibration needs the dense model: this one was made sparse")
 
 
-STEP = 0.01              # of a block's weights, dropped in one step of the greedy path
-END = 0.9                # of a block's weights, where its path ends
+STEP = 0.01              # share of a block's weights that one step of its greedy path drops
+END = 0.9                # share of a block's weights that is dropped where its path ends
 GREEDY = (2, 256)        # windows, and tokens of each at most, on which errors are measured
 
 
 @torch.no_grad()
-def greedy_path(block, x, context, counts, size):
+def greedy_path(block, x, context, counts, weight_shares):
     """Return the path (steps, 7) of the shares that a block's linears drop, from none to END.
 
     x: (B, T, hidden), inputs of the block in the dense model; context: of these; counts: (4, BINS),
-    the block's distributions; size: (7,), shares of its weights. In each step the linear that adds
-    least to the error of the block's output drops STEP more of the block's weights.
+    the block's distributions; weight_shares: (7,). In each step one linear drops STEP more of the
+    block's weights: the one by which the error of the block's output grows least.
 
-    TEAL tries all seven in every step. But the error that a linear adds changes little from step to
-    step. So only the linear that added least when last tried is tried anew, until the least error
-    is a new one: about two trials a step.
+    TEAL measures in every step what each of the seven would add. That changes slowly, so here an
+    older measurement stands until it is the smallest, and is then repeated. Once the smallest is
+    one of this step, that linear drops more: about two measurements a step.
     """
     linears = [block.get_submodule(name) for name in LINEARS]
     counts = counts[list(SITE_OF.values())]                          # (7, BINS)
     thresholds = torch.zeros(len(LINEARS), device=x.device)
-
-    def drop(module, inputs):
-        threshold = thresholds[linears.index(module)]
-        return inputs[0] * kept(inputs[0], threshold)
-
     late = slice(x.shape[1] // 4, None)                              # far from the sinks
     exact = block(x, context)[:, late].float()
+
+    def drop(module, inputs):
+        return inputs[0] * kept(inputs[0], thresholds[linears.index(module)])
+
+    def error_of(shares):
+        thresholds.copy_(quantile(counts, shares))
+        return (block(x, context)[:, late].float() - exact).square().sum()
+
+    step = STEP / weight_shares                                      # (7,), of a linear's inputs
     path = [torch.zeros(len(LINEARS), dtype=torch.float64)]
     error = 0.0                                                      # squared, of the path so far
-    added = torch.zeros(len(LINEARS))                                # to it, by one step more
-    new = torch.zeros(len(LINEARS), dtype=torch.bool)                # measured in this step
+    added = torch.zeros(len(LINEARS))                                # to it, by one more step
     with contextlib.ExitStack() as hooks:
         for linear in linears:
             hooks.enter_context(linear.register_forward_pre_hook(drop))
-        while path[-1] @ size < END - STEP / 2:
-            raised = path[-1] + STEP / size
-            added[raised >= 1] = float("inf")
-            best = int(added.argmin())
-            if added[best] == float("inf"):
-                break
-            before = thresholds[best].clone()
-            thresholds[best] = quantile(counts[best], raised[best]).float()
-            if new[best]:
-                path.append(path[-1].clone())
-                path[-1][best] = raised[best]
-                error += added[best]
-                new[:] = False
-            else:
-                added[best] = (block(x, context)[:, late].float() - exact).square().sum() - error
-                thresholds[best] = before
-                new[best] = True
+        while path[-1] @ weight_shares < END - STEP / 2 and (path[-1] + step < 1).any():
+            options = path[-1] + torch.diag(step)                    # row i: linear i drops more
+            added[options.diag() >= 1] = float("inf")                # a linear that cannot
+            measured = set()                                         # in this step
+            while (best := int(added.argmin())) not in measured:
+                added[best] = error_of(options[best]) - error
+                measured.add(best)
+            path.append(options[best])
+            error += added[best]
     return torch.stack(path)
 
 
-def table_of(paths, size):
+def table_of(paths, weight_shares):
     """Return the Table of a path (steps, 7) for each block, at each percent that all of them reach.
 
-    size: (7,), shares of a block's weights.
+    weight_shares: (7,), of the block's weights. A path is a Table, too: its steps are its levels.
     """
-    reached = [path.double() @ size for path in paths]               # (steps,) each, rising
-    last = min(float(levels[-1]) for levels in reached)
+    tables = [Table(path[1:] @ weight_shares, path[1:]) for path in paths]
     levels = torch.arange(1, 100, dtype=torch.float64) / 100
-    levels = levels[levels < last + 1e-9]
-    shares = []
-    for path, of in zip(paths, reached):
-        after = torch.searchsorted(of, levels - 1e-9).clamp(1, len(of) - 1)
-        fraction = (levels - of[after - 1]) / (of[after] - of[after - 1]).clamp(min=1e-12)
-        fraction = fraction.clamp(0, 1)
-        shares.append(path[after - 1] + fraction[:, None] * (path[after] - path[after - 1]))
-    return Table(levels, torch.stack(shares, 1))                     # (L, layers, 7)
+    levels = levels[levels < min(table.levels[-1] for table in tables) + 1e-9]  # 1e-9: rounding
+    return Table(levels, torch.stack([torch.stack([table.at(level) for table in tables])
+                                      for level in levels]))         # (L, layers, 7)
 
 
 @torch.no_grad()
 def add_greedy(calibration, model, tokens):
-    """Add the greedy allocation to a calibration of the model, by a few windows of `tokens` (N,).
-
-    The block inputs are computed once, in the dense model, and handed from block to block.
-    """
+    """Add the greedy allocation to a model's calibration, by a few windows of `tokens` (N,)."""
     check_dense(model)
     windows = some_windows(model, tokens, *GREEDY)
-    _, size = calibration.sizes()
-    x = model.embed(windows)
+    weight_shares = calibration.weight_shares()
+    x = model.embed(windows)                               # the input of each block in turn
     context = model.context(windows)
     paths = []
     for block, counts in progress(list(zip(model.model.layers, calibration.counts)),
                                   "greedy allocation, blocks"):
-        paths.append(greedy_path(block, x, context, counts, size))
+        paths.append(greedy_path(block, x, context, counts, weight_shares))
         x = block(x, context)
-    calibration.tables["greedy"] = table_of(paths, size)
+    calibration.tables["greedy"] = table_of(paths, weight_shares)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -388,49 +363,45 @@ def load_calibration(model, name, path=None):
         tokens = torch.randint(model.config.vocab_size, (129,), generator=generator)
         return calibrate(model, tokens, 128, "random tokens")
     path = Path(path or Path(name) / "calibration.safetensors")
-    hint = f"make one with: python calibrate.py --model {name}"
-    require(path.exists(), f"{path}: no calibration; {hint}")
+    require(path.exists(), f"{path}: no calibration; make one with: python calibrate.py --model "
+                           f"{name}")
     calibration = Calibration.load(path)
-    try:
-        calibration.check(model)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; {hint}") from None
+    calibration.check(model, path)
     return calibration
 
 
 def make_parser(description):
-    """Return the Parser of `python calibrate.py`; python -m beyond.allocate adds options to it."""
+    """Return the options of `main` and of python -m beyond.allocate, which adds to them."""
     parser = Parser(description=description)
     parser.add_model()
     parser.add_text("training", TOKENS)
     parser.add_argument("--greedy", action="store_true",
                         help="with the greedy allocation, which takes minutes (default: no)")
-    parser.add_argument("--import-teal", metavar="DIR",
-                        help="the authors' own statistics: see python -m beyond.teal "
-                             "(default: no)")
     parser.add_argument("--out", metavar="FILE", type=Path,
                         help="(default: calibration.safetensors in the checkpoint folder)")
     return parser
 
 
 def output_of(arguments):
-    """Return where the calibration lies that the command line asks for."""
+    """Return where the command line wants the calibration, checked."""
     name = arguments.model
     require(not name.startswith("random:"), f"{name} has random weights: commands calibrate it on "
                                             f"random tokens as they start")
     require(Path(name).is_dir(), f"{name}: no such folder")
-    return arguments.out or Path(name) / "calibration.safetensors"
+    path = arguments.out or Path(name) / "calibration.safetensors"
+    check_output(path, "--out")
+    return path
 
 
 def write_calibration(arguments, path, model, tokenizer, add=None):
     """Calibrate a model as the command line asks for, write the calibration, and print what it is.
 
-    add(calibration, tokens (N,)) adds to it before it is written.
+    add(calibration, tokens (N,)): what python -m beyond.allocate adds to it first.
     """
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
-    context = asked_context(model, arguments.context)
-    first_half = tokens[:max(arguments.tokens, len(tokens) // 2)]    # rotate.py takes the second
-    tokens = spread(first_half, arguments.tokens, context)
+    context = default_context(model, arguments.context)
+    # From the first half, if it is long enough: beyond/rotate.py learns from the second.
+    tokens = spread(tokens[:max(arguments.tokens, len(tokens) // 2)], arguments.tokens, context)
     calibration = calibrate(model, tokens, context, source)
     if arguments.greedy:
         add_greedy(calibration, model, tokens)
@@ -438,20 +409,17 @@ def write_calibration(arguments, path, model, tokenizer, add=None):
         add(calibration, tokens)
     calibration.save(path)
     print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
-    print("median of |x| where linears read, by block:")
-    print(f"{'block':>6}" + "".join(f"{site:>15}" for site in SITES))
-    for layer, values in enumerate(quantile(calibration.counts, 0.5)):
-        print(f"{layer:6}" + "".join(f"{value:15.4f}" for value in values))
 
 
 def main():
     parser = make_parser("Calibrates a checkpoint: what its thresholds are read from.")
+    parser.add_argument("--import-teal", metavar="DIR", help="the authors' own statistics: see "
+                        "python -m beyond.teal (default: no)")
     arguments = parser.parse_args()
     require(not arguments.import_teal,
             f"the authors' statistics are read by: python -m beyond.teal --model {arguments.model} "
             f"{arguments.import_teal}")
     path = output_of(arguments)
-    check_output(path, "--out")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     write_calibration(arguments, path, model, tokenizer)
 

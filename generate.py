@@ -27,11 +27,12 @@ import contextlib
 import functools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import kernel
 from calibrate import load_calibration
-from model import (DEMO, InputError, KVCache, Llama, Parser, check_tokens, command_line,
+from model import (DEMO, KVCache, Llama, Parser, check_tokens, command_line,
                    linear_names, load_model, natural, require, share)
 from sparsify import SparseLinear, skipped_share, sparse_mode, sparsify
 
@@ -50,11 +51,10 @@ class Sampling:
 
     @property
     def greedy(self):
-        """Whether the temperature is 0, or so small that float32 cannot divide by it."""
+        """Whether the temperature is 0, or too small for float32 to divide by."""
         return self.temperature < torch.finfo(torch.float32).tiny
 
-    def check(self):
-        """Raise InputError for settings that define no distribution."""
+    def __post_init__(self):
         require(0 <= self.temperature < float("inf"),
                 f"temperature is {self.temperature}, expected 0 (greedy) or more")
         require(self.top_k is None or self.top_k >= 1,
@@ -64,25 +64,21 @@ class Sampling:
 
     def probabilities(self, logits):
         """Return the distribution that logits (..., vocab) are sampled from, (..., vocab)."""
-        logits = (logits - logits.max(-1, keepdim=True).values) / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            best = logits.topk(self.top_k)
-            nothing = torch.full_like(logits, float("-inf"))
-            logits = nothing.scatter(-1, best.indices, best.values)
-        p = logits.softmax(-1)
+        p = ((logits - logits.max(-1, keepdim=True).values) / self.temperature).softmax(-1)
+        if self.top_k is not None and self.top_k < p.shape[-1]:
+            likeliest = p.topk(self.top_k)
+            p = torch.zeros_like(p).scatter(-1, likeliest.indices, likeliest.values)
         if self.top_p is not None and self.top_p < 1:
+            wanted = self.top_p * p.sum(-1, keepdim=True, dtype=torch.float64)
             ordered, order = p.topk(min(1024, p.shape[-1]))    # nearly always enough, and quick
-            if (ordered.sum(-1, dtype=torch.float64) < self.top_p).any():
+            if (ordered.sum(-1, keepdim=True, dtype=torch.float64) < wanted).any():
                 ordered, order = p.sort(-1, descending=True)
-            sums = ordered.cumsum(-1, dtype=torch.float64)
-            enough = sums - ordered >= self.top_p * p.sum(-1, keepdim=True, dtype=torch.float64)
-            enough[..., 0] = False
-            p = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(enough, 0.0))
-            p = p / p.sum(-1, keepdim=True)
-        return p
+            before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+            p = torch.zeros_like(p).scatter(-1, order, ordered * (before < wanted))
+        return p / p.sum(-1, keepdim=True)
 
     def choose(self, logits, generator):
-        """Return tokens (N, 1) for logits (N, vocab), and their distributions; None if greedy."""
+        """Return (tokens (N, 1), p (N, vocab) or None if greedy) for logits (N, vocab)."""
         if self.greedy:
             return logits.argmax(-1, keepdim=True), None
         p = self.probabilities(logits)
@@ -101,24 +97,16 @@ def draw(p, generator):
 
 
 def checked(logits, position):
-    """Return logits (T, vocab), the first of position `position`; InputError for NaN, infinity."""
-    finite = logits.max(-1).values.isfinite()              # NaN, too, is the largest
-    if not finite.all():
-        first = position + finite.tolist().index(False)
-        raise InputError(f"the logits at position {first} of the text are NaN or infinite: numbers "
-                         f"in the model are too large for its dtype; try --dtype bfloat16 or "
-                         f"float32")
+    """Return logits (T, vocab) of positions from `position` on; InputError for NaN or infinity."""
+    for i, finite in enumerate(logits.max(-1).values.isfinite().tolist(), position):
+        require(finite, f"the logits at position {i} of the text are NaN or infinite: numbers in "
+                        f"the model are too large for its dtype; try --dtype bfloat16 or float32")
     return logits
-
-
-def check_seed(seed):
-    """Raise InputError unless `seed` is one that `random_source` takes."""
-    require(seed is None or 0 <= seed < 2**63, f"seed is {seed}, expected 0 to 2^63 - 1")
 
 
 def random_source(model, seed):
     """Return a torch.Generator on the model's device; seed None: another one each time."""
-    check_seed(seed)
+    require(seed is None or 0 <= seed < 2**63, f"seed is {seed}, expected 0 to 2^63 - 1")
     generator = torch.Generator(model.device)
     # A drawn seed is one that can be given again.
     return generator.manual_seed(generator.seed() % 2**63 if seed is None else seed)
@@ -128,20 +116,20 @@ def random_source(model, seed):
 # Steps. A step is a function of tokens (1, T) that returns their logits (1, T, vocab), valid until
 # the next step, and appends them to the cache.
 
-SMALL = 1 << 19          # keys of a layer; attention to fewer is done before a second thread wakes
+SMALL_CACHE = 1 << 19    # numbers of a layer's keys; attention to fewer ends before a thread wakes
 
 
-def plain_step(model, cache, tokens=1):
-    """Return a step that runs the model. tokens: the most that a step usually has.
+def plain_step(model, cache, most=1):
+    """Return a step that runs the model. most: tokens of a step; other kinds prepare for them.
 
-    Where other work takes a core, threads that wait for each other stand still. So on a CPU all
-    small operations run on one thread; a product itself decides how many it uses (kernel.py).
+    Where other work takes a core, threads wait long for each other. So on a CPU whatever is small
+    runs on one thread; a product of our kernel, the head's, too, decides how many it uses.
     """
-    by_kernel = cache.keys.device.type == "cpu" and isinstance(model.lm_head, SparseLinear)
+    ours = cache.keys.device.type == "cpu" and isinstance(model.lm_head, SparseLinear)
 
     def step(tokens):
         threads = torch.get_num_threads()
-        if by_kernel and cache.keys[0, :, :, :cache.used].numel() < SMALL:
+        if ours and cache.keys[0, :, :, :cache.used].numel() < SMALL_CACHE:
             torch.set_num_threads(1)
         try:
             return model(tokens, cache)
@@ -152,7 +140,7 @@ def plain_step(model, cache, tokens=1):
 
 
 class StaticCache(KVCache):
-    """A view of another cache for steps of T tokens that always use the same memory.
+    """What a captured or recorded step of T tokens sees of a cache: the same memory every time.
 
     `follow` overwrites what changes from step to step: the positions of the tokens (T,), the slots
     of the cache they go to (T,), and the mask of what they see in the whole cache (T, room).
@@ -164,7 +152,7 @@ class StaticCache(KVCache):
         self.positions, self.slots = torch.zeros(2, T, dtype=torch.int64, device=device)
         self.mask = torch.zeros(T, room, dtype=torch.bool, device=device)
         self.all_slots = torch.arange(room, device=device)
-        self.numbers = None
+        self.numbers = None              # on a GPU those of a mask: 0, -infinity
         if kernel.best_backend(cache.keys) == "triton":
             self.numbers = cache.keys.new_zeros(()), cache.keys.new_full((), float("-inf"))
 
@@ -175,7 +163,7 @@ class StaticCache(KVCache):
         self.positions.copy_(positions)
         self.slots.copy_(self.all_slots[cache.used:end])
         torch.le(self.all_slots, self.slots[:, None], out=self.mask)
-        if mask is not None:
+        if mask is not None:             # not all before a token: a window cuts
             self.mask[:, :end] = mask
 
     def look(self, T, window):
@@ -198,60 +186,50 @@ class GraphStep:
     """A step on a GPU: all that the model launches, captured as one CUDA graph and replayed.
 
     Without it the GPU waits for Python between hundreds of small kernels, and sparsity saves
-    nothing. Each number of tokens and mode has its graph; those up to `tokens` are captured at
-    once. A graph reads thresholds where they lie, so that changed ones count.
+    nothing. Each number of tokens and mode has its graph; those up to `most` are captured at once.
+    A graph reads thresholds where they lie, so that changed ones count.
     """
 
-    def __init__(self, model, cache, tokens=1):
-        self.model = model
-        self.cache = cache
+    def __init__(self, model, cache, most=1):
+        self.model, self.cache = model, cache
         self.graphs = {}
         self.pool = torch.cuda.graph_pool_handle()         # memory that the graphs share
-        for T in range(1, min(tokens, cache.length - cache.used) + 1):
-            self.graph(torch.zeros(1, T, dtype=torch.int64, device=model.device))
+        used = cache.used
+        for T in range(1, min(most, cache.length - used) + 1):
+            self(torch.zeros(1, T, dtype=torch.int64, device=model.device))
+            cache.used = used
 
     @torch.no_grad()
     def __call__(self, tokens):
-        graph, place, static, logits = self.graph(tokens)
-        place.copy_(tokens)
-        static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
+        T, window = tokens.shape[1], self.model.config.sliding_window
+        state = getattr(self.model, "sparse_state", None)
+        key = T, state and (state.mode, state.dense_prefix), id(state)    # sparsify makes a new one
         with torch.cuda.device_of(tokens):
+            if key not in self.graphs:
+                self.graphs[key] = self.capture(tokens, StaticCache(self.cache, T), window)
+            graph, input_tokens, static, logits = self.graphs[key]
+            input_tokens.copy_(tokens)
+            static.follow(self.cache, T, window)
             graph.replay()
-        self.cache.advance(tokens.shape[1])
+        self.cache.advance(T)
         return logits
 
-    def graph(self, tokens):
-        """Return (graph, tokens, cache, logits) of the graph for so many tokens, in this mode."""
-        state = getattr(self.model, "sparse_state", None)
-        key = tokens.shape[1], state and (state.mode, state.dense_prefix), id(state)
-        if key not in self.graphs:
-            with torch.cuda.device_of(tokens):
-                self.graphs[key] = self.capture(tokens)
-        return self.graphs[key]
-
-    @torch.no_grad()
-    def capture(self, tokens):
-        place = tokens.clone()
-        static = StaticCache(self.cache, tokens.shape[1])
-        static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
-        aside = torch.cuda.Stream()      # libraries set themselves up before the capture, not in it
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            self.model(place, static)
-            self.model(place, static)
-        torch.cuda.current_stream().wait_stream(aside)
+    def capture(self, tokens, static, window):
+        """Return (graph, input_tokens, static, logits) of a run of the model."""
+        input_tokens = tokens.clone()
+        static.follow(self.cache, tokens.shape[1], window)
+        self.model(input_tokens, static)     # libraries set themselves up here, not in the capture
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may talk to another GPU meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            logits = self.model(place, static)
-        return graph, place, static, logits
+            logits = self.model(input_tokens, static)
+        return graph, input_tokens, static, logits
 
 
-def fast_step(model, cache, tokens=1):
+def fast_step(model, cache, most=1):
     """Return the fastest step of this file, compiled or captured: a GraphStep, or a plain one."""
-    if kernel.best_backend(cache.keys) == "triton":
-        return GraphStep(model, cache, tokens)
-    return plain_step(model, cache, tokens)
+    kind = GraphStep if kernel.best_backend(cache.keys) == "triton" else plain_step
+    return kind(model, cache, most)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,45 +240,42 @@ def generate(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=None, top
     """Return an iterator of the token ids that follow `prompt_ids`, each computed when asked for.
 
     It ends after max_new_tokens, where the model's context is full, or before a token of eos_ids.
-    temperature, top_k, top_p, more: the fields of `Sampling`. seed: an int makes sampling
-    repeatable. make_step(model, cache, tokens) returns a step. Raises InputError at once.
+    temperature, top_k, top_p: fields of `Sampling`; more: those that you add. seed: an int makes
+    sampling repeatable. make_step(model, cache, most) returns a step. Raises InputError at once.
     """
     sampling = Sampling(temperature, top_k, top_p, **more)
-    sampling.check()
-    prompt = check_prompt(model, prompt_ids, max_new_tokens)
-    length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
+    prompt, length = check_prompt(model, prompt_ids, max_new_tokens)
+    generator = random_source(model, seed)
     cache = model.make_cache(1, length)
-    return decode(model, prompt, cache, make_step(model, cache), sampling,
-                  random_source(model, seed), frozenset(eos_ids))
+    step = make_step(model, cache)
 
-
-@torch.no_grad()
-def decode(model, prompt, cache, step, sampling, generator, eos_ids):
-    """Yield the tokens that follow a prompt (1, T), as many as the cache has room for."""
-    logits = model(prompt, cache, last_only=True)[:, -1]                        # (1, vocab)
-    for left in reversed(range(cache.length - prompt.shape[1])):
-        tokens, _ = sampling.choose(logits, generator)                          # (1, 1)
-        # The only wait for a device. NaN, too, is the largest; a float32 holds any token.
-        token, largest = torch.stack((tokens[0, 0], logits.max())).tolist()
-        if not math.isfinite(largest):
-            checked(logits, cache.used - 1)
-        if token in eos_ids:
-            return
-        yield int(token)
-        if left:
-            logits = step(tokens)[:, -1]
+    @torch.no_grad()
+    def text():
+        logits = model(prompt, cache, last_only=True)[:, -1]                    # (1, vocab)
+        for left in reversed(range(length - prompt.shape[1])):
+            tokens, _ = sampling.choose(logits, generator)                      # (1, 1)
+            # The only wait for a device. The largest is NaN if any is; a float32 holds any token.
+            token, largest = torch.stack((tokens[0, 0], logits.max())).tolist()
+            if not math.isfinite(largest):
+                checked(logits, cache.used - 1)
+            if token in eos_ids:
+                return
+            yield int(token)
+            if left:
+                logits = step(tokens)[:, -1]
+    return text()
 
 
 def check_prompt(model, prompt_ids, max_new_tokens):
-    """Return the prompt as a tensor (1, T) on the model's device; InputError if it does not fit."""
+    """Return the prompt (1, T) on the model's device, and how long the text may become with it."""
+    context = model.config.max_position_embeddings
     require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, expected at least 1")
     prompt = torch.as_tensor(list(prompt_ids), dtype=torch.int64)
     require(len(prompt), "the prompt is empty: it needs at least one token")
-    require(len(prompt) < model.config.max_position_embeddings,
-            f"the prompt has {len(prompt)} tokens, the model's context holds "
-            f"{model.config.max_position_embeddings} with at least one new one")
+    require(len(prompt) < context, f"the prompt has {len(prompt)} tokens, the model's context "
+                                   f"holds {context} with at least one new one")
     check_tokens(prompt, model.config)
-    return prompt[None].to(model.device)
+    return prompt[None].to(model.device), min(len(prompt) + max_new_tokens, context)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,16 +287,18 @@ DRAFT_TOKENS = 3         # guesses a pass; python -m beyond finds the best numbe
 class ModelDraft:
     """Guesses token by token with a model: the verifier itself at high sparsity, or a smaller one.
 
-    The verifier guesses in its own cache, after the verified positions; the verify pass overwrites
-    these keys and values. A smaller model has a cache of its own, and first catches up with the
-    text. thresholds: for the guesses of a sparsified model, as `sparse_mode` takes them.
+    As its own draft the verifier guesses in its own cache, after the verified positions; the verify
+    pass overwrites these keys and values. A smaller model has a cache of its own, and first catches
+    up with the text. thresholds: for the guesses of a sparsified model, as for `sparse_mode`.
     """
 
     def __init__(self, model, cache, sampling, generator, make_step, thresholds=None):
         self.model, self.cache, self.sampling, self.generator = model, cache, sampling, generator
-        self.mode = functools.partial(sparse_mode, model, "all", thresholds)
-        with self.mode():
+        with sparse_mode(model, "all", thresholds):
             self.step = make_step(model, cache, 2)
+            if hasattr(model, "sparse_state"):             # as one tensor, which is quickly set
+                thresholds = model.sparse_state.thresholds.clone()
+        self.mode = functools.partial(sparse_mode, model, "all", thresholds)
 
     def guess(self, ids, n):
         """Return up to n guesses at what follows `ids`, fewer where the cache ends, and their q.
@@ -333,12 +310,12 @@ class ModelDraft:
         guesses, q = [], []
         for _ in range(min(n, self.cache.length - len(ids) + 1)):
             with self.mode():
-                behind = tokens.shape[1] > 2                                    # a whole prompt
-                logits = self.model(tokens, self.cache, True) if behind else self.step(tokens)
+                far = tokens.shape[1] > 2        # a smaller model, at first: the whole prompt
+                logits = self.model(tokens, self.cache, True) if far else self.step(tokens)
             tokens, p = self.sampling.choose(logits[:, -1], self.generator)     # (1, 1), (1, vocab)
             guesses.append(tokens.item())
             q.append(p)
-        return guesses, torch.cat(q) if q and q[0] is not None else None
+        return guesses, torch.cat(q) if q and not self.sampling.greedy else None
 
 
 @dataclass
@@ -353,8 +330,12 @@ class Statistics:
     def tokens_a_pass(self):
         return self.tokens / max(1, self.passes)
 
+    def __str__(self):
+        return (f"{self.tokens_a_pass:.2f} tokens a pass in {self.passes} passes, drafts "
+                f"{self.draft_seconds:.2f} s, verify passes {self.verify_seconds:.2f} s")
+
     def record(self, guesses, accepted, draft_seconds, verify_seconds):
-        """Count a pass that judged so many guesses, and accepted so many of them."""
+        """Count a pass. beyond/drafts.py counts guesses, and how many were accepted, too."""
         self.passes += 1
         self.draft_seconds += draft_seconds
         self.verify_seconds += verify_seconds
@@ -381,20 +362,17 @@ def verdict(logits, guesses, q, sampling, generator):
     Sampled: each is drawn from the model's distribution, by way of the guess if that was drawn.
     """
     written = []
-    for i in range(len(guesses) + 1):
-        if q is not None and not sampling.greedy and i < len(guesses):
-            token = from_guess(sampling.probabilities(logits[i]), q[i], guesses[i], generator)
+    for i, guess in enumerate([*guesses, None]):           # None: what follows the last guess
+        if q is None or guess is None or sampling.greedy:
+            written.append(sampling.choose(logits[i:i + 1], generator)[0].item())
         else:
-            token = sampling.choose(logits[i:i + 1], generator)[0].item()
-        written.append(token)
-        if i == len(guesses) or token != guesses[i]:
+            written.append(from_guess(sampling.probabilities(logits[i]), q[i], guess, generator))
+        if written[-1] != guess:
             return written
 
 
-def generate_speculative(model, prompt_ids, max_new_tokens, draft="sparse", draft_thresholds=None,
-                         draft_tokens=None, temperature=0.0, top_k=None, top_p=None, seed=None,
-                         eos_ids=(), make_step=fast_step, kind=None, **more):
-    """Return the text of `generate` in fewer passes: an iterator of token ids, with .statistics.
+class Speculation(Iterator):
+    """The text of `generate` in fewer passes: an iterator of token ids, with .statistics.
 
     The text is that of `generate` in sparse_mode "off". Greedy text is the same token for token, up
     to rounding (a pass over several tokens sums in another order); sampled text has the same
@@ -405,68 +383,47 @@ def generate_speculative(model, prompt_ids, max_new_tokens, draft="sparse", draf
            a Llama with the same vocabulary, on the same device
            an object with guess(ids, n) -> (up to n tokens, q (n, vocab) that they were drawn from,
                or None if they were not drawn)
-    draft_tokens: guesses a pass; None: DRAFT_TOKENS. kind: the class of the iterator; None:
-    Speculation. Everything else as for `generate`.
+    draft_tokens: guesses a pass; None: DRAFT_TOKENS. Everything else as for `generate`.
     """
-    sampling = Sampling(temperature, top_k, top_p, **more)
-    sampling.check()
-    prompt = check_prompt(model, prompt_ids, max_new_tokens)
-    require(draft_tokens is None or draft_tokens >= 1,
-            f"draft_tokens is {draft_tokens}, expected at least 1")
-    return (kind or Speculation)(
-        model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens, sampling,
-        random_source(model, seed), frozenset(eos_ids), make_step)
 
-
-class Speculation:
-    """The iterator that generate_speculative returns."""
-
+    verifier = "off", None               # the mode of a verify pass, and its thresholds
     against = "the dense model"          # whose text it is
 
-    def __init__(self, model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens,
-                 sampling, generator, eos_ids, make_step):
-        self.model, self.prompt, self.eos_ids = model, prompt, eos_ids
-        self.sampling, self.generator, self.make_step = sampling, generator, make_step
+    def __init__(self, model, prompt_ids, max_new_tokens, draft="sparse", draft_thresholds=None,
+                 draft_tokens=None, temperature=0.0, top_k=None, top_p=None, seed=None, eos_ids=(),
+                 make_step=fast_step, **more):
+        self.sampling = Sampling(temperature, top_k, top_p, **more)
+        self.prompt, length = check_prompt(model, prompt_ids, max_new_tokens)
+        require(draft_tokens is None or draft_tokens >= 1,
+                f"draft_tokens is {draft_tokens}, expected at least 1")
+        self.model, self.make_step, self.eos_ids = model, make_step, eos_ids
         self.draft_tokens = draft_tokens or DRAFT_TOKENS
-        self.length = min(prompt.shape[1] + max_new_tokens, model.config.max_position_embeddings)
-        self.cache = self.make_cache()
+        self.generator = random_source(model, seed)
+        self.cache = model.make_cache(1, length)
         self.draft = self.make_draft(draft, draft_thresholds)
-        with self.verifying():
+        with sparse_mode(model, *self.verifier):
             self.step = make_step(model, self.cache, self.draft_tokens + 1)
         self.statistics = Statistics()
         self.text = self.run()
 
-    def verifying(self):
-        """Return the context in which the model reads the prompt and verifies."""
-        return sparse_mode(self.model, "off")
-
-    def make_cache(self):
-        """Return the verifier's cache."""
-        return self.model.make_cache(1, self.length)
-
     def make_draft(self, draft, thresholds):
         """Return the object that guesses for an argument `draft`; InputError if there is none."""
-        model = self.model
-        parts = self.sampling, self.generator, self.make_step
-        if draft == "sparse":
-            require(hasattr(model, "sparse_state"),
-                    'draft "sparse" needs a model made sparse: sparsify(model, thresholds)')
-            with sparse_mode(model, "all", thresholds):
-                thresholds = model.sparse_state.thresholds.clone()
-            return ModelDraft(model, self.cache, *parts, thresholds)
+        model, cache = self.model, self.cache
         if isinstance(draft, Llama):
             ours, theirs = model.config.vocab_size, draft.config.vocab_size
             require(ours == theirs, f"the draft model has {theirs} tokens, the model {ours}")
             require(draft.device == model.device,
                     f"the draft model is on {draft.device}, the model on {model.device}")
-            length = min(self.length, draft.config.max_position_embeddings)
-            return ModelDraft(draft, draft.make_cache(1, length), *parts)
-        require(hasattr(draft, "guess"),
-                f'draft is "sparse", a Llama, or an object with guess(ids, n), not {draft!r}')
-        return draft
-
-    def __iter__(self):
-        return self
+            cache = draft.make_cache(1, min(cache.length, draft.config.max_position_embeddings))
+            model, thresholds = draft, None
+        elif draft == "sparse":
+            require(hasattr(model, "sparse_state"),
+                    'draft "sparse" needs a model made sparse: sparsify(model, thresholds)')
+        else:
+            require(hasattr(draft, "guess"),
+                    f'draft is "sparse", a Llama, or an object with guess(ids, n), not {draft!r}')
+            return draft
+        return ModelDraft(model, cache, self.sampling, self.generator, self.make_step, thresholds)
 
     def __next__(self):
         return next(self.text)
@@ -474,7 +431,7 @@ class Speculation:
     @torch.no_grad()
     def run(self):
         ids = self.prompt[0].tolist()
-        with self.verifying():
+        with sparse_mode(self.model, *self.verifier):
             logits = checked(self.read_prompt(), len(ids) - 1)                  # (1, vocab)
         written = [self.sampling.choose(logits, self.generator)[0].item()]
         while True:
@@ -482,9 +439,9 @@ class Speculation:
                 if token in self.eos_ids:
                     return
                 ids.append(token)
-                self.statistics.tokens += self.statistics.passes > 0
+                self.statistics.tokens += self.statistics.passes > 0     # the first: the prompt's
                 yield token
-                if len(ids) == self.length:
+                if len(ids) == self.cache.length:
                     return
             written = self.round(ids)
 
@@ -494,7 +451,7 @@ class Speculation:
 
     def verify(self, tokens):
         """Return the logits (T, vocab) after each of a list of T tokens."""
-        with self.verifying():
+        with sparse_mode(self.model, *self.verifier):
             return self.step(torch.tensor([tokens], device=self.model.device))[0]
 
     def round(self, ids):
@@ -502,7 +459,7 @@ class Speculation:
         began = time.perf_counter()
         start = len(ids) - 1                               # all but the last are in the cache
         # The last token that is wanted comes from the verifier.
-        guesses, q = self.draft.guess(ids, min(self.draft_tokens, self.length - len(ids) - 1))
+        guesses, q = self.draft.guess(ids, min(self.draft_tokens, self.cache.length - len(ids) - 1))
         drafted = time.perf_counter()
         self.cache.used = start
         logits = self.verify([ids[-1], *guesses])
@@ -514,19 +471,22 @@ class Speculation:
         return written
 
 
+generate_speculative = Speculation       # beside `generate` it is called as a function
+
+
 # --------------------------------------------------------------------------------------------------
 # Text as it comes
 
 class StreamDecoder:
     """Turns tokens into text as they come, whole characters only.
 
-    A character may be spread over several tokens, and a token may be spelled by those before it. So
-    pending tokens are decoded after the last ones whose text was given out.
+    A character may be spread over several tokens, and what a token stands for (a blank or none) may
+    depend on those before it. So pending tokens are decoded after the last ones that were shown.
     """
 
     def __init__(self, tokenizer, prompt_ids=()):
         self.tokenizer = tokenizer
-        self.shown = list(prompt_ids)[-8:]                 # whose text was given out
+        self.shown = list(prompt_ids)[-8:]
         while tokenizer.decode(self.shown).startswith("\ufffd"):          # cut inside a character
             del self.shown[0]
         self.pending = []
@@ -537,7 +497,7 @@ class StreamDecoder:
         text = self.end()
         if text.endswith("\ufffd"):
             return ""
-        self.shown = self.pending if text else self.shown + self.pending
+        self.shown = self.pending if text else self.shown + self.pending    # never without text
         self.pending = []
         return text
 
@@ -548,9 +508,9 @@ class StreamDecoder:
 
 
 def stream(tokens, decoder=None, show=lambda text: None):
-    """Take tokens from an iterator to its end, show their text as it comes, and measure.
+    """Show the text of an iterator's tokens as they come, to its end or Ctrl-C, and measure.
 
-    Returns (ids, seconds to the first token, seconds for the rest, whether Ctrl-C ended it early).
+    Returns (ids, seconds to the first token, tokens a second after it, whether by Ctrl-C).
     """
     ids, first, interrupted = [], None, False
     began = time.perf_counter()
@@ -564,7 +524,8 @@ def stream(tokens, decoder=None, show=lambda text: None):
     ended = time.perf_counter()
     show((decoder.end() if decoder else "") + "\n[interrupted]" * interrupted)
     first = first or ended
-    return ids, first - began, ended - first, interrupted
+    rate = (len(ids) - 1) / (ended - first) if len(ids) > 1 else 0.0
+    return ids, first - began, rate, interrupted
 
 
 # --------------------------------------------------------------------------------------------------
@@ -589,11 +550,11 @@ def make_parser():
         help=f"guesses a pass (default: {DRAFT_TOKENS})")
     add("--compare", action="store_true", help="with --draft: decode plainly too (default: no)")
     add("--max-new-tokens", type=natural, default=128, metavar="N", help="(default: 128)")
-    add("--temperature", type=float, help="0 is greedy (default: 0; 1 in the demo, where so small "
-        "a model would soon repeat itself)")
+    add("--temperature", type=float, help="0 is greedy (default: 0; 1 for the demo's own prompt "
+        "without --draft, as so small a model would soon repeat itself)")
     add("--top-k", type=int, help="sample from the k likeliest tokens (default: all)")
     add("--top-p", type=float, help="sample from the likeliest tokens that hold this share "
-        "(default: all; 0.9 in the demo)")
+        "(default: all; 0.9 where the temperature is 1 by default)")
     add("--seed", type=int, help="makes sampling repeatable (default: 0 when runs are compared, "
         "else none)")
     parser.add_calibration()
@@ -604,44 +565,44 @@ def make_parser():
 
 def settle(arguments):
     """Check the arguments of `make_parser`, and put values where none were given."""
-    if arguments.temperature is None:
-        demo = arguments.model == str(DEMO) and arguments.prompt is None and not arguments.draft
-        arguments.temperature = 1.0 if demo else 0.0
-        if demo and arguments.top_p is None:
-            arguments.top_p = 0.9
-    require(arguments.draft_sparsity is None or arguments.draft == "sparse",
+    draft = arguments.draft
+    require(draft == "sparse" or arguments.draft_sparsity is None,
             "--draft-sparsity is for --draft sparse")
-    require(arguments.draft or not (arguments.compare or arguments.draft_tokens),
+    require(draft or not (arguments.compare or arguments.draft_tokens),
             "--compare and --draft-tokens are for --draft")
+    require(not (draft and arguments.model.startswith("random:")) or draft.startswith("random:"),
+            f"--draft {draft} with random weights says nothing; python -m beyond.lab.costs shows "
+            f"what it costs")
     if arguments.draft_sparsity is None:
         arguments.draft_sparsity = 0.75
-    if not arguments.draft:
-        arguments.compare = arguments.sparsity is None
-    if arguments.sparsity is None:
-        arguments.sparsity = 0.0 if arguments.draft else 0.5
+    if arguments.sparsity is None:       # without --draft: dense and sparse, compared
+        arguments.sparsity = 0.0 if draft else 0.5
+        arguments.compare = arguments.compare or not draft
     if arguments.compare and arguments.seed is None:
         arguments.seed = 0
-    check_seed(arguments.seed)
-    sampling_of(arguments).check()
+    demo = arguments.model == str(DEMO) and arguments.prompt is None and not draft
+    if arguments.temperature is None and demo:
+        arguments.temperature = 1.0
+        arguments.top_p = 0.9 if arguments.top_p is None else arguments.top_p
+    arguments.temperature = arguments.temperature or 0.0
+    arguments.sampling = Sampling(**{each.name: getattr(arguments, each.name)
+                                     for each in fields(Sampling)})
     return arguments
 
 
-def sampling_of(arguments):
-    """Return the Sampling that the command line asks for."""
-    return Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
-
-
 class Writer:
-    """What `python generate.py` does with a model. A chapter's Writer overrides what it changes."""
+    """What `python generate.py` does with a model: a class, as python -m beyond overrides parts."""
 
     OWN_DRAFTS = ("sparse",)             # drafts that are no folder
     load_model = staticmethod(load_model)
+    skipped_share = staticmethod(skipped_share)
+    speculate = generate_speculative
 
-    def __init__(self, arguments, model, tokenizer, make_step=fast_step,
-                 speculate=generate_speculative):
+    def __init__(self, arguments, model, tokenizer, make_step=fast_step):
         self.arguments, self.model, self.tokenizer = arguments, model, tokenizer
-        self.make_step, self.speculate = make_step, speculate
-        self.eos_ids = tokenizer.eos_ids if tokenizer else ()
+        self.settings = vars(arguments.sampling) | {
+            "seed": arguments.seed, "eos_ids": tokenizer.eos_ids if tokenizer else (),
+            "make_step": make_step}
         self.draft = arguments.draft
         if self.draft and self.draft not in self.OWN_DRAFTS:
             self.draft = self.load_draft(str(DEMO) if self.draft == "demo" else self.draft)
@@ -658,18 +619,17 @@ class Writer:
         return load_calibration(self.model, self.arguments.model, self.arguments.calibration)
 
     def thresholds(self, sparsity):
-        """Return the thresholds of a sparsity; None at 0: dense, but by our kernel."""
-        thresholds = dict.fromkeys(linear_names(self.model.config))
-        if sparsity:
-            thresholds = self.calibration.thresholds(sparsity, self.arguments.allocation)
-        return thresholds | {"lm_head": None}              # the paper leaves the head dense
+        """Return the thresholds of a sparsity. At 0 all are None: dense, but by our kernel."""
+        if not sparsity:
+            return dict.fromkeys(linear_names(self.model.config))
+        return self.calibration.thresholds(sparsity, self.arguments.allocation)
 
     def prepare(self):
-        """Make the model as sparse as the command line wants it."""
-        thresholds = self.thresholds(self.arguments.sparsity)
-        if self.draft == "sparse" and not self.arguments.sparsity:
-            thresholds |= dict.fromkeys(linear_names(self.model.config), 0.0)  # the draft has more
-        sparsify(self.model, thresholds)
+        """Make the model as sparse as the command line says; the paper leaves the head dense."""
+        sparsity = self.arguments.sparsity
+        if self.draft == "sparse":       # while it verifies it is dense
+            sparsity = sparsity or self.arguments.draft_sparsity
+        sparsify(self.model, self.thresholds(sparsity) | {"lm_head": None})
 
     def baseline(self):
         """Return the context in which a text is written to be compared with."""
@@ -677,111 +637,102 @@ class Writer:
 
     def text(self, prompt, speculative=False, tokens=None):
         """Return an iterator of the tokens that follow a prompt."""
-        arguments = self.arguments
-        tokens = tokens or arguments.max_new_tokens
-        settings = vars(sampling_of(arguments)) | {"seed": arguments.seed, "eos_ids": self.eos_ids,
-                                                   "make_step": self.make_step}
+        tokens = tokens or self.arguments.max_new_tokens
         if not speculative:
-            return generate(self.model, prompt, tokens, **settings)
+            return generate(self.model, prompt, tokens, **self.settings)
         thresholds = None
         if self.draft == "sparse":
-            thresholds = self.thresholds(arguments.draft_sparsity)
-            del thresholds["lm_head"]
+            thresholds = self.thresholds(self.arguments.draft_sparsity)
         return self.speculate(self.model, prompt, tokens, self.draft, thresholds,
-                              arguments.draft_tokens, **settings)
+                              self.arguments.draft_tokens, **self.settings)
 
     def show(self, title, prompt, tokens):
         """Write the text of an iterator of tokens; return (ids, tokens a second)."""
         print(f"--- {title}")
+        put = functools.partial(print, end="", flush=True)
         decoder = None
         if self.tokenizer is not None:
             decoder = StreamDecoder(self.tokenizer, prompt)
-            print(self.tokenizer.decode(prompt), end="", flush=True)
-        ids, first, rest, interrupted = stream(
-            tokens, decoder, lambda text: print(text, end="", flush=True))
-        # The first token is the prompt's.
-        rate = (len(ids) - 1) / rest if len(ids) > 1 else 0.0
+            put(self.tokenizer.decode(prompt))
+        ids, first, rate, interrupted = stream(tokens, decoder, put)
         print(f"\n--- {title}: {len(ids)} tokens, {rate:.1f} tokens/s, prompt of {len(prompt)} in "
               f"{first * 1e3:.0f} ms", flush=True)
         if interrupted:
             raise KeyboardInterrupt
         return ids, rate
 
-    def skipped(self, ids, prompt):
-        """Return skipped_share of a finished text, the first `prompt` of whose ids were given."""
-        return skipped_share(self.model, ids, prompt)
+    def write(self):
+        """Do what the command line asks for."""
+        arguments, draft = self.arguments, self.arguments.draft
+        prompt = self.prompt()
+        self.prepare()
+        if arguments.compare:
+            with self.baseline():
+                plain, plain_rate = self.show("plain" if draft else "dense", prompt,
+                                              self.text(prompt))
+            print()
+        title = f"{arguments.sparsity:.0%} sparse" if arguments.sparsity else "dense"
+        text = self.text(prompt, speculative=bool(draft))
+        ids, rate = self.show(f"speculative, {draft}" if draft else title, prompt, text)
+        if draft:
+            print(f"\nlossless against {text.against}: {text.statistics}")
+        elif arguments.sparsity:
+            self.say_skipped(prompt, ids)
+        if arguments.compare and draft:
+            print(f"speculative over plain: {rate / max(plain_rate, 1e-9):.2f}x")
+            self.say_difference(text, plain, ids)
+        elif arguments.compare:
+            self.compare(prompt, max(4, min(int(plain_rate), len(ids))))        # about a second
 
-    def say_skipped(self, ids, prompt):
+    def prompt(self):
+        """Return the ids of the prompt, checked, and print which model will write."""
+        name, text = self.arguments.model, self.arguments.prompt
+        if self.tokenizer is None:
+            require(text is None, f"--prompt: {name} has random weights and no tokenizer")
+            print(f"{name}: random weights, for speed alone; it writes token numbers")
+            prompt = list(range(1, 17))
+        else:
+            prompt = self.tokenizer.encode(PROMPT if text is None else text)
+        check_prompt(self.model, prompt, self.arguments.max_new_tokens)
+        device = self.model.device.type
+        threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+        print(f"{name}, {str(self.model.dtype).removeprefix('torch.')}, {device}{threads}, "
+              f"torch {torch.__version__}")
+        return prompt
+
+    def say_skipped(self, prompt, ids):
         """Say what a token of a sparse text read."""
-        skipped = self.skipped([*prompt, *ids], len(prompt))
+        skipped = self.skipped_share(self.model, prompt + ids, len(prompt))
         blocks, head = (sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers())) / 1e6
                         for part in (self.model.model.layers, self.model.lm_head))
         print(f"{skipped:.1%} of the blocks' weights skipped: {head + (1 - skipped) * blocks:,.1f} "
               f"MB read a token, of {head + blocks:,.1f}")
 
-    def write(self, prompt):
-        """Do what the command line asks for, with a prompt of token ids."""
-        self.prepare()
-        if self.draft:
-            self.write_speculatively(prompt)
-            return
-        arguments = self.arguments
-        if arguments.compare:
-            with self.baseline():
-                _, rate = self.show("dense", prompt, self.text(prompt))
-            print()
-        title = f"{arguments.sparsity:.0%} sparse" if arguments.sparsity else "dense"
-        ids, _ = self.show(title, prompt, self.text(prompt))
-        if arguments.sparsity:
-            self.say_skipped(ids, prompt)
-        if arguments.compare:
-            self.compare(prompt, max(4, min(int(rate), len(ids))))
-
     def compare(self, prompt, tokens):
         """Time the dense and the sparse model in turn, in three rounds of so many tokens."""
         rates = {"dense": 0.0, "sparse": 0.0}
-        for _ in range(3):
-            for name in rates:
-                with self.baseline() if name == "dense" else contextlib.nullcontext():
-                    ids, _, rest, interrupted = stream(self.text(prompt, tokens=tokens))
-                if interrupted:
-                    raise KeyboardInterrupt
-                rates[name] = max(rates[name], (len(ids) - 1) / rest)
-        print(f"in turn, the best of three: dense {rates['dense']:.1f} tokens/s, sparse "
-              f"{rates['sparse']:.1f}\nsparse over dense: "
-              f"{rates['sparse'] / max(rates['dense'], 1e-9):.2f}x")
+        for name in 3 * list(rates):
+            with self.baseline() if name == "dense" else contextlib.nullcontext():
+                _, _, rate, interrupted = stream(self.text(prompt, tokens=tokens))
+            if interrupted:
+                raise KeyboardInterrupt
+            rates[name] = max(rates[name], rate)
+        dense, sparse = rates.values()
+        print(f"in turn, the best of three: dense {dense:.1f} tokens/s, sparse {sparse:.1f}\n"
+              f"sparse over dense: {sparse / max(dense, 1e-9):.2f}x")
 
-    def write_speculatively(self, prompt):
-        """Write a text by speculation, say what it took, and compare it with plain decoding."""
-        arguments = self.arguments
-        if arguments.compare:
-            with self.baseline():
-                plain, plain_rate = self.show("plain", prompt, self.text(prompt))
-            print()
-        speculation = self.text(prompt, speculative=True)
-        ids, rate = self.show(f"speculative, {arguments.draft}", prompt, speculation)
-        did = speculation.statistics
-        print(f"\nlossless against {speculation.against}: {did.tokens_a_pass:.2f} tokens a pass in "
-              f"{did.passes} passes, drafts {did.draft_seconds:.2f} s, verify passes "
-              f"{did.verify_seconds:.2f} s")
-        if arguments.compare:
-            if plain_rate:
-                print(f"speculative over plain: {rate / plain_rate:.2f}x")
-            self.say_difference(speculation, prompt, plain, ids)
-        return did
-
-    def say_difference(self, speculation, prompt, plain, ids):
+    def say_difference(self, speculation, plain, ids):
         """Say where a speculative text, `ids`, parts from the plain one, and why."""
         same = first_difference(plain, ids)
-        if same == len(plain) == len(ids):
+        if plain == ids:
             print(f"the same text, all {same} tokens")
         elif not speculation.sampling.greedy:
             print("sampled: another text of the same distribution")
         else:
-            tokens = torch.tensor([prompt + plain[:same]], device=self.model.device)
-            with torch.no_grad(), speculation.verifying():
-                logits = self.model(tokens, last_only=True)[0, -1]
-            first, second = logits.topk(2).values.tolist()
+            tokens = torch.tensor([plain[:same]], dtype=torch.int64, device=self.model.device)
+            with torch.no_grad(), sparse_mode(self.model, *speculation.verifier):
+                logits = self.model(torch.cat((speculation.prompt, tokens), 1), last_only=True)
+            first, second = logits[0, -1].topk(2).values.tolist()
             rounding = torch.finfo(self.model.dtype).eps * logits.abs().max()
             print(f"the texts part at token {same}, where the two best logits are "
                   f"{first - second:.2g} apart; logits there are rounded by up to {rounding:.2g}")
@@ -793,32 +744,12 @@ def first_difference(ids, others):
     return same.index(False) if False in same else len(same)
 
 
-def prompt_of(arguments, model, tokenizer):
-    """Return the ids of the prompt, checked, and print which model will write."""
-    if tokenizer is None:
-        require(arguments.prompt is None,
-                f"--prompt: {arguments.model} has random weights and no tokenizer")
-        prompt = list(range(1, 17))
-        print(f"{arguments.model}: random weights, for speed alone; it writes token numbers")
-    else:
-        prompt = tokenizer.encode(PROMPT if arguments.prompt is None else arguments.prompt)
-    check_prompt(model, prompt, arguments.max_new_tokens)
-    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    print(f"{arguments.model}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}"
-          f"{threads}, torch {torch.__version__}")
-    return prompt
-
-
 def main():
     arguments = settle(make_parser().parse_args())
     require(not (arguments.draft and arguments.sparsity),
             "--sparsity with --draft, a sparse verifier, is for python -m beyond")
-    require(not (arguments.draft == "sparse" and arguments.model.startswith("random:")),
-            "--draft sparse with random weights says nothing; python -m beyond.lab.costs shows "
-            "what it costs")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
-    prompt = prompt_of(arguments, model, tokenizer)
-    Writer(arguments, model, tokenizer).write(prompt)
+    Writer(arguments, model, tokenizer).write()
     if arguments.compare and not arguments.draft:
         print("\nThe demo fits a cache. Weights of a real size do not:")
         kernel.time_shape(4096, 11008, model.dtype, model.device, [0, 0.5], 0.3, total=0)

@@ -1,26 +1,14 @@
-"""How skipped columns become time: the sparse matrix-vector product.
-
-Decoding one token multiplies every weight matrix by one vector. Each weight is read from memory,
-used in one multiplication and not seen again until the next token, so the time is the bytes read
-over the bandwidth of the memory; arithmetic is free. The only way to be faster is to read less, and
-a channel whose input is dropped needs no weights at all:
+"""How skipped columns become time: the sparse matrix-vector product (gemv).
 
     y = W x = Σ_i x_i · (column i of W)          with |x_i| ≤ threshold, column i is not read
 
-Why the weight is stored transposed. PyTorch keeps W as (out, in), row by row; a column is then one
-number every `in` numbers, and memory hands out whole lines of 64 bytes or more: skipping it saves
-nothing. Transposed, as `weight_t` (in, out), a column of W is one contiguous row, and skipping it
-skips real memory:
+A token takes as long as reading the weights takes; arithmetic is free. So that a skipped column is
+not read, the weight is stored transposed, as `weight_t` (in, out): there a column of W is one
+contiguous row (README, From skipped columns to time, draws it). y is the sum of the rows whose
+input is large, each times its input. Two things are left to arrange.
 
-                  W (out, in)                        weight_t (in, out)
-            x:  ■ · ■ ■ · · ■ ·                 x:
-                ▓ ░ ▓ ▓ ░ ░ ▓ ░                 ■   ▓▓▓▓▓▓▓▓▓▓▓▓   read
-                ▓ ░ ▓ ▓ ░ ░ ▓ ░                 ·   ────────────   never touched
-                ▓ ░ ▓ ▓ ░ ░ ▓ ░                 ■   ▓▓▓▓▓▓▓▓▓▓▓▓   read
-                ▓ ░ ▓ ▓ ░ ░ ▓ ░                 ■   ▓▓▓▓▓▓▓▓▓▓▓▓   read
-            every line is fetched anyway        ·   ────────────   never touched
-
-So y is a weighted sum of the rows whose input is large. Two things are left to arrange.
+Which loads to issue. The kept channels are listed first. Then every load is one of a row that
+counts, and the next ones can be asked for long before they are needed.
 
 Who adds up what. On a CPU each thread owns a range of outputs and walks down all kept rows; its
 sums stay in the first cache. A GPU has ten thousand threads and a 4096 x 4096 layer only 32 tiles
@@ -29,11 +17,9 @@ split for its range of outputs and writes its partial sum to a place of its own.
 tile that finishes last adds the parts, always in the same order. No sum is made of atomics, so the
 same input gives the same bits on every run.
 
-Both list the kept channels first. Then every load that is issued is one of a row that counts, and
-the next ones can be asked for long before they are needed.
-
-Several tokens. From 2 to 8 rows of x (the guesses that a sparse verifier checks) a weight row is
-read once if any token keeps its channel, and each token adds it with its own mask.
+Several tokens. Decoding one text has one row of x. With 2 to 8 (a batch, or guesses to verify) a
+weight row is read once if any token keeps its channel; those that drop it multiply it by 0, which
+is NaN where a weight is infinite.
 
 Three backends compute the same function: "triton" (GPU), "c" (CPU, where a C compiler is found),
 "torch" (anywhere). Weights are float32, bfloat16 or float16. Thresholds are compared, and sums are
@@ -42,6 +28,7 @@ taken, in float32; a float64 input stays float64 and takes "torch".
     python kernel.py                                 dense against sparse, Llama-2-7B's shapes
     python kernel.py --shapes llama-3-8b --dtype float16 --sparsity 0 0.5
 """
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -54,9 +41,9 @@ import statistics
 import subprocess
 import tempfile
 import time
-from pathlib import Path
 
-from model import PRESETS, Parser, block_linears, command_line, find_device, note, product, share
+from model import (PRESETS, Parser, block_linears, can_multiply, command_line, find_device, matmul,
+                   note, share)
 
 import torch
 import torch.nn.functional as F
@@ -85,63 +72,63 @@ def kept(x, threshold):
 def sparse_gemv(x, weight_t, threshold, backend=None):
     """Return x with its small channels dropped, times the weight: where(|x| > t, x, 0) @ weight_t.
 
-    x: (B, in), B from 1 to 8, of the weight's dtype, or float32 where the weight has 16 bits
+    x: (..., in), 1 to 8 rows in all, of the weight's dtype, or float32 where that has 16 bits
     weight_t: (in, out), contiguous, floating point: the transposed weight of a linear
     threshold: a number, a 0-d tensor, or a tensor (in,), one a channel; below 0 keeps all
     backend: a name in BACKENDS, or None for the fastest there is for the weight
-    Returns (B, out) in x's dtype. Raises ValueError for shapes and dtypes that do not fit.
+    Returns (..., out) in x's dtype. Raises ValueError for shapes and dtypes that do not fit.
     """
-    if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected floating point (1 to "
-                         f"{MAX_ROWS}, in)")
-    fits = x.dtype == weight_t.dtype or x.dtype == torch.float32 and weight_t.itemsize == 2
-    if weight_t.ndim != 2 or weight_t.shape[0] != x.shape[1] or weight_t.device != x.device or (
-            not fits):
-        raise ValueError(f"weight_t is {weight_t.dtype} {tuple(weight_t.shape)} on "
-                         f"{weight_t.device}, expected {x.dtype} ({x.shape[1]}, out) on "
-                         f"{x.device}, as x is, or 16 bits where x is float32")
-    if not weight_t.is_contiguous():
-        raise ValueError("weight_t is not contiguous: its rows must be the input channels, one "
-                         "after another")
+    same = x.dtype == weight_t.dtype or x.dtype == torch.float32 and weight_t.itemsize == 2
+    if not (same and x.is_floating_point() and 1 <= x.shape[:-1].numel() <= MAX_ROWS
+            and weight_t.ndim == 2 and weight_t.shape[:1] == x.shape[-1:]
+            and weight_t.is_contiguous() and weight_t.device == x.device):
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}, weight_t "
+                         f"{weight_t.dtype} {tuple(weight_t.shape)} on {weight_t.device}; expected "
+                         f"floating point, x (..., in) of 1 to {MAX_ROWS} rows, weight_t (in, out) "
+                         f"contiguous, of x's dtype, or of 16 bits where x is float32")
     name = backend or best_backend(weight_t)
     if name not in BACKENDS:
         raise ValueError(f"backend is {', '.join(BACKENDS)} or None, not {backend!r}")
-    return BACKENDS[name](x.contiguous(), weight_t.detach(), as_threshold(threshold, x))
+    return BACKENDS[name](x.contiguous(), weight_t, as_threshold(threshold, x))
 
 
 def as_threshold(threshold, x):
     """Return a threshold as a tensor () or (in,), of x's device and of the comparison's dtype."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(threshold, torch.Tensor):
         # not torch.tensor: a CUDA graph cannot replay a copy from the host
         threshold = torch.full((), threshold, device=x.device, dtype=dtype)
-    elif threshold.dtype != dtype or threshold.device != x.device or not threshold.is_contiguous():
-        threshold = threshold.to(x.device, dtype).contiguous()
-    if threshold.shape not in ((), (x.shape[1],)):
+    elif threshold.dtype != dtype or threshold.device != x.device:
+        threshold = threshold.to(x.device, dtype)
+    threshold = threshold.contiguous()
+    if threshold.ndim and threshold.shape != x.shape[-1:]:
         raise ValueError(f"threshold is {tuple(threshold.shape)}, expected a number or "
-                         f"({x.shape[1]},)")
+                         f"({x.shape[-1]},)")
     return threshold
 
 
 def best_backend(weight_t):
     """Return the name of the fastest backend for weights of a tensor's device and dtype."""
-    if weight_t.dtype == torch.float64:
-        return "torch"
-    if weight_t.device.type == "cuda" and triton is not None:
-        return "triton"
-    return "c" if fits_c(weight_t) else "torch"
+    if fits_c(weight_t):
+        return "c"
+    return "triton" if triton and weight_t.is_cuda and weight_t.itemsize < 8 else "torch"
 
 
 def dense(x, weight_t):
     """Return x (..., in) @ weight_t (in, out) in x's dtype, by what is fastest; drop nothing.
 
     On a CPU the library's products are made for many rows. One to eight go through the C kernel,
-    which reads the weight at the speed of memory.
+    which reads the weight at the speed of memory; so do up to 48, eight at a time, where the
+    processor cannot multiply the weight's dtype.
     """
     rows = x.numel() // x.shape[-1]
-    if rows > MAX_ROWS or x.requires_grad or not fits_c(weight_t):
-        return product(x, weight_t)
-    y = sparse_gemv(x.reshape(rows, -1), weight_t, KEEP_ALL, "c")
+    few = MAX_ROWS if can_multiply(weight_t.dtype) else 6 * MAX_ROWS
+    if rows > few or x.requires_grad or not fits_c(weight_t):
+        return matmul(x, weight_t)
+    if rows <= MAX_ROWS:
+        return sparse_gemv(x, weight_t, KEEP_ALL, "c")
+    parts = x.reshape(rows, -1).split(MAX_ROWS)
+    y = torch.cat([sparse_gemv(part, weight_t, KEEP_ALL, "c") for part in parts])
     return y.view(*x.shape[:-1], -1)
 
 
@@ -151,174 +138,102 @@ def dense(x, weight_t):
 def torch_gemv(x, weight_t, threshold):
     """Compute sparse_gemv in PyTorch, with sums of the threshold's dtype."""
     keep = kept(x, threshold)
-    channels = keep.any(0).nonzero()[:, 0]                                      # (kept by any row,)
-    inputs = torch.where(keep, x, 0).to(threshold.dtype)[:, channels]
-    y = inputs.new_zeros(len(x), weight_t.shape[1])
-    for some, part in zip(channels.split(512), inputs.split(512, 1)):
-        y += part @ weight_t[some].to(y.dtype)
+    kept_x = torch.where(keep, x, 0).to(threshold.dtype)
+    channels = keep[None].flatten(0, -2).any(0).nonzero()[:, 0]                 # (kept by any row,)
+    y = kept_x.new_zeros(*x.shape[:-1], weight_t.shape[1])
+    for some in channels.split(512):
+        y += kept_x[..., some] @ weight_t[some].to(y.dtype)
     return y.to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
-# C: first the kept channels are listed, then each thread walks down the listed rows over its range
-# of outputs, eight rows at a time. The sums of a few outputs of all tokens stay in registers while
-# eight weights are added to each; a weight is widened to float32 once for all tokens. Meanwhile the
-# next eight rows are on their way: a processor foresees how a row goes on, but not which row comes
-# next. x, y and the sums are float32, whatever the weights are.
+# C: first the kept rows are listed, then each thread walks down the list over its range of outputs,
+# eight rows at a time. The sums of 2 * LANES outputs of up to four tokens stay in registers while
+# the eight are added; a weight is widened to float32 once for these tokens. Meanwhile the next rows
+# are on their way: a processor foresees how a row goes on, but not which row comes next. x, y and
+# the sums are float32, whatever the weights are.
 
-C_NUMBERS = r"""
+C_SOURCE = r"""
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
-// Floats and the bits that stand for them in memory; rounding is to nearest, ties to even.
-static inline float number(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-
-static inline float of_bfloat16(uint16_t bits) { return number((uint32_t)bits << 16); }
-static inline uint16_t bfloat16_of(float x) {
-    uint32_t bits = bits_of(x);
-    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-static inline float of_float16(uint16_t bits) {
-    uint32_t exponent = bits & 0x7c00, rest = (bits & 0x7fffu) << 13;
-    float size = exponent == 0x7c00 ? number(0x7f800000 | rest)                  // infinity, NaN
-               : exponent ? 0x1p112f * number(rest) : 0x1p-24f * (bits & 0x3ff); // steps of 2^-24
-    return bits & 0x8000 ? -size : size;
-}
-static inline uint16_t float16_of(float x) {
-    float size = fabsf(x);
-    uint32_t sign = bits_of(x) >> 16 & 0x8000, bits = bits_of(0x1p-112f * size);
-    if (!(size < 65520.0f)) return sign | (x == x ? 0x7c00 : 0x7e00);            // infinity, NaN
-    if (size < 0x1p-14f) return sign | (bits_of(size + 0.5f) - bits_of(0.5f));   // steps of 2^-24
-    return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
-}
-"""
-
-C_SOURCE = C_NUMBERS + r"""
-#include <stdlib.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
+// What this processor loads at once: LANES weights of 16 bits, widened to 32. No compiler makes
+// these instructions from plain C yet: gcc 12 needs two for WIDEN, and converts float16 one by one.
 #if defined __AVX512F__
-#define LANES 16                     // floats in a register
-#elif defined __AVX2__
+#include <immintrin.h>
+#define LANES 16
+#define WIDEN(at) (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)(at)))
+#define OF_FLOAT16(at) (floats)_mm512_cvtph_ps(_mm256_loadu_si256((void *)(at)))
+#elif defined __AVX2__ && defined __F16C__
+#include <immintrin.h>
 #define LANES 8
+#define WIDEN(at) (words)_mm256_cvtepu16_epi32(_mm_loadu_si128((void *)(at)))
+#define OF_FLOAT16(at) (floats)_mm256_cvtph_ps(_mm_loadu_si128((void *)(at)))
 #else
 #define LANES 4
+#define WIDEN(at) __builtin_convertvector(*(const halves *)(at), words)
 #endif
-#define VECTOR(type, alignment) \
-    type __attribute__((vector_size(LANES * sizeof(type)), aligned(alignment), may_alias))
-typedef VECTOR(float, LANES * 4) floats;
-typedef VECTOR(uint32_t, LANES * 4) words;
-typedef VECTOR(float, 4) floats_anywhere;                  // in memory
-typedef VECTOR(uint16_t, 2) halves_anywhere;
+typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
-// A weight as a float, and LANES of them at once.
 #if defined FLOAT32
 typedef float type;
-#define to_float(weight) (weight)
-static inline floats load(const type *at) { return *(const floats_anywhere *)at; }
-
-#elif defined BFLOAT16               // the upper half of a float
-typedef uint16_t type;
-#define to_float of_bfloat16
-static inline floats load(const type *at) {
-#if defined __AVX512F__              // gcc 12 cuts the last line in two
-    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)at)), 16);
-#elif defined __AVX2__
-    return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((void *)at)), 16);
 #else
-    return (floats)(__builtin_convertvector(*(const halves_anywhere *)at, words) << 16);
-#endif
-}
-
-#elif defined FLOAT16
 typedef uint16_t type;
-#define to_float of_float16
-static inline floats load(const type *at) {
-#if defined __AVX512F__
-    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((void *)at));
-#elif defined __AVX2__ && defined __F16C__
-    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((void *)at));
-#else                                // as of_float16; steps of 2^-24 are floats that small, too
-    words bits = __builtin_convertvector(*(const halves_anywhere *)at, words);
-    floats size = (floats)((bits & 0x7fff) << 13) * 0x1p112f;
-    words no_number = (words)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
-    return (floats)((words)size | no_number | (bits & 0x8000) << 16);
-#endif
-}
 #endif
 
-#define BATCH 8                      // rows added in one pass over the sums
-#define TOGETHER 4                   // tokens whose sums, two registers each, are there at once
-#define ROOM 8192                    // sums that a thread works on: 32 KB, as the first cache has
-#define WORTH (2 << 20)              // bytes of weights that are worth a thread
+/* Returns LANES weights as floats. */
+static inline floats load(const type *at) {
+#if defined FLOAT32
+    return *(const floats *)at;
+#elif defined BFLOAT16               // the upper half of a float
+    return (floats)(WIDEN(at) << 16);
+#elif defined OF_FLOAT16
+    return OF_FLOAT16(at);
+#else                                // float16 as a float has an exponent 112 too small
+    words bits = WIDEN(at), special = (words)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+    floats magnitude = (floats)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (floats)((words)magnitude | special | (bits & 0x8000) << 16);
+#endif
+}
+
+#define ROWS_A_PASS 8                // rows of weights added in one pass over the sums
+#define TOKENS_A_PASS 4              // tokens whose sums, two registers each, a pass holds
+#define SUMS_IN_CACHE 8192           // sums that a thread works on: 32 KB, as the first cache has
+#define BYTES_A_THREAD (2 << 20)     // of weights that are worth one more thread
 #define UNROLL _Pragma("GCC unroll 4")
 
-/* Adds a batch of rows to the sums of some tokens: y[t][j] += input[r][t] * row[r][j].
-
-   TOKENS: a constant where this is inlined. next: the rows that follow. A row of input has `tokens`
-   numbers, y has `out` a token, of which `columns` are summed here. */
+/* Adds up to ROWS_A_PASS rows: y[t][j] += input[r][t] * row[r][j], j from first to end. `tokens` is
+   a constant where this is inlined, so that the sums are registers. A row of input has `stride`
+   numbers, one of y `out`. In `row` the rows of the next pass follow. */
 static inline __attribute__((always_inline)) void add_rows(
-        const int TOKENS, int rows, const type *const *row, const type *const *next,
-        const float *input, long tokens, float *y, long out, long columns) {
-    long j = 0;
-    for (; j + 2 * LANES <= columns; j += 2 * LANES) {
-        floats sums[TOGETHER][2] = {0};
+        const int tokens, int rows, const type **row, const float *input, long stride, float *y,
+        long out, long first, long end) {
+    long j = first;
+    for (; j + 2 * LANES <= end; j += 2 * LANES) {
+        floats sums[TOKENS_A_PASS][2] = {0};
         for (int r = 0; r < rows; r++) {
             floats weights[2] = { load(row[r] + j), load(row[r] + j + LANES) };
-            for (int line = 0; line < 2 * LANES; line += 64 / sizeof(type))
-                __builtin_prefetch(next[r] + j + line, 0, 2);
-            UNROLL for (int t = 0; t < TOKENS; t++)
+            for (int line = 0; line < 2 * LANES; line += 64 / sizeof(type))   // of 64 bytes
+                __builtin_prefetch(row[r + ROWS_A_PASS] + j + line, 0, 2);
+            UNROLL for (int t = 0; t < tokens; t++)
                 UNROLL for (int half = 0; half < 2; half++)
-                    sums[t][half] += input[r * tokens + t] * weights[half];
+                    sums[t][half] += input[r * stride + t] * weights[half];
         }
-        UNROLL for (int t = 0; t < TOKENS; t++)
+        UNROLL for (int t = 0; t < tokens; t++)
             UNROLL for (int half = 0; half < 2; half++)
-                *(floats_anywhere *)(y + t * out + j + half * LANES) += sums[t][half];
+                *(floats *)(y + t * out + j + half * LANES) += sums[t][half];
     }
-    for (int r = 0; r < rows; r++)
-        for (int t = 0; t < TOKENS; t++)
-            for (long k = j; k < columns; k++)
-                y[t * out + k] += input[r * tokens + t] * to_float(row[r][k]);
-}
-
-struct product {
-    long n, *channel;                // listed
-    float *input;                    // (n, tokens)
-    const type *weight;
-    float *y;
-    long tokens, out, share;         // share: outputs of a part
-};
-
-/* Computes the outputs of a part for all tokens, as many at a time as there is room for. */
-static void outputs(struct product p, long part) {
-    long most = ROOM / p.tokens / 64 * 64;
-    long end = (part + 1) * p.share < p.out ? (part + 1) * p.share : p.out;
-    for (long first = part * p.share; first < end; first += most) {
-        long columns = end - first < most ? end - first : most;
-        for (long t = 0; t < p.tokens; t++) memset(p.y + t * p.out + first, 0, columns * 4);
-        for (long k = 0; k < p.n; k += BATCH) {
-            const type *row[BATCH], *next[BATCH];
-            int rows = p.n - k < BATCH ? p.n - k : BATCH;
-            for (int r = 0; r < rows; r++) {
-                long then = k + r + BATCH < p.n ? k + r + BATCH : k + r;
-                row[r] = p.weight + p.channel[k + r] * p.out + first;
-                next[r] = p.weight + p.channel[then] * p.out + first;
-            }
-            for (long t = 0; t < p.tokens; t += TOGETHER) {
-                const float *x = p.input + k * p.tokens + t;
-                float *y = p.y + t * p.out + first;
-                switch (p.tokens - t) {
-                case 1: add_rows(1, rows, row, next, x, p.tokens, y, p.out, columns); break;
-                case 2: add_rows(2, rows, row, next, x, p.tokens, y, p.out, columns); break;
-                case 3: add_rows(3, rows, row, next, x, p.tokens, y, p.out, columns); break;
-                default: add_rows(4, rows, row, next, x, p.tokens, y, p.out, columns);
-                }
-            }
-        }
+    for (int r = 0; r < rows && j < end; r++) {    // the rest, copied: loads would run past the end
+        type last[2 * LANES] = {0};
+        memcpy(last, row[r] + j, (end - j) * sizeof(type));
+        floats weights[2] = { load(last), load(last + LANES) };
+        for (int t = 0; t < tokens; t++)
+            for (long k = j; k < end; k++)
+                y[t * out + k] += input[r * stride + t] * ((float *)weights)[k - j];
     }
 }
 
@@ -326,28 +241,46 @@ static void outputs(struct product p, long part) {
    threshold: one (step 0) or (in) (step 1); threads: the most to use. Returns 0, or 1 where memory
    ran out. */
 int sparse_product(const float *x, const type *weight, const float *threshold, long step, float *y,
-                   long tokens, long in, long out, int threads) {
-    struct product p = { .weight = weight, .y = y, .tokens = tokens, .out = out };
-    p.channel = malloc((in + 1) * (sizeof(long) + tokens * sizeof(float)));
-    if (!p.channel) return 1;
-    p.input = (float *)(p.channel + in + 1);
-    for (long i = 0; i < in; i++) {  // what any token keeps, with 0 for tokens that drop it
+                   long tokens, long in, long out, long threads) {
+    const type **row = malloc((in + ROWS_A_PASS) * (sizeof *row + tokens * sizeof(float)));
+    float *input = (float *)(row + in + ROWS_A_PASS);        // (n, tokens)
+    long n = 0;
+    if (!row) return 1;
+    for (long i = 0; i < in; i++) {  // rows that any token keeps, with 0 for tokens that drop it
         int needed = 0;
         for (long t = 0; t < tokens; t++) {
             int keep = !(fabsf(x[t * in + i]) <= threshold[i * step]);          // NaN is kept
-            p.input[p.n * tokens + t] = keep ? x[t * in + i] : 0.0f;
+            input[n * tokens + t] = keep ? x[t * in + i] : 0.0f;
             needed |= keep;
         }
-        p.channel[p.n] = i;
-        p.n += needed;
+        row[n] = weight + i * out;
+        n += needed;
     }
-    long worth = 1 + (p.n * out * (long)sizeof(type) - 1) / WORTH;
-    if (threads > worth) threads = worth;
-    p.share = (out + threads * 64 - 1) / (threads * 64) * 64;
+    for (int r = 0; r < ROWS_A_PASS; r++) row[n + r] = weight;       // prefetched, but not added
+    memset(y, 0, tokens * out * sizeof(float));
+    long useful = 1 + n * out * (long)sizeof(type) / BYTES_A_THREAD;
+    if (threads > useful) threads = useful;
+    // Equal parts of the outputs, as many for each thread: the sums of one fit the cache
+    long parts = threads * (1 + (tokens * out - 1) / (threads * SUMS_IN_CACHE));
+    long columns = (out + parts * 64 - 1) / (parts * 64) * 64;
     // dynamic: a part is taken by whoever comes first, so that a late thread holds up less
     #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (long part = 0; part < threads; part++) outputs(p, part);
-    free(p.channel);
+    for (long first = 0; first < out; first += columns) {
+        long end = first + columns < out ? first + columns : out;
+        for (long k = 0; k < n; k += ROWS_A_PASS)
+            for (long t = 0; t < tokens; t += TOKENS_A_PASS) {
+                int rows = n - k < ROWS_A_PASS ? n - k : ROWS_A_PASS;
+#define ADD(COUNT) add_rows(COUNT, rows, row + k, input + k * tokens + t, tokens, y + t * out, \
+                            out, first, end)
+                switch (tokens - t) {
+                case 1: ADD(1); break;
+                case 2: ADD(2); break;
+                case 3: ADD(3); break;
+                default: ADD(4);
+                }
+            }
+    }
+    free(row);
     return 0;
 }
 """
@@ -356,23 +289,24 @@ C_TYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: 
 # No -ffast-math: a library linked with it makes the whole process flush denormals. -march is for
 # gcc and clang on x86, -mcpu for arm; Apple's compiler has no OpenMP: there C runs on one thread.
 C_FLAGS = ["-fopenmp -march=native", "-fopenmp -mcpu=native", "-mcpu=native", ""]
+say_once = functools.cache(note)
 
 
 @functools.cache
 def compiled(source):
     """Return C source compiled for this processor, a ctypes.CDLL, or None without a C compiler.
 
-    The compiler is CC, or else cc, gcc or clang. What it makes is kept in MINTEAL_CACHE, or else in
-    ~/.cache/minteal. MINTEAL_CACHE=off does without C.
+    The compiler is CC (a path, or a command with arguments), or else cc, gcc or clang. The library
+    is kept in MINTEAL_CACHE, or else in ~/.cache/minteal. MINTEAL_CACHE=off does without C.
     """
-    folder = os.environ.get("MINTEAL_CACHE") or os.environ.get("HOME", "") + "/.cache/minteal"
-    asked = os.environ.get("CC", "").strip()               # a path, which may have blanks in it,
-    words = [asked] if shutil.which(asked) else shlex.split(asked)         # or with arguments
-    for command in [words] * bool(asked) + [[name] for name in ("cc", "gcc", "clang")]:
-        if folder == "off" or command != words and not shutil.which(command[0]):
-            continue
+    if os.environ.get("MINTEAL_CACHE") == "off":
+        return None
+    asked = os.environ.get("CC", "")
+    asked = [asked] if shutil.which(asked) else shlex.split(asked)     # a path may have blanks
+    usual = [[name] for name in ("cc", "gcc", "clang") if shutil.which(name)]
+    for command in [asked] * bool(asked) + usual:
         for flags in C_FLAGS:
-            library = built([*command, "-O3", *flags.split()], source, Path(folder))
+            library = built([*command, "-O3", *flags.split()], source)
             if library is not None:
                 return library
         say_once(f"kernel.py: {shlex.join(command)} does not make a C library here; set CC to a "
@@ -380,74 +314,68 @@ def compiled(source):
     return None
 
 
-def built(command, source, folder):
-    """Return the library that a compiler's command makes of C source, kept in a folder, or None."""
+def built(command, source):
+    """Return the library that a compiler's command makes of C source, kept for later, or None."""
     identity = f"{source}\n{command}\n{processor()}"       # machines may share a folder
-    path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    with contextlib.suppress(OSError):                     # there is none, or a damaged one
-        return ctypes.CDLL(str(path))
-    with tempfile.TemporaryDirectory() as workplace, contextlib.suppress(OSError):
-        result = Path(workplace) / path.name
-        options = ["-shared", "-fPIC", "-x", "c", "-", "-o", result, "-lm"]
-        subprocess.run([*command, *options], input=source.encode(), capture_output=True)
-        library = ctypes.CDLL(str(result))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            copy = shutil.copy(result, path.with_suffix(f".{os.getpid()}"))
-            os.replace(copy, path)                         # whole, or not at all
-        except OSError:
-            say_once(f"kernel.py: {folder} cannot be written: every command compiles its C anew. "
-                     f"Set MINTEAL_CACHE to a folder that can")
-        return library
+    path = f"{cache_folder()}/{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    with contextlib.suppress(OSError):                     # not built yet, or damaged
+        return ctypes.CDLL(path)
+    unfinished = f"{path}.{time.time_ns()}"                # another process may build it, too
+    with contextlib.suppress(OSError):                     # no such compiler, or it failed
+        subprocess.run([*command, "-shared", "-fPIC", "-x", "c", "-", "-o", unfinished, "-lm"],
+                       input=source.encode(), capture_output=True)
+        os.replace(unfinished, path)
+        return ctypes.CDLL(path)
 
 
-say_once = functools.cache(note)
+@functools.cache
+def cache_folder():
+    """Return the folder of libraries, or a temporary one where that cannot be written."""
+    folder = os.environ.get("MINTEAL_CACHE") or os.path.expanduser("~/.cache/minteal")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        note(f"kernel.py: {folder} cannot be written: every command compiles its C anew. Set "
+             f"MINTEAL_CACHE to a folder that can")
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
 def processor():
-    """Return what -march=native looks at, near enough, as text."""
-    lines = []
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    signs = ("model name", "flags", "Features", "CPU part")
-    lines = sorted({line for line in lines if line.startswith(signs)})
-    return " ".join([platform.machine(), platform.processor(), *lines])
-
-
-def instructions():
-    """Return the names of those of this processor's instructions that products gain from."""
-    names = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bfloat16",
-             "avx_vnni": "AVX-VNNI", "avx512_vnni": "VNNI", "asimd": "NEON"}
-    flags = processor().split()
-    return ", ".join(names[flag] for flag in names if flag in flags) or platform.machine()
+    """Return text that differs where what -march=native makes differs, near enough."""
+    facts = {platform.machine(), platform.processor()}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        signs = ("model name", "flags", "Features", "CPU part")
+        facts |= {line for line in lines if line.startswith(signs)}
+    return " ".join(sorted(facts))
 
 
 @functools.cache
 def c_function(dtype):
-    """Return the C function for weights of a dtype, or None where no C compiler builds it."""
-    library = compiled(f"#define {C_TYPES[dtype]}\n{C_SOURCE}")
+    """Return the C function for weights of a dtype, or None if there is none or no compiler."""
+    library = compiled(f"#define {C_TYPES[dtype]}\n{C_SOURCE}") if dtype in C_TYPES else None
     if library is None:
         return None
-    pointer, long = [ctypes.c_void_p], [ctypes.c_long]
-    library.sparse_product.argtypes = 3 * pointer + long + pointer + 3 * long + [ctypes.c_int]
+    library.sparse_product.argtypes = 9 * [ctypes.c_int64]           # addresses and sizes
     return library.sparse_product
 
 
 def fits_c(weight_t):
     """Return whether the C kernel takes weights of a tensor's device and dtype here."""
-    return (weight_t.device.type == "cpu" and weight_t.dtype in C_TYPES
-            and c_function(weight_t.dtype) is not None)
+    return weight_t.is_cpu and c_function(weight_t.dtype) is not None
 
 
 def c_call(x, weight_t, threshold, y):
-    """Return the C function and the arguments that set y (B, out) to the sparse product.
+    """Return the C function and the arguments that set y (..., out) to the sparse product.
 
-    x, threshold and y are float32.
+    x (..., in), threshold and y are float32.
     """
     return c_function(weight_t.dtype), (
         x.data_ptr(), weight_t.data_ptr(), threshold.data_ptr(), threshold.ndim, y.data_ptr(),
-        *x.shape, weight_t.shape[1], THREADS)
+        x.shape[:-1].numel(), *weight_t.shape, THREADS)
 
 
 def c_gemv(x, weight_t, threshold):
@@ -456,26 +384,25 @@ def c_gemv(x, weight_t, threshold):
         raise ValueError(f'backend "c" needs a C compiler and float32, float16 or bfloat16 on the '
                          f'CPU, not {weight_t.dtype} on {weight_t.device.type}')
     wide = x.float()
-    y = wide.new_empty(len(x), weight_t.shape[1])
+    y = wide.new_empty(*x.shape[:-1], weight_t.shape[1])
     function, arguments = c_call(wide, weight_t, threshold, y)
     if function(*arguments):
         raise MemoryError("no memory for the list of kept channels")
-    return y.to(x.dtype)
+    return y if wide is x else y.to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
-# Triton: the same sum, cut into tiles. What a GPU needs to be busy is bytes on their way: an H100
-# 3.35 TB/s x 0.7 us, 17 KB for each of its 132 multiprocessors, all the time. So a program
+# Triton: the same sum, cut into tiles. A GPU is busy while enough bytes are on their way: on an
+# H100 3.35 TB/s x 0.7 us, which is 17 KB for each of its 132 multiprocessors. So a program
 #     1. lists the channels of its split that any row keeps, and their inputs, in memory of its own
-#     2. walks down the list. The loop is a pipeline: while the matrix units take one turn's rows,
-#        those of the next turns are being copied to shared memory, without a register
+#     2. walks down the list. The loop is a pipeline: while the tensor cores take one turn's rows,
+#        those of the next turns are being copied to shared memory, past the registers
 #     3. writes its part; the last program of a tile adds the parts
-# The matrix units want 16 rows of x. Those that are not there are zeros, and cost no time, since
+# Tensor cores take at least 16 rows of x. Those that are not there are zeros, and cost no time, as
 # time is bytes: one row or eight take the same.
 
 TILE = {2: {"BLOCK_IN": 32, "BLOCK_OUT": 128, "STAGES": 5},      # by the bytes of a weight
         4: {"BLOCK_IN": 16, "BLOCK_OUT": 128, "STAGES": 5}}
-TICKETS = 1 << 16        # tiles of one launch, at most: 8 million outputs
 
 if triton is not None:
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -485,20 +412,20 @@ if triton is not None:
                   SPAN: tl.constexpr):
         """List the channels that any row of x (ROWS, SPAN) keeps; return their number.
 
-        threshold (SPAN,); inside (ROWS, SPAN): which entries of x there are; first: the number of
-        the first channel. Written: channel (SPAN,) int32, the kept ones in their order, then -1;
-        input (ROWS, SPAN), what each row keeps of the listed channels, 0 for what it drops.
+        threshold (SPAN,); inside (ROWS, SPAN): which entries of x exist; first: the number of the
+        first channel. Written: channel (SPAN,) int32, the kept ones in their order, then -1; input
+        (ROWS, SPAN), what each row keeps of the listed channels, 0 for what it drops.
         """
         index = tl.arange(0, SPAN)
         keep = ((tl.abs(x.to(tl.float32)) <= threshold[None, :]) == 0) & inside     # NaN is kept
         needed = tl.max(keep.to(tl.int32), axis=0)                              # by any row
         before = tl.cumsum(needed) - needed
         count = tl.sum(needed)
-        place = tl.where(needed > 0, before, count + index - before)    # kept first, then the rest
+        place = tl.where(needed > 0, before, count + index - before)    # kept: 0 to count - 1
         tl.store(channel_ptr + place, tl.where(needed > 0, first + index, -1))
         kept_x = tl.where(keep, x, 0.0).to(input_ptr.dtype.element_ty)
         tl.store(input_ptr + tl.arange(0, ROWS)[:, None] * SPAN + place[None, :], kept_x)
-        tl.debug_barrier()               # the threads of the program read what others have listed
+        tl.debug_barrier()               # each thread will read what others have listed
         return count
 
     @triton.jit
@@ -508,9 +435,8 @@ if triton is not None:
         """Return the sum of input times weight over `count` listed channels: (16, BLOCK_OUT).
 
         output (BLOCK_OUT,): the outputs of the tile; weight (channels, outputs). Sums are float32.
-        What one row drops and another keeps is multiplied by 0: NaN where a weight is infinite.
         """
-        row = tl.arange(0, 16)[:, None]                                         # rows, and zeros
+        row = tl.arange(0, 16)[:, None]                                         # tl.dot needs 16
         sums = tl.zeros((16, BLOCK_OUT), tl.float32)
         for start in tl.range(0, count, BLOCK_IN, num_stages=STAGES):
             index = start + tl.arange(0, BLOCK_IN)
@@ -526,7 +452,7 @@ if triton is not None:
 
     @triton.jit
     def is_last(ticket_ptr, programs):
-        """Return whether this is the last of so many programs to come here, with all it stored."""
+        """Return whether the other programs of this tile have all stored their parts."""
         tl.debug_barrier()               # all threads have stored; the atomic orders what follows
         last = tl.atomic_add(ticket_ptr, 1) == programs - 1
         if last:
@@ -553,12 +479,11 @@ if triton is not None:
         """y[row, j] = sum over channels of kept x[row, i] * weight[i, j].
 
         grid (tiles, splits of SPAN channels). x (rows, channels); threshold float32 (channels,), or
-        () with STEP 0; y (rows, outputs). ROWS: rows, or the next power of 2. Room for each
-        program: channel and input, as in list_kept; for each split: partial float32 (rows,
-        outputs). ticket int32 (tiles,), zeros before and after.
+        () with STEP 0; y (rows, outputs). ROWS: rows rounded up to a power of 2. Others: `scratch`.
         """
         tile = tl.program_id(0)
         split = tl.program_id(1)
+        splits = tl.num_programs(1)
         program = split * tl.num_programs(0) + tile
         channel_ptr += program * SPAN
         input_ptr += program * SPAN * ROWS
@@ -574,11 +499,10 @@ if triton is not None:
         padded = tl.arange(0, 16)[:, None]
         tl.store(partial_ptr + (split * rows + padded) * outputs + output[None, :], sums,
                  mask=(padded < rows) & (output < outputs)[None, :])
-        if is_last(ticket_ptr + tile, tl.num_programs(1)):
+        if is_last(ticket_ptr + tile, splits):
             place = row * outputs + output[None, :]                             # (ROWS, BLOCK_OUT)
             real = (row < rows) & (output < outputs)[None, :]
-            y = add_parts(partial_ptr, place, real, tl.num_programs(1), rows * outputs, ROWS,
-                          BLOCK_OUT)
+            y = add_parts(partial_ptr, place, real, splits, rows * outputs, ROWS, BLOCK_OUT)
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
 
 
@@ -589,83 +513,65 @@ def is_interpreted():
 
 def check_triton(x):
     """Raise ValueError where Triton's kernels do not run for a tensor of x's device and dtype."""
-    runs = triton is not None and (x.device.type == "cuda" or is_interpreted())
-    if not runs or x.dtype == torch.float64:
+    if not (triton and (x.is_cuda or is_interpreted())) or x.dtype == torch.float64:
         raise ValueError(f'backend "triton" needs Triton, 16 or 32 bits, not {x.dtype}, and a GPU, '
                          f'or TRITON_INTERPRET=1 set before triton is imported')
 
 
-@functools.cache
-def multiprocessors(device):
-    """Return how many multiprocessors a GPU has; 2 in the interpreter."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def span(tiles, channels, device):
     """Return how many channels a program lists: 512 where 256 would make too many programs."""
-    return 512 if tiles * triton.cdiv(channels, 256) > 8 * multiprocessors(device) else 256
+    multiprocessors = 2                  # for the interpreter
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return 512 if tiles * triton.cdiv(channels, 256) > 8 * multiprocessors else 256
 
 
 @functools.cache
-def stream_tickets(device, stream):
-    return torch.zeros(TICKETS, dtype=torch.int32, device=device)
+def tickets(device):
+    """Return zeros int32, one a tile, by which a program learns that it is the last of its tile.
 
-
-def tickets(number, device):
-    """Return `number` zeros int32, by which programs learn which of them is the last of a tile.
-
-    A launch leaves zeros for the next one. So the launches in a stream share them, and all CUDA
-    graphs of a device, of which one is replayed at a time. ValueError for more than there are.
+    A launch leaves zeros for the next one: launches on a device follow each other, in one stream.
     """
-    if number > TICKETS:
-        raise ValueError(f"{number} tiles of outputs in one launch, at most {TICKETS}")
-    stream = None
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        stream = torch.cuda.current_stream(device).cuda_stream
-        stream_tickets(device, None)     # those of graphs, made before one is captured
-    return stream_tickets(device, stream)[:number]
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
-def room(x, dtype, tiles, splits, size, width):
+def scratch(x, dtype, tiles, splits, size, width):
     """Return what the programs of a launch write besides y: channel, input, partial and ticket.
 
-    dtype: of the listed inputs; tiles, splits: the grid; size: channels of a list; width: outputs
-    of all tiles.
+    For each program of the grid (tiles, splits) channel int32 (size,), of its list, and input of a
+    dtype (ROWS, size); for each split partial float32 (rows, width); for each tile a ticket.
     """
-    programs = splits * tiles
-    rows = len(x)
-    return (torch.empty(programs * size, device=x.device, dtype=torch.int32),
-            torch.empty(programs * size * triton.next_power_of_2(rows), device=x.device,
-                        dtype=dtype),
-            torch.empty(splits * rows * width, device=x.device, dtype=torch.float32),
-            tickets(tiles, x.device))
+    rows = x.shape[:-1].numel()
+    padded = triton.next_power_of_2(rows)
+    return (torch.empty(splits * tiles, size, device=x.device, dtype=torch.int32),
+            torch.empty(splits * tiles, padded, size, device=x.device, dtype=dtype),
+            torch.empty(splits, rows, width, device=x.device, dtype=torch.float32),
+            tickets(x.device))
 
 
 def triton_gemv(x, weight_t, threshold):
     """Compute sparse_gemv by the Triton kernel, in one launch."""
     check_triton(x)
-    rows, channels = x.shape
-    outputs = weight_t.shape[1]
-    if not rows * channels * outputs:
-        return x.new_zeros(rows, outputs)                  # there would be no program
+    rows = x.shape[:-1].numel()
+    channels, outputs = weight_t.shape
+    if not weight_t.numel():
+        return x.new_zeros(*x.shape[:-1], outputs)         # there would be no program
     sizes = TILE[weight_t.itemsize]
     tiles = triton.cdiv(outputs, sizes["BLOCK_OUT"])
     size = span(tiles, channels, x.device)
     splits = triton.cdiv(channels, size)
-    y = torch.empty(rows, outputs, device=x.device, dtype=x.dtype)
+    y = x.new_empty(*x.shape[:-1], outputs)
     with torch.cuda.device_of(x):        # Triton launches on the current device
         sparse_product_kernel[(tiles, splits)](
-            x, weight_t, threshold, *room(x, weight_t.dtype, tiles, splits, size, outputs), y,
+            x, weight_t, threshold, *scratch(x, weight_t.dtype, tiles, splits, size, outputs), y,
             rows, channels, outputs, STEP=threshold.ndim, ROWS=triton.next_power_of_2(rows),
             SPAN=size, num_warps=4, **sizes)
     return y
 
 
-# A backend is a function(x (B, in), weight_t (in, out), threshold () or (in,)) -> y (B, out).
+# A backend is a function(x (..., in), weight_t (in, out), threshold () or (in,)) -> y (..., out).
 BACKENDS = {"triton": triton_gemv, "c": c_gemv, "torch": torch_gemv}
-C_CALLS = {"c": c_call}              # for those that are one C call: the function, its arguments
+C_CALLS = {"c": c_call}              # those that are one C call, which beyond/record.py records
 
 
 # --------------------------------------------------------------------------------------------------
@@ -696,9 +602,7 @@ def median_time(call, device, seconds=0.5):
 def threshold_dropping(x, sparsity):
     """Return the magnitude at or below which a share `sparsity` of the entries of x lies."""
     dropped = round(sparsity * x.numel())
-    if not dropped:
-        return KEEP_ALL.to(x.device)
-    return x.float().abs().flatten().sort().values[dropped - 1]
+    return x.float().abs().flatten().kthvalue(dropped).values if dropped else KEEP_ALL.to(x.device)
 
 
 def copies_of(inputs, outputs, dtype, device, total=512_000_000):
@@ -712,41 +616,36 @@ def copies_of(inputs, outputs, dtype, device, total=512_000_000):
     return [block[(row + i) % 256] for i in range(copies)]
 
 
-def time_shape(inputs, outputs, dtype, device, levels, seconds=0.5, total=512_000_000,
-               library=("F.linear", "torch.mv", "x @ weight_t")):
-    """Print, and return, the times of one product: {each of `library`, "ours, 50%"...: seconds}.
+def time_shape(inputs, outputs, dtype, device, levels, seconds=0.5, total=512_000_000):
+    """Print, and return, the times of a product: {one of PyTorch's ways, or "ours, 50%": seconds}.
 
     levels: the shares of the inputs that our kernel drops; seconds: for each time; total: bytes of
-    weights; library: PyTorch's ways. Ratios are to the fastest of these.
+    weights. Ratios are to the fastest of PyTorch's ways.
     """
     weights = copies_of(inputs, outputs, dtype, device, total)
     n = len(weights)
-    size = weights[0].nbytes
-    usual = [weight.view(outputs, inputs) for weight in weights]       # other numbers, same bytes
+    as_pytorch = [weight.view(outputs, inputs) for weight in weights]  # other numbers, same bytes
     xs = torch.randn(8, 1, inputs, device=device)
     x = xs[0].to(dtype)
     if device.type == "cuda":
         xs = xs.to(dtype)                # as a model's are there; on a CPU they are float32
-    ways = {"F.linear": lambda i: F.linear(x, usual[i % n]),
-            "torch.mv": lambda i: torch.mv(usual[i % n], x[0]),
+    ways = {"F.linear": lambda i: F.linear(x, as_pytorch[i % n]),
+            "torch.mv": lambda i: torch.mv(as_pytorch[i % n], x[0]),
             "x @ weight_t": lambda i: x @ weights[i % n]}
-    times = {name: median_time(ways[name], device, seconds) for name in library}
+    times = {name: median_time(way, device, seconds) for name, way in ways.items()}
     best = min(times.values())
-
-    def show(name, read):
-        print(f"{name:>12} {times[name] * 1e3:9.3f} {read * size / times[name] / 1e9:7.1f} "
-              f"{best / times[name]:6.2f}x", flush=True)
-
-    print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB\n"
-          f"{'':>12} {'ms':>9} {'GB/s':>7} {'ratio':>7}")
-    for name in library:
-        show(name, 1)
+    read = dict.fromkeys(times, weights[0].nbytes)
     for level in levels:
-        thresholds = [threshold_dropping(x, level) for x in xs]
+        thresholds = [threshold_dropping(each, level) for each in xs]
         name = f"ours, {level:.0%}"
+        read[name] = weights[0].nbytes * (1 - round(level * inputs) / inputs)
         times[name] = median_time(
             lambda i: sparse_gemv(xs[i % 8], weights[i % n], thresholds[i % 8]), device, seconds)
-        show(name, 1 - round(level * inputs) / inputs)
+    print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, "
+          f"{weights[0].nbytes / 1e6:.0f} MB\n{'':>12} {'ms':>9} {'GB/s':>7} {'ratio':>7}")
+    for name, time_of in times.items():
+        print(f"{name:>12} {time_of * 1e3:9.3f} {read[name] / time_of / 1e9:7.1f} "
+              f"{best / time_of:6.2f}x", flush=True)
     return times
 
 
@@ -762,7 +661,7 @@ def main():
     arguments = parser.parse_args()
     device = find_device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
-    machine = f"CPU with {instructions()}, {THREADS} threads"
+    machine = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {THREADS} threads"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     print(f"{machine}, torch {torch.__version__}. Random weights, more than a cache holds.\n"

@@ -18,8 +18,6 @@ The keys and values of earlier positions do not change, so decoding keeps them i
 computes only the new position. Modules carry the names of the checkpoint's tensors
 (`model.layers.0.self_attn.q_proj.weight`), so loading renames nothing.
 
-Four parts: the model; its folder (config.json, safetensors); the tokenizer; the command line.
-
 Sources: Llama 2 (arXiv 2307.09288); RoPE (arXiv 2104.09864); grouped-query attention (arXiv
 2305.13245); SwiGLU (arXiv 2002.05202); RMSNorm (arXiv 1910.07467); the safetensors format (its
 README on GitHub); the meaning of config.json's keys (transformers' LlamaConfig, MistralConfig).
@@ -34,19 +32,16 @@ import math
 import mmap
 import os
 import signal
-import struct
 import sys
-import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-# While torch loads, a second or two, Ctrl-C ends a command without a traceback.
+# No Llama yet. Ctrl-C waits while torch loads, a second or two, and ends without a traceback.
 sys.excepthook = lambda kind, error, trace: (
     kind is KeyboardInterrupt or sys.__excepthook__(kind, error, trace))
-FIRST = threading.current_thread() is threading.main_thread()        # only it may change signals
-interrupted = FIRST and signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 # Torch reads these settings as it loads. Weights stream faster through memory pages of 2 MB than of
 # 4 KB. A waiting thread spins for 5 ms before it sleeps; 0.2 ms leave the cores to other work.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -56,10 +51,7 @@ import torch                                                                # no
 import torch.nn.functional as F                                             # noqa: E402
 from torch import nn                                                        # noqa: E402
 
-if FIRST:
-    signal.signal(signal.SIGINT, interrupted or signal.SIG_DFL)
-
-
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))     # as seen from where a command runs
 
 
@@ -73,6 +65,16 @@ def require(condition, message):
         raise InputError(message)
 
 
+@contextlib.contextmanager
+def refusing(message, *kinds):
+    """Make errors of these kinds, inside a `with`, an InputError: `message`, and what was wrong."""
+    try:
+        yield
+    except kinds as error:
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"{message}: {said.splitlines()[0]}") from None
+
+
 # --------------------------------------------------------------------------------------------------
 # The model. Shapes: B sequences of T new tokens, S positions in all, H query heads, G key-value
 # heads, D channels a head.
@@ -80,72 +82,12 @@ def require(condition, message):
 ACTIVATIONS = {"silu": F.silu}           # by config.json's hidden_act
 
 
-@functools.cache
-def can_multiply(dtype):
-    """Return whether this CPU has instructions for matrix products of a floating-point dtype.
-
-    Most have none for 16 bits: PyTorch multiplies number by number then, a hundred times slower.
-    """
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
-
-
-def product(x, weight_t):
-    """Return x (..., in) @ weight_t (in, out) in x's dtype, multiplied in the weight's.
-
-    A CPU without instructions for the weight's dtype multiplies in float32.
-    """
-    if weight_t.is_cuda or can_multiply(weight_t.dtype) or weight_t.requires_grad:
-        return (x.to(weight_t.dtype) @ weight_t).to(x.dtype)
-    return InFloat32.apply(x, weight_t)
-
-
-class InFloat32(torch.autograd.Function):
-    """The product of x (..., in) and weight_t (in, out) in float32; only x gets a gradient.
-
-    The weight is widened a part of the outputs at a time, in the backward pass too: a part fits the
-    processor's cache, and no second copy of the weight appears.
-    """
-    BLOCK = 1 << 20                      # weights of a part
-
-    @staticmethod
-    def parts(weight_t):
-        return weight_t.split(max(64, InFloat32.BLOCK // len(weight_t)), 1)
-
-    @staticmethod
-    def forward(ctx, x, weight_t):
-        ctx.save_for_backward(weight_t)
-        wide = x.float()
-        parts = InFloat32.parts(weight_t)
-        return torch.cat([wide @ part.float() for part in parts], -1).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        parts = InFloat32.parts(*ctx.saved_tensors)
-        gradients = gradient.float().split(parts[0].shape[1], -1)
-        wide = sum(of @ part.float().t() for of, part in zip(gradients, parts))
-        return wide.to(gradient.dtype), None
-
-
 class Linear(nn.Linear):
-    """y = W x + b, by `product`."""
+    """y = W x + b; `matmul`, below Llama, multiplies by what the processor is fast at."""
 
     def forward(self, x):
-        y = product(x, self.weight.t())
+        y = matmul(x, self.weight.t())
         return y if self.bias is None else y + self.bias
-
-
-class Head(Linear):
-    """The linear that gives the logits, summed in float32 where tokens are chosen from them.
-
-    One rounding to bfloat16 could make the wrong one of two close logits the larger.
-    """
-
-    def forward(self, x):
-        if x.is_cuda or x.shape[-2] > 8 or self.weight.itemsize > 2:
-            return super().forward(x)
-        return InFloat32.apply(x, self.weight.t())
 
 
 class RMSNorm(nn.RMSNorm):
@@ -156,7 +98,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Context(NamedTuple):
-    """What every block is given besides its input; `Llama.context` makes it."""
+    """What every block is told of where its tokens stand; `Llama.context` makes it."""
     cos: torch.Tensor                    # (T, D)
     sin: torch.Tensor                    # (T, D)
     mask: torch.Tensor | None            # (T, S): what each token sees, as for `attend`
@@ -168,8 +110,8 @@ def rope_tables(positions, config, dtype):
 
     Pair i of a head, its channels i and i + D/2, turns by the angle position * theta^(-2i/D) (RoPE,
     section 3.4.2). Scaling lets a model see further than it was trained for. "linear" slows all
-    pairs by a factor. "llama3" slows only pairs that turn less than low_freq_factor times within
-    the original context, fully, and pairs up to high_freq_factor turns in part (Llama 3.1).
+    pairs by a factor. "llama3" slows those of less than low_freq_factor turns within the original
+    context, leaves those of more than high_freq_factor, and goes from one to the other in between.
     """
     wide = torch.promote_types(dtype, torch.float32)
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=wide)
@@ -188,7 +130,7 @@ def rope_tables(positions, config, dtype):
 
 
 def rotate(x, cos, sin):
-    """Return x (B, heads, T, D) turned: times cos, plus the other half of each pair times ± sin."""
+    """Return x (B, heads, T, D) turned: a pair (a, b) is now (a cos - b sin, b cos + a sin)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -198,18 +140,19 @@ def visible(past, T, window, device):
     A token sees itself and the tokens before it; with a sliding window, only the last `window` of
     these. The mask is None where it is plainly causal.
     """
+    window = window or 2**62             # none: wider than any text
     positions = torch.arange(past, past + T, device=device)
-    if (T == 1 or past == 0) and not (window and past + T > window):
+    if (T == 1 or past == 0) and past + T <= window:
         return positions, None
     keys = torch.arange(past + T, device=device)
-    return positions, (keys <= positions[:, None]) & (keys > positions[:, None] - (window or 2**62))
+    return positions, (keys <= positions[:, None]) & (keys > positions[:, None] - window)
 
 
 def attend(q, k, v, mask):
     """Return softmax(q kᵀ / √D) v: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
-    k and v may have fewer bits than q. mask (T, S): bool, or numbers to add to q kᵀ / √D, 0 or
-    -inf; None: each token sees all before it.
+    k and v may have fewer bits than q. mask (T, S): bool, or (generate.StaticCache) 0 and -inf to
+    add to q kᵀ / √D; None: each token sees all before it.
     """
     B, H, T, D = q.shape
     G = k.shape[1]
@@ -226,7 +169,6 @@ class KVCache:
     """The keys and values of the positions seen so far, allocated once for `length` positions.
 
     `model(tokens, cache)` appends at `cache.used`. Setting `used` back forgets later positions.
-    Other ways to store and to see are subclasses (a CUDA graph's).
     """
 
     def __init__(self, layers, batch, heads, length, head_dim, device, dtype):
@@ -264,13 +206,13 @@ class Attention(nn.Module):
         keys = config.num_key_value_heads * config.head_dim
         self.layer = layer
         self.head_dim = config.head_dim
-        self.attend = attend
+        self.attend = attend             # its own, for beyond/attend.py
         self.q_proj = Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
 
-    def qkv(self, x):
+    def qkv(self, x):                    # a method of its own, for beyond/fused.py
         """Return the three projections that read x (B, T, hidden), each (B, T, heads * D)."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
@@ -296,7 +238,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden, middle, bias=config.mlp_bias)
         self.down_proj = Linear(middle, hidden, bias=config.mlp_bias)
 
-    def gated(self, x):
+    def gated(self, x):                  # a method of its own, for beyond/fused.py
         """Return act(gate) * up (B, T, middle), two projections of x (B, T, hidden)."""
         return self.activation(self.gate_proj(x)) * self.up_proj(x)
 
@@ -322,7 +264,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # What nn.Embedding itself would do first, on the meta device, imports 400 modules.
+        # nn.Embedding(...) on the meta device would import 400 modules of torch first.
         weight = torch.randn(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
@@ -344,8 +286,8 @@ class Llama(nn.Module):
         """Return the logits (B, T, vocab) of tokens (B, T) int64, in at least float32.
 
         With a cache the tokens follow its own, and are appended. last_only: only the logits of the
-        last position, (B, 1, vocab). Raises InputError for tokens that do not fit the cache, or (on
-        a CPU, where the check is free) the vocabulary.
+        last position, (B, 1, vocab). Raises InputError for tokens that do not fit the cache, or on
+        a CPU the vocabulary.
         """
         context = self.context(tokens, cache)
         x = self.embed(tokens)                                                  # (B, T, hidden)
@@ -356,7 +298,7 @@ class Llama(nn.Module):
         if last_only:
             x = x[:, -1:]
         x = self.model.norm(x)
-        return self.lm_head(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self.lm_head(x.to(torch.promote_types(x.dtype, torch.float32)))  # logits in float32
 
     def context(self, tokens, cache=None):
         """Return the Context of tokens (B, T) that follow what the cache holds."""
@@ -379,9 +321,9 @@ class Llama(nn.Module):
     def make_cache(self, batch, length):
         """Return an empty KVCache for `batch` sequences of up to `length` positions."""
         layers = self.model.layers
-        heads = layers[0].self_attn.k_proj.out_features // self.config.head_dim
-        return KVCache(len(layers), batch, heads, length, self.config.head_dim, self.device,
-                       self.dtype)
+        D = self.config.head_dim
+        heads = layers[0].self_attn.k_proj.out_features // D        # fewer in beyond/parallel.py
+        return KVCache(len(layers), batch, heads, length, D, self.device, self.dtype)
 
     @property
     def device(self):
@@ -406,12 +348,7 @@ class Llama(nn.Module):
 
     @staticmethod
     def from_pretrained(folder, device="cpu", dtype=None):
-        """Return the Llama in a checkpoint folder, in eval mode and without gradients.
-
-        folder: config.json with model.safetensors, or with model.safetensors.index.json and its
-        shards. dtype: floating-point, or None for the checkpoint's own. Raises InputError for a
-        folder without such a model.
-        """
+        """Return the Llama in a checkpoint folder, without gradients, as `fill` does."""
         return fill(Llama.shapes(Config.read(folder)), folder, device, dtype)
 
     @staticmethod
@@ -422,30 +359,24 @@ class Llama(nn.Module):
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.fill_random(seed)
 
-    def fill_random(self, seed):
+    def fill_random(self, seed):         # a method of its own, for beyond/parallel.py
         """Fill all linears with random weights that keep the size of what goes through them."""
         # Drawing 7 billion normal numbers takes minutes: a pool of four million fills every weight.
         generator = torch.Generator().manual_seed(seed)
         pool = torch.randn((1 << 22) + 7, generator=generator).to(self.device, self.dtype)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(False)
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-                continue
-            scaled = pool * parameter.shape[-1] ** -0.5
-            for part in parameter.data.view(-1).split(len(scaled)):
-                part.copy_(scaled[:len(part)])
+        for name, parameter in self.requires_grad_(False).named_parameters():
+            norm = name.endswith("norm.weight")
+            values = torch.ones_like(pool) if norm else pool * parameter.shape[-1] ** -0.5
+            for part in parameter.view(-1).split(len(values)):
+                part.copy_(values[:len(part)])
         return self.eval()
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors to `folder`, a sparse linear as a dense one."""
+        require(not list(self.buffers()), f"{folder}: a quantized model cannot be written there")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, parameter in self.named_parameters():
-            if name.endswith(".weight_t"):
-                tensors[name.removesuffix("_t")] = parameter.t()
-            else:
-                tensors[name] = parameter
+        tensors = {name.removesuffix("_t"): parameter.t() if name.endswith("_t") else parameter
+                   for name, parameter in self.named_parameters()}
         write_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
         self.config.write(folder, self.dtype)
 
@@ -453,22 +384,20 @@ class Llama(nn.Module):
 def fill(model, folder, device="cpu", dtype=None):
     """Put the tensors of a checkpoint folder into a Llama on the meta device, and return it.
 
-    Each tensor is copied once, from the mapped file: a parameter as `dtype` (None: the
-    checkpoint's), a buffer as it is. Raises InputError for a parameter that is not finite.
+    A parameter is copied as `dtype` (None: the checkpoint's), and must be finite.
     """
     dtype = dtype or checkpoint_dtype(folder)
     for path, tensors in checked_shards(folder, model):
-        for name in list(tensors):       # each is forgotten before the next is read
+        for name, tensor in tensors.items():
             parent, leaf = name.rsplit(".", 1)
-            module, tensor = model.get_submodule(parent), tensors.pop(name)
-            if isinstance(getattr(module, leaf), nn.Parameter):
-                copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-                require(bool(torch.stack(copy.aminmax()).isfinite().all()),
+            module = model.get_submodule(parent)
+            if isinstance(getattr(module, leaf), nn.Parameter):     # beyond/quantize.py has buffers
+                tensor = tensor.to(device, dtype, copy=True)
+                require(bool(torch.stack(tensor.aminmax()).isfinite().all()),
                         f"{path}: tensor {name} holds NaN or numbers beyond {dtype}")
-                setattr(module, leaf, nn.Parameter(copy, requires_grad=False))
-            else:
-                setattr(module, leaf, tensor.to(device))
-    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(module, leaf, tensor.to(device))
+    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):  # unquantized
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
 
@@ -481,17 +410,59 @@ def check_tokens(tokens, config):
 
 
 # --------------------------------------------------------------------------------------------------
+# Matrix products. Most CPUs have no instructions for those of 16 bits: PyTorch multiplies number by
+# number then, a hundred times slower than it multiplies the same matrices in float32.
+
+@functools.cache
+def can_multiply(dtype):
+    """Return whether this CPU has instructions for matrix products of a floating-point dtype."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def matmul(x, weight_t):
+    """Return x (..., in) @ weight_t (in, out) in x's dtype, computed in the weight's or float32."""
+    if weight_t.is_cuda or can_multiply(weight_t.dtype) or weight_t.requires_grad:
+        return (x.to(weight_t.dtype) @ weight_t).to(x.dtype)
+    return InFloat32.apply(x, weight_t)
+
+
+class InFloat32(torch.autograd.Function):
+    """x @ weight_t in x's dtype, computed in float32 part by part; only x gets a gradient."""
+    BLOCK = 1 << 20                      # weights of a part: widened, they fit the cache
+
+    @staticmethod
+    def forward(ctx, x, weight_t):
+        ctx.parts = weight_t.split(max(64, InFloat32.BLOCK // len(weight_t)), 1)
+        room = x.new_empty(ctx.parts[0].shape, dtype=torch.float32)
+        return torch.cat([x.float() @ room[:, :part.shape[1]].copy_(part) for part in ctx.parts],
+                         -1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradients = gradient.float().split(ctx.parts[0].shape[1], -1)
+        wide = sum(each @ part.float().t() for each, part in zip(gradients, ctx.parts))
+        return wide.to(gradient.dtype), None
+
+
+class Head(Linear):
+    """The linear that gives the logits; for few tokens in float32: rounding could swap two."""
+
+    def forward(self, x):
+        if x.is_cuda or x.shape[-2] > 8 or self.weight.itemsize > 2:    # 8: kernel.MAX_ROWS
+            return super().forward(x)
+        return InFloat32.apply(x, self.weight.t())
+
+
+# --------------------------------------------------------------------------------------------------
 # The folder: config.json, the numbers that make the model
 
-# Keys that change the function of a Llama, with the only value that is supported here.
-CHANGES_THE_FUNCTION = {
-    "num_local_experts": 1, "num_experts": 1, "use_qk_norm": False, "qk_norm": False,
-    "final_logit_softcapping": None, "attn_logit_softcapping": None, "logit_scale": 1,
-    "residual_multiplier": 1, "embedding_multiplier": 1, "attention_multiplier": None,
-    "logits_scaling": 1, "partial_rotary_factor": 1, "no_rope_layers": None,
-    "attention_chunk_size": None, "head_bias": False, "is_causal": True,
-    "quantization_config": None,
-}
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+# Keys that change the function of a Llama in transformers, with the values implemented here.
+CHANGES_THE_FUNCTION = {"is_causal": (True, None), "layer_types": (None,),
+                        "partial_rotary_factor": (1, None), "quantization_config": (None,)}
 ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
@@ -522,22 +493,17 @@ class Config:
 
     @staticmethod
     def read(folder, raw=None):
-        """Return the Config of a checkpoint folder; refuse by name what is not implemented.
-
-        raw: the object of its config.json where that was respelled; None: as it stands.
-        """
+        """Return the Config of a checkpoint folder; raw: its config.json, respelled by beyond/."""
         path = Path(folder) / "config.json"
-        try:
-            config = Config.of(read_json(path) if raw is None else raw, path)
-        except (AttributeError, LookupError, TypeError) as error:
-            raise InputError(f"{path}: not the config.json of a Llama ({error})") from None
-        if config.tie_word_embeddings and {EMBEDDING, HEAD} <= tensor_paths(folder).keys():
+        with refusing(f"{path}: not the config.json of a Llama", AttributeError, TypeError):
+            config = Config.parse(read_json(path) if raw is None else raw, path)
+        if config.tie_word_embeddings and {EMBEDDING, HEAD} <= headers(folder).keys():
             config.tie_word_embeddings = False       # a head that is stored counts
         return config
 
     @staticmethod
-    def of(raw, path):
-        """Return the Config in the object of a config.json, as transformers writes it today."""
+    def parse(raw, path):
+        """Return the Config in a config.json's object; refuse by name what is not implemented."""
         def expect(key, found, *allowed):
             require(found in allowed,
                     f"{path}: {key} is {json.dumps(found)}, expected "
@@ -550,43 +516,26 @@ class Config:
                     f"{path}: {key} is {json.dumps(value)}, expected a number above 0")
             return value
 
-        mistral = expect("model_type", raw.get("model_type"), "llama", "mistral") == "mistral"
-        for key, neutral in CHANGES_THE_FUNCTION.items():
-            expect(key, raw.get(key), neutral, None, neutral is True)    # false: not there
+        for key, allowed in CHANGES_THE_FUNCTION.items():
+            expect(key, raw.get(key), *allowed)
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         kind = expect("rope_type", rope.get("rope_type", "default"), *ROPE_NUMBERS)
         for key in sorted(rope.keys() - {"rope_type", "rope_theta", *ROPE_NUMBERS[kind]}):
             expect(key, rope[key], None)
         numbers = {key: number(key, source=rope) for key in ROPE_NUMBERS[kind]}
-        window = raw.get("sliding_window", 4096) if mistral else None    # as in transformers
-        if window and raw.get("layer_types"):
-            one = [raw["layer_types"][0]] * len(raw["layer_types"])
-            expect("layer_types", raw["layer_types"], one)
-            window = None if one[0] == "full_attention" else window
+        model_type = expect("model_type", raw.get("model_type"), "llama", "mistral")
         heads = number("num_attention_heads")
-        config = Config(
-            hidden_size=number("hidden_size"),
-            intermediate_size=number("intermediate_size"),
-            num_hidden_layers=number("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=number("num_key_value_heads", heads),
-            head_dim=number("head_dim", number("hidden_size") // heads),
-            vocab_size=number("vocab_size"),
-            max_position_embeddings=number("max_position_embeddings", 2048),
-            rope_theta=float(number("rope_theta", 10000.0, raw | rope)),
-            rms_norm_eps=number("rms_norm_eps", 1e-6),
-            tie_word_embeddings=expect("tie_word_embeddings",
-                                       raw.get("tie_word_embeddings", False), True, False),
-            model_type=raw["model_type"],
+        defaults = {"num_key_value_heads": heads, "head_dim": number("hidden_size") // heads,
+                    "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
+        return Config(                   # its int, float and bool fields are keys of config.json
+            **{field.name: number(field.name, defaults.get(field.name), raw | rope)
+               for field in fields(Config) if field.type in (int, float)},
+            **{field.name: expect(field.name, raw.get(field.name) or False, True, False)
+               for field in fields(Config) if field.type is bool},
+            model_type=model_type,
             hidden_act=expect("hidden_act", raw.get("hidden_act", "silu"), *ACTIVATIONS),
-            attention_bias=raw.get("attention_bias", False) and not mistral,
-            mlp_bias=raw.get("mlp_bias", False) and not mistral,
-            sliding_window=window,
-            rope_scaling={"rope_type": kind} | numbers if numbers else None,
-        )
-        expect("head_dim % 2", config.head_dim % 2, 0)                   # RoPE turns pairs
-        expect("num_attention_heads % num_key_value_heads", heads % config.num_key_value_heads, 0)
-        return config
+            sliding_window=raw.get("sliding_window", 4096) if model_type == "mistral" else None,
+            rope_scaling={"rope_type": kind} | numbers if numbers else None)
 
     def write(self, folder, dtype):
         """Write FOLDER/config.json as transformers reads it."""
@@ -598,40 +547,28 @@ class Config:
 
 def block_linears(config):
     """Return the seven linears of a block: {name inside the block: (out_features, in_features)}."""
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    hidden, middle = config.hidden_size, config.intermediate_size
-    return {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (middle, hidden),
-        "mlp.up_proj": (middle, hidden),
-        "mlp.down_proj": (hidden, middle),
-    }
+    with torch.device("meta"):
+        block = Block(config, 0)
+    return {name: (linear.out_features, linear.in_features)
+            for name, linear in block.named_modules() if isinstance(linear, Linear)}
 
 
 def linear_names(config):
     """Return the full names of all linears of all blocks, those that sparsity is for."""
+    names = block_linears(config)
     return [f"model.layers.{layer}.{name}" for layer in range(config.num_hidden_layers)
-            for name in block_linears(config)]
-
-
-def preset(hidden, intermediate, layers, heads, kv_heads, vocab, context, theta, tied=False):
-    return Config(hidden, intermediate, layers, heads, kv_heads, hidden // heads, vocab, context,
-                  theta, tie_word_embeddings=tied)
+            for name in names]
 
 
 PRESETS = {      # without rope scaling, which costs no time
-    "llama-2-7b": preset(4096, 11008, 32, 32, 32, 32000, 4096, 1e4),
-    "llama-2-13b": preset(5120, 13824, 40, 40, 40, 32000, 4096, 1e4),
-    "llama-2-70b": preset(8192, 28672, 80, 64, 8, 32000, 4096, 1e4),
-    "llama-3-8b": preset(4096, 14336, 32, 32, 8, 128256, 8192, 5e5),
-    "llama-3-70b": preset(8192, 28672, 80, 64, 8, 128256, 8192, 5e5),
-    "llama-3.2-1b": preset(2048, 8192, 16, 32, 8, 128256, 8192, 5e5, tied=True),
-    "llama-3.2-3b": preset(3072, 8192, 28, 24, 8, 128256, 8192, 5e5, tied=True),
-    "mistral-7b": preset(4096, 14336, 32, 32, 8, 32000, 8192, 1e4),
+    "llama-2-7b": Config(4096, 11008, 32, 32, 32, 128, 32000, 4096, 1e4),
+    "llama-2-13b": Config(5120, 13824, 40, 40, 40, 128, 32000, 4096, 1e4),
+    "llama-2-70b": Config(8192, 28672, 80, 64, 8, 128, 32000, 4096, 1e4),
+    "llama-3-8b": Config(4096, 14336, 32, 32, 8, 128, 128256, 8192, 5e5),
+    "llama-3-70b": Config(8192, 28672, 80, 64, 8, 128, 128256, 8192, 5e5),
+    "llama-3.2-1b": Config(2048, 8192, 16, 32, 8, 64, 128256, 8192, 5e5, tie_word_embeddings=True),
+    "llama-3.2-3b": Config(3072, 8192, 28, 24, 8, 128, 128256, 8192, 5e5, tie_word_embeddings=True),
+    "mistral-7b": Config(4096, 14336, 32, 32, 8, 128, 32000, 8192, 1e4),
 }
 
 
@@ -655,57 +592,43 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0     # no memory set aside for changes
-LONGEST_HEADER = 100_000_000         # bytes, as in the reference implementation
 
 
 def read_header(path):
-    """Return (entries, metadata {str: str}, data_start) of a safetensors file, all checked.
+    """Return (entries, metadata {str: str}, data_start) of a safetensors file.
 
-    entries: {name: (dtype, shape, begin, end)} in the order of their bytes, which count from
-    data_start. Raises InputError for a file that is cut short, damaged, or hides bytes between or
-    after its tensors.
+    entries: {name: (dtype, shape, begin, end)}, bytes that count from data_start. Raises InputError
+    for what the package safetensors refuses: a file that is cut short, damaged, or hides bytes.
     """
-    def natural(values):
-        return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
-
-    def unrepeated(pairs):
+    def refuse_duplicates(pairs):
         require(len(dict(pairs)) == len(pairs), "a name stands twice in the header")
         return dict(pairs)
 
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            require(8 <= size and length <= min(size - 8, LONGEST_HEADER),
-                    f"truncated, or no safetensors file: {size} bytes, of which the header should "
-                    f"be {length}")
-            header = json.loads(file.read(length).decode(), object_pairs_hook=unrepeated)
+    entries = {}
+    covered = 0                          # bytes of the tensors so far
+    with (refusing(f"{path}: cannot be read", OSError), open(path, "rb") as file,
+          refusing(f"{path}: its header is damaged, or it is truncated, or no safetensors file",
+                   AttributeError, LookupError, TypeError, ValueError, RecursionError)):
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        require(length <= min(size - 8, 10**8),
+                f"{size} bytes, of which the header should be {length}")
+        header = json.loads(file.read(length).decode(), object_pairs_hook=refuse_duplicates)
         metadata = header.pop("__metadata__", None)
         metadata = {} if metadata is None else metadata
         require(all(isinstance(text, str) for text in metadata.values()), "__metadata__ is no text")
-        entries = {}
-        for name, entry in header.items():
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
             require(dtype in DTYPES, f"tensor {name}: dtype {dtype!r} is not known")
-            require(natural(shape) and natural(offsets) and len(offsets) == 2
-                    and math.prod(n or 1 for n in shape) < 2**63
-                    and offsets[1] - offsets[0] == math.prod(shape) * DTYPES[dtype].itemsize,
-                    f"tensor {name}: shape {shape} of {dtype} does not fill data_offsets {offsets}")
-            entries[name] = (DTYPES[dtype], shape, *offsets)
-        entries = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
-        covered = 0
-        for name, (_, _, begin, end) in entries.items():
-            require(begin == covered,
-                    f"tensor {name}: begins at byte {begin}, the one before it ends at {covered}")
+            end = covered + math.prod(shape) * DTYPES[dtype].itemsize
+            require(all(type(n) is int and n >= 0 for n in shape + offsets)
+                    and math.prod(n or 1 for n in shape) < 2**63 and offsets == [covered, end],
+                    f"tensor {name}: shape {shape} of {dtype} does not fill data_offsets {offsets}"
+                    f", or begins at byte {offsets[0]}, the one before it ends at {covered}")
+            entries[name] = (DTYPES[dtype], shape, covered, end)
             covered = end
-        require(covered == size - 8 - length,
-                f"truncated, or no safetensors file: tensors of {covered} bytes in "
-                f"{size - 8 - length} bytes of data")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: {error}" if isinstance(error, InputError) else
-                         f"{path}: no safetensors file: its header is damaged ({error})") from None
+        data = size - 8 - length
+        require(covered == data, f"tensors of {covered} bytes in {data} bytes of data")
     return entries, metadata, 8 + length
 
 
@@ -715,65 +638,54 @@ def read_safetensors(path):
     They are read when used (misaligned ones now), so a file may be larger than memory. Writing to a
     tensor changes a private copy, never the file.
     """
-    entries, _, data_start = read_header(path)
+    entries, _, start = read_header(path)
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE,
                            mmap.PROT_READ | mmap.PROT_WRITE)
+    data = torch.frombuffer(mapped, dtype=torch.uint8)
     tensors = {}
     for name, (dtype, shape, begin, end) in entries.items():
-        if begin == end:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin,
-                                offset=data_start + begin)
-        if (data_start + begin) % dtype.itemsize:          # the format promises no alignment
-            flat = flat.clone()
-        tensors[name] = flat.view(dtype).view(shape)
+        part = data[start + begin:start + end]
+        if (start + begin) % dtype.itemsize:               # the format promises no alignment
+            part = part.clone()
+        tensors[name] = part.view(dtype).view(shape)
     return tensors
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor} to `path`, whole or not at all.
-
-    metadata: {str: str}, kept in the header. Raises InputError for a dtype that the format lacks.
-    """
-    header = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
+    """Write {name: tensor} to `path`, whole or not at all; metadata {str: str} to its header."""
+    header = {"__metadata__": metadata} if metadata else {}
+    end = 0
     # The widest types first, as in the reference writer: each tensor is aligned to its own size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     for name in order:
         tensor = tensors[name]
-        require(tensor.dtype in DTYPE_NAMES, f"{path}: tensor {name}: {tensor.dtype} cannot be "
-                                             f"written to a safetensors file")
-        end = offset + tensor.numel() * tensor.element_size()
+        require(tensor.dtype in DTYPE_NAMES, f"{path}: {name}: {tensor.dtype} cannot be written")
+        begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, end]}
-        offset = end
+                        "data_offsets": [begin, end]}
     raw = json.dumps(header, ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     with replacing(path) as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(len(raw).to_bytes(8, "little") + raw)
         for name in order:
-            tensor = tensors[name].detach().cpu().contiguous()
-            if tensor.numel():
-                file.write(tensor.view(-1).view(torch.uint8).numpy())
+            flat = tensors[name].detach().cpu().contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy())
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Open a binary file that takes the place of `path` when it is complete: `with ... as file`."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    with refusing(f"{path}: cannot be written", OSError):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -782,28 +694,12 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path):
-    """Return the object in a JSON file; InputError says what is wrong with it."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    require(isinstance(value, dict), f"{path}: a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def read_settings(path):
-    """Return the object in a JSON file, empty if the file is not there."""
-    return read_json(path) if path.exists() else {}
-
-
-# --------------------------------------------------------------------------------------------------
-# The folder: one file of tensors, or several
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+def read_json(path, missing=None):
+    """Return the object in a JSON file; where there is none, `missing`, if that is given."""
+    if missing is not None and not Path(path).exists():
+        return missing
+    with refusing(f"{path}: cannot be read", OSError, ValueError):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def shard_paths(folder):
@@ -813,25 +709,33 @@ def shard_paths(folder):
         return [single]
     require(index.exists(),
             f"{folder}: no checkpoint: neither {single.name} nor {index.name} is there")
-    weight_map = read_json(index).get("weight_map")
-    require(isinstance(weight_map, dict) and weight_map,
-            f"{index}: weight_map should map tensor names to files")
-    return [Path(folder) / str(shard) for shard in sorted(set(map(str, weight_map.values())))]
+    with refusing(f"{index}: weight_map should map tensor names to files",
+                  AttributeError, LookupError, TypeError):
+        return [Path(folder) / shard
+                for shard in sorted(set(read_json(index)["weight_map"].values()))]
 
 
-def tensor_paths(folder):
-    """Return {name: path of its file} of all tensors of a checkpoint folder."""
-    return {name: path for path in shard_paths(folder) for name in read_header(path)[0]}
+def headers(folder):
+    """Return {name: (dtype, shape, begin, end)} of all tensors of a checkpoint folder."""
+    return {name: entry for path in shard_paths(folder)
+            for name, entry in read_header(path)[0].items()}
+
+
+def checkpoint_dtype(folder):
+    """Return the dtype of a checkpoint's largest floating-point tensor (beyond/: not of scales)."""
+    tensors = [(end - begin, dtype) for name, (dtype, _, begin, end) in headers(folder).items()
+               if dtype.is_floating_point and not name.endswith(".scales")]
+    return max(tensors, key=lambda tensor: tensor[0], default=(0, torch.float32))[1]
 
 
 def checked_shards(folder, model):
     """Yield (path, {name: tensor}) of each file of a checkpoint, checked against a meta Llama.
 
-    Every tensor is one of the model's, has its shape, and stands once; at the end none is missing.
     RoPE frequencies, which older checkpoints store, are left out. A tied head that is stored alone
-    is the embedding. The caller may take tensors out of a dictionary to free them.
+    is the embedding.
     """
-    missing = dict(model.named_parameters()) | dict(model.named_buffers())   # a tied head: once
+    # A tied head counts once. Only models of beyond/quantize.py have buffers.
+    missing = dict(model.named_parameters()) | dict(model.named_buffers())
     for path in shard_paths(folder):
         tensors = {name: tensor for name, tensor in read_safetensors(path).items()
                    if not name.endswith("rotary_emb.inv_freq")}
@@ -839,27 +743,15 @@ def checked_shards(folder, model):
             tensors[EMBEDDING] = tensors.pop(HEAD)
         for name, tensor in tensors.items():
             own = missing.pop(name, None)
-            require(own is not None, f"{path}: tensor {name}: not part of a Llama with the shape "
-                                     f"in config.json, or a second one of its name")
-            kind = torch.float32 if isinstance(own, nn.Parameter) else own.dtype
-            require(tensor.shape == own.shape and torch.can_cast(tensor.dtype, kind)
-                    and tensor.is_floating_point() == kind.is_floating_point,
+            require(own is not None,
+                    f"{path}: tensor {name}: not part of this Llama, or a second one of its name")
+            require(tensor.shape == own.shape
+                    and tensor.is_floating_point() == own.is_floating_point(),
                     f"{path}: tensor {name}: {tensor.dtype} {list(tensor.shape)}, config.json "
-                    f"makes it {kind} {list(own.shape)}")
+                    f"makes it {own.dtype} {list(own.shape)}")
         yield path, tensors
     require(not missing, f"{folder}: tensors are missing from the checkpoint: "
                          f"{', '.join(sorted(missing)[:3])}{', ...' * (len(missing) > 3)}")
-
-
-def checkpoint_dtype(folder):
-    """Return the floating-point dtype that most of a checkpoint's bytes have."""
-    counts = {}
-    for path in shard_paths(folder):
-        for name, (dtype, _, begin, end) in read_header(path)[0].items():
-            if dtype.is_floating_point and not name.endswith(".scales"):
-                counts[dtype] = counts.get(dtype, 0) + end - begin
-    require(counts, f"{folder}: no tensor of the checkpoint is floating point")
-    return max(counts, key=counts.get)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -873,16 +765,11 @@ class SentencePieceTokenizer:
     def __init__(self, folder):
         import sentencepiece                               # needed only where there is text
         path = Path(folder) / "tokenizer.model"
-        try:
+        with refusing(f"{path}: not a SentencePiece model", RuntimeError, OSError):
             self.processor = sentencepiece.SentencePieceProcessor(str(path))
-        except (RuntimeError, OSError):
-            raise InputError(f"{path}: not a SentencePiece model; if it is of another kind, its "
-                             f"tokenizer.json is missing") from None
         self.vocab_size = self.processor.vocab_size()
         self.bos_id = self.processor.bos_id()              # -1 where there is none
-        self.eos_ids = end_ids(folder)
-        if not self.eos_ids and self.processor.eos_id() >= 0:
-            self.eos_ids = (self.processor.eos_id(),)
+        self.eos_ids = end_ids(folder, self.processor.eos_id())
 
     def encode(self, text, bos=True):
         """Return the token ids of `text`, the begin-of-sequence token first if there is one."""
@@ -896,49 +783,38 @@ class SentencePieceTokenizer:
         """Return what each token stands for, a list by id."""
         return [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
 
-    def says_all(self, folder):
-        """Return whether the folder's other files add no token, and begin a text as this does."""
-        settings, whole, added = (read_settings(Path(folder) / f"{name}.json") for name in (
+    def is_complete(self, folder):
+        """Return whether no other file of the folder adds a token or begins a text otherwise."""
+        settings, full, added = (read_json(Path(folder) / f"{name}.json", {}) for name in (
             "tokenizer_config", "tokenizer", "added_tokens"))
+        ids = {*added.values(), *map(int, settings.get("added_tokens_decoder", ())),
+               *(token["id"] for token in full.get("added_tokens", ()))}
         pieces = {piece: i for i, piece in enumerate(self.pieces())}
-        special = {i for i in range(self.vocab_size)
-                   if self.processor.is_control(i) or self.processor.is_unknown(i)}
-        bos = [piece for piece, i in pieces.items() if i == self.bos_id]
-        sequence = [*bos, "A"]           # tokenizer.json calls the text itself A
-        try:
-            ids = {*added.values(), *map(int, settings.get("added_tokens_decoder", ())),
-                   *(token["id"] for token in whole.get("added_tokens", ()))}
-            if whole:
-                parts = whole["post_processor"]["single"]
-                sequence = [name["id"] for part in parts for name in part.values()]
-            return (ids <= special and sequence == [*bos, "A"]
-                    and whole.get("model", {}).get("vocab", pieces) == pieces
-                    and settings.get("add_bos_token") in (None, bool(bos))
-                    and not settings.get("add_eos_token"))
-        except (AttributeError, LookupError, TypeError, ValueError):
-            return False                                   # transformers says what is wrong
+        special = {i for i in pieces.values() if self.processor.is_control(i)}
+        bos = list(pieces)[self.bos_id:self.bos_id + 1]
+        parts = (full.get("post_processor") or {}).get("single", ())
+        sequence = [name["id"] for part in parts for name in part.values()]    # "A" is the text
+        return (ids <= special | {self.processor.unk_id()}
+                and (not full or sequence == [*bos, "A"])
+                and full.get("model", {}).get("vocab", pieces) == pieces
+                and settings.get("add_bos_token") in (None, bool(bos))
+                and not settings.get("add_eos_token"))
 
 
 class HubTokenizer:
     """Every other kind of tokenizer, through transformers."""
 
     def __init__(self, folder, **options):
-        """options: of transformers' AutoTokenizer, or `kind`, a class in its place."""
-        try:
+        """options (beyond/folders.py): AutoTokenizer's, or `kind`, a class in its place."""
+        with refusing(f"{folder}: this kind of tokenizer needs the package transformers: "
+                      f"pip install transformers", ImportError):
             from transformers import AutoTokenizer, logging
-        except ImportError:
-            raise InputError(f"{folder}: this kind of tokenizer needs the package transformers: "
-                             f"pip install transformers") from None
         logging.set_verbosity_error()    # it warns of every kind of file that it tries in vain
-        try:
+        with refusing(f"{folder}: no tokenizer that can be read", Exception):        # of many kinds
             self.tokenizer = options.pop("kind", AutoTokenizer).from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, **options)
-        except Exception as error:                         # of many kinds
-            raise InputError(f"{folder}: no tokenizer that can be read: "
-                             f"{(str(error) or type(error).__name__).splitlines()[0]}") from None
         self.vocab_size = len(self.tokenizer)
-        eos = self.tokenizer.eos_token_id
-        self.eos_ids = end_ids(folder) or (() if eos is None else (eos,))
+        self.eos_ids = end_ids(folder, self.tokenizer.eos_token_id)
 
     def encode(self, text, bos=True):
         """Return the token ids of `text`; bos: with those that the tokenizer itself adds."""
@@ -946,9 +822,8 @@ class HubTokenizer:
 
     def decode(self, ids):
         """Return the text of token ids; special tokens and ids that pad a vocabulary have none."""
-        ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        return self.tokenizer.decode(ids, skip_special_tokens=True,
-                                     clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size],
+                                     skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def pieces(self):
         """Return what each token stands for, a list by id."""
@@ -956,32 +831,29 @@ class HubTokenizer:
 
 
 def load_tokenizer(folder):
-    """Return a tokenizer: .encode(text, bos=True) -> list[int], .decode(ids) -> str, .eos_ids.
-
-    It is SentencePiece's where no other file changes tokenizer.model, else transformers'.
-    """
-    model, whole = (Path(folder) / name for name in ("tokenizer.model", "tokenizer.json"))
-    require(model.exists() or whole.exists(),
-            f"{folder}: no tokenizer: neither {model.name} nor {whole.name} is there")
-    if model.exists() and model.open("rb").read(1) == b"\n":         # Llama-3's is of another kind
+    """Return SentencePiece's tokenizer where tokenizer.model is complete, else transformers'."""
+    model_file, json_file = (Path(folder) / name for name in ("tokenizer.model", "tokenizer.json"))
+    require(model_file.exists() or json_file.exists(),
+            f"{folder}: no tokenizer: neither {model_file.name} nor {json_file.name} is there")
+    if model_file.exists() and model_file.open("rb").read(1) == b"\n":  # Llama-3's is another kind
         tokenizer = SentencePieceTokenizer(folder)
-        if tokenizer.says_all(folder):
-            return tokenizer
-    require(whole.exists(),
-            f"{model}: other files change this tokenizer, or it is not SentencePiece, and "
-            f"{whole.name} is missing; python -m beyond reads more")
+        with refusing(f"{folder}: no tokenizer that can be read",
+                      AttributeError, LookupError, TypeError):
+            if tokenizer.is_complete(folder):
+                return tokenizer
+    require(json_file.exists(),
+            f"{model_file}: other files change this tokenizer, or it is not SentencePiece, and "
+            f"{json_file.name} is missing; python -m beyond reads more")
     return HubTokenizer(folder)
 
 
-def end_ids(folder):
-    """Return the ids that end a text, from generation_config.json or config.json: a tuple."""
+def end_ids(folder, own):
+    """Return the ids that end a text: of generation_config.json, config.json, or the tokenizer."""
     for name in ("generation_config.json", "config.json"):
-        ids = read_settings(Path(folder) / name).get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
-        ids = tuple(i for i in ids if type(i) is int and i >= 0)
-        if ids:
-            return ids
-    return ()
+        ids = read_json(Path(folder) / name, {}).get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    return () if own in (None, -1) else (own,)
 
 
 def read_tokens(tokenizer, path, part):
@@ -990,11 +862,8 @@ def read_tokens(tokenizer, path, part):
     path None: the "train" or "held-out" part of the Python standard library, in a fixed order.
     """
     if path is not None:
-        try:
+        with refusing(f"{path}: not UTF-8 text", UnicodeDecodeError):
             text = Path(path).read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte "
-                             f"{error.start}") from None
         return torch.tensor(tokenizer.encode(text), dtype=torch.int64), str(path)
     from demo import corpus
     texts = [text for _, text in corpus.files(part)]
@@ -1005,35 +874,21 @@ def read_tokens(tokenizer, path, part):
 
 
 def windows_of(tokens, context, stride=None):
-    """Return tokens (N,) as windows (W, context + 1), each of which predicts `context` tokens.
-
-    They begin `stride` tokens apart; None: `context`, so that each token but the first is predicted
-    once. A rest that fills no window is dropped. Raises InputError if there is no window.
-    """
-    require(context >= 1, f"windows of {context} tokens: expected at least 1")
+    """Return tokens (N,) as windows (W, context + 1), one each `stride` (None: context) tokens."""
     require(tokens.numel() > context, f"the text has {tokens.numel()} tokens, a window of "
                                       f"{context} needs {context + 1}: give more text")
     return tokens.unfold(0, context + 1, stride or context)
 
 
-def default_context(model):
-    """Return the length of a window where none is asked for: the model's context, at most 2048."""
-    return min(model.config.max_position_embeddings, 2048)
-
-
-def asked_context(model, context):
-    """Return the length of a window that --context asks for; None: the default."""
-    longest = model.config.max_position_embeddings
-    require((context or 0) <= longest,
-            f"--context {context} does not fit the model's context of {longest}")
-    return context or default_context(model)
+def default_context(model, asked=None):
+    """Return how many tokens a window has: `asked`, or the model's context, at most 2048."""
+    most = model.config.max_position_embeddings
+    require((asked or 0) <= most, f"--context {asked} does not fit the model's context of {most}")
+    return asked or min(most, 2048)
 
 
 # --------------------------------------------------------------------------------------------------
 # What the commands share
-
-MODEL_HELP = "checkpoint folder, or random:PRESET (default: the demo model)"
-
 
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one line, as all others here are."""
@@ -1042,8 +897,8 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def add_model(self):
-        """Add the options that `load_model` takes."""
-        self.add_argument("--model", default=str(DEMO), help=MODEL_HELP)
+        self.add_argument("--model", default=str(DEMO), metavar="FOLDER",
+                          help="or random:PRESET (default: the demo model)")
         self.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                           help="(default: the checkpoint's own)")
         self.add_device()
@@ -1057,7 +912,6 @@ class Parser(argparse.ArgumentParser):
                           help="(default: calibration.safetensors in the checkpoint folder)")
 
     def add_text(self, part, tokens):
-        """Add the options that say which text is run, how much of it, and in what windows."""
         self.add_argument("--text", metavar="FILE",
                           help=f"UTF-8 text (default: the standard library's {part} part)")
         self.add_argument("--tokens", type=natural, default=tokens,
@@ -1088,8 +942,8 @@ def load_model(name, device="cpu", dtype=None):
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     device = find_device(device)
     if str(name).startswith("random:"):
-        preset_name = str(name).removeprefix("random:")
-        return Llama.random(preset_name, device, dtype or torch.bfloat16), None
+        preset = str(name).removeprefix("random:")
+        return Llama.random(preset, device, dtype or torch.bfloat16), None
     require(Path(name).is_dir(), f"{name}: no such folder")
     tokenizer = load_tokenizer(name)     # first: it fails sooner
     return Llama.from_pretrained(name, device, dtype), tokenizer
@@ -1097,13 +951,10 @@ def load_model(name, device="cpu", dtype=None):
 
 def find_device(name):
     """Return the torch.device of a name, with its index; InputError if it cannot be used here."""
-    try:
+    with refusing(f"device {name} cannot be used", RuntimeError, AssertionError, InputError):
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    require(device.type in ("cpu", "cuda"),
-            f"device {name} cannot be used: supported are cpu and cuda")
-    return device
+        require(device.type in ("cpu", "cuda"), "supported are cpu and cuda")
+        return device
 
 
 def check_output(path, option):
@@ -1114,23 +965,20 @@ def check_output(path, option):
 
 
 def progress(items, label):
-    """Yield the items of a list; say on standard error how many are done and the time left.
-
-    A terminal shows one line, written anew after each item. Elsewhere work of more than ten seconds
-    writes a line after the first item, then one a minute.
-    """
+    """Yield the items of a list; a terminal shows the time left, a log has a line a minute."""
     began = said = time.perf_counter()
     watched = sys.stderr is not None and sys.stderr.isatty()
+    clear = "\r\033[K" * watched         # what the line shows
     for done, item in enumerate(items, start=1):
         yield item
         now = time.perf_counter()
-        left = (now - began) / done * (len(items) - done)
-        text = f"{label}: {done} of {len(items)}, {left / 60:.1f} minutes left"
-        if watched:
-            note(f"\r\033[K{text}" if left else "\r\033[K", end="")
-        elif done == 1 and left > 10 or now - said > 60:
-            note(text)
+        if watched or now - said > 60:
             said = now
+            left = (now - began) * (len(items) / done - 1) / 60
+            note(f"{clear}{label}: {done} of {len(items)}, {left:.1f} minutes left",
+                 end="" if watched else "\n")
+    if watched:
+        note(clear, end="")
 
 
 def note(text, end="\n"):
@@ -1141,8 +989,7 @@ def note(text, end="\n"):
 
 def command_line(main):
     """Run a file's `main`. Input that it cannot use ends it with one line and exit status 2."""
-    path = Path(sys.argv[0])
-    name = path.parent.name if path.name == "__main__.py" else path.name     # python -m FOLDER
+    name = Path(sys.argv[0].removesuffix("__main__.py")).name                # python -m FOLDER
     try:
         require(sys.stdout is not None, "standard output is closed")
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
@@ -1159,7 +1006,8 @@ def command_line(main):
 
 def main():
     parser = Parser(description="Prints the shape of a checkpoint: parameters and bytes by part.")
-    parser.add_argument("folder", nargs="?", default=str(DEMO), metavar="FOLDER", help=MODEL_HELP)
+    parser.add_argument("folder", nargs="?", default=str(DEMO), metavar="FOLDER",
+                        help="or random:PRESET (default: the demo model)")
     folder = parser.parse_args().folder
     if folder.startswith("random:"):
         config, dtype = preset_config(folder.removeprefix("random:")), torch.bfloat16
@@ -1169,11 +1017,11 @@ def main():
           f"{config.intermediate_size}, {config.num_attention_heads} heads on "
           f"{config.num_key_value_heads} key-value heads of {config.head_dim}, "
           f"{str(dtype).removeprefix('torch.')}")
-    parts = {"embedding": "embed_tokens", "attention": "self_attn", "MLP": ".mlp.",
+    signs = {"embedding": "embed_tokens", "attention": "self_attn", "MLP": ".mlp.",
              "head": "lm_head", "norms": "norm"}
-    numbers = dict.fromkeys(parts, 0)
+    numbers = dict.fromkeys(signs, 0)
     for name, parameter in Llama.shapes(config).named_parameters():
-        numbers[next(part for part, sign in parts.items() if sign in name)] += parameter.numel()
+        numbers[next(part for part in signs if signs[part] in name)] += parameter.numel()
     whole = sum(numbers.values())
     print(f"{'part':>10} {'parameters':>15} {'MB':>10} {'share':>7}")
     for part, number in [*numbers.items(), ("all", whole)]:

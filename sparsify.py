@@ -24,7 +24,7 @@ import math
 from dataclasses import dataclass
 
 import kernel
-from model import (Parser, asked_context, check_tokens, command_line, default_context, load_model,
+from model import (Parser, check_tokens, command_line, default_context, load_model,
                    progress, read_tokens, require, share, windows_of)
 
 import torch
@@ -36,8 +36,8 @@ from torch import nn
 class SparseState:
     """What the sparse linears of a model share."""
     mode: str                    # "decode", "all" or "off": see sparse_mode
-    dense_prefix: int            # positions that stay dense at the start of what a call is given
-    tokens: int                  # of the call that is running
+    dense_prefix: int            # the first positions of a call, which mode "all" leaves dense
+    tokens: int                  # how many the running call has
     thresholds: torch.Tensor     # (inputs of all sparse linears,), so that one copy changes all
     realised: float = 0.0        # the share of the blocks' weights that `counted` saw skipped
 
@@ -68,13 +68,14 @@ class SparseLinear(nn.Module):
 
     def forward(self, x):
         """x (B, T, in) -> (B, T, out)"""
-        if self.state is None or not self.state.is_sparse():
+        state = self.state
+        if state is None or not state.is_sparse():
             y = self.dense(x)
-        elif x[..., 0].numel() <= kernel.MAX_ROWS and not self.state.dense_prefix:
-            y = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
-        else:                            # the same function as a dense product with zeros in it
+        elif x.numel() <= kernel.MAX_ROWS * self.in_features and not state.dense_prefix:
+            y = self.product(x)
+        else:                            # the same result, from a dense product of x with zeros
             keep = self.keep(x)
-            keep[:, :self.state.dense_prefix] = True
+            keep[:, :state.dense_prefix] = True
             y = self.dense(x * keep)
         return y if self.bias is None else y + self.bias
 
@@ -83,19 +84,16 @@ class SparseLinear(nn.Module):
         return kernel.kept(x, self.threshold)
 
     def product(self, x):
-        """Return the product of x (B, in) without its small entries: (B, out), B <= MAX_ROWS."""
+        """Return the product of the large entries of x (..., in), which has few rows."""
         return kernel.sparse_gemv(x, self.weight_t, self.threshold)
 
     def dense(self, x):
-        """Return the product of all of x (..., in): (..., out)."""
+        """Return the product of all entries of x (..., in)."""
         return kernel.dense(x, self.weight_t)
 
 
 class TransposedEmbedding(nn.Module):
-    """An embedding stored transposed, as its tied head is: one weight for both.
-
-    weight_t: (hidden, vocab), or an object with a tensor's `index_select` and `t`.
-    """
+    """An embedding that shares the weight_t (hidden, vocab) of its tied head, stored transposed."""
 
     def __init__(self, weight_t):
         super().__init__()
@@ -113,39 +111,38 @@ class TransposedEmbedding(nn.Module):
 def sparsify(model, thresholds, make=SparseLinear):
     """Make the named linears of a Llama sparse, in place, and return the model.
 
-    thresholds: {name of a linear, as "model.layers.0.mlp.down_proj": number, tensor () or (in,), or
-    None}. None: dense, but transposed for our kernel, on a CPU the fastest dense product, too. A
-    linear not named stays as it is: dense, or with the threshold it had. make(weight_t, bias)
-    returns a sparse linear. Weights are transposed one by one: there is no second copy of the
-    model. Raises InputError, and changes nothing, for a name or a shape that does not fit.
+    thresholds: {name, as "model.layers.0.mlp.down_proj": number, tensor () or (in,), or None}
+        None: dense, but stored transposed, for our kernel: on a CPU the fastest dense product, too
+        A linear not named stays as it is: dense, or with the threshold it had.
+    make(weight_t, bias): returns a sparse linear. One that is sparse already keeps its class.
+    Raises InputError, and changes nothing, for a name or a shape that does not fit.
     """
-    check_thresholds(model, thresholds, (nn.Linear, SparseLinear))
+    check_thresholds(model, thresholds)
     for name in thresholds:
         dense = model.get_submodule(name)
         if not isinstance(dense, SparseLinear):
             parent, _, leaf = name.rpartition(".")
             weight_t = dense.weight.detach().t().contiguous()
             setattr(model.get_submodule(parent), leaf, make(weight_t, dense.bias))
-            if name == "lm_head" and model.config.tie_word_embeddings:
+            if name == "lm_head" and model.config.tie_word_embeddings:      # one memory for both
                 model.model.embed_tokens = TransposedEmbedding(model.lm_head.weight_t)
-            del dense, weight_t          # before the next one's turn
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    sparse = []
+            del dense, weight_t          # before the next one's turn: no second copy of the model
+    dtype = torch.promote_types(model.dtype, torch.float32)                 # of the thresholds
+    values = {}
     for name, linear in model.named_modules():
         if isinstance(linear, SparseLinear):
-            linear.state = None
-            linear.threshold = thresholds.get(name, linear.threshold)
-            if linear.threshold is not None:
-                value = torch.as_tensor(linear.threshold, dtype=dtype, device=model.device)
-                linear.threshold = value.expand(linear.in_features)
-                sparse.append(linear)
-    if not sparse:
+            value = thresholds.get(name, linear.threshold)
+            linear.state = linear.threshold = None
+            if value is not None:
+                value = torch.as_tensor(value, dtype=dtype, device=model.device)
+                values[linear] = value.expand(linear.in_features)
+    if not values:
         return model
-    state = SparseState("decode", 0, 0, torch.cat([linear.threshold for linear in sparse]))
-    parts = state.thresholds.split([linear.in_features for linear in sparse])
-    for linear, threshold in zip(sparse, parts):
-        linear.state = state
+    state = SparseState("decode", 0, 0, torch.cat(list(values.values())))
+    parts = state.thresholds.split([linear.in_features for linear in values])
+    for linear, threshold in zip(values, parts):
         linear.threshold = threshold
+        linear.state = state
     if not hasattr(model, "sparse_state"):
         model.register_forward_pre_hook(note_tokens, with_kwargs=True)
     model.sparse_state = state
@@ -157,27 +154,17 @@ def note_tokens(model, inputs, named):
     model.sparse_state.tokens = (inputs[0] if inputs else named["tokens"]).shape[1]
 
 
-def check_thresholds(model, thresholds, kinds):
-    """Raise InputError unless each name is a linear of `kinds` in the model, and its value fits."""
+def check_thresholds(model, thresholds):
+    """Raise InputError unless each name is a linear of the model, and its value fits."""
     modules = dict(model.named_modules())
     for name, threshold in thresholds.items():
         linear = modules.get(name)
-        require(isinstance(linear, kinds), f"thresholds name {name}, which is not a "
-                f"{'sparse ' * (kinds is SparseLinear)}linear of this model")
+        require(isinstance(linear, (nn.Linear, SparseLinear)),
+                f"thresholds name {name}, which is not a linear of this model")
         value = torch.as_tensor(0.0 if threshold is None else threshold)
         require(value.shape in ((), (linear.in_features,)) and bool(value.isfinite().all()),
                 f"threshold of {name}: shape {tuple(value.shape)}, expected finite numbers, () or "
                 f"({linear.in_features},)")
-
-
-def set_thresholds(model, thresholds):
-    """Set the thresholds of sparse linears by name; the tensors stay where they are."""
-    check_thresholds(model, thresholds, SparseLinear)
-    for name, threshold in thresholds.items():
-        linear = model.get_submodule(name)
-        require(linear.state is not None and threshold is not None,
-                f"{name} is dense, or would become so: that is for sparsify")
-        linear.threshold.copy_(torch.as_tensor(threshold))
 
 
 @contextlib.contextmanager
@@ -187,8 +174,8 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
     where: "decode": calls with one token are sparse, calls with more are dense
            "all": every call is sparse, except the first `dense_prefix` positions that it is given
            "off": every call is dense
-    thresholds: {name of a sparse linear: number, tensor () or (in,)}, in force inside; or all
-    thresholds at once, a copy of model.sparse_state.thresholds: quick enough for every step.
+    thresholds: {name of a sparse linear: number, tensor () or (in,)}, in force inside; or a tensor
+    like model.sparse_state.thresholds, all at once: quick enough for every step.
     A model that was not sparsified is dense in every mode.
     """
     require(where in ("decode", "all", "off"), f'where is "decode", "all" or "off", not {where!r}')
@@ -198,14 +185,19 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
         yield
         return
     before = state.mode, state.dense_prefix
-    thresholds_before = state.thresholds.clone() if thresholds is not None else None
+    thresholds_before = state.thresholds if thresholds is None else state.thresholds.clone()
     try:
         state.mode = where
         state.dense_prefix = dense_prefix if where == "all" else 0
         if isinstance(thresholds, torch.Tensor):
             state.thresholds.copy_(thresholds)
         elif thresholds:
-            set_thresholds(model, thresholds)
+            check_thresholds(model, thresholds)
+            for name, threshold in thresholds.items():
+                linear = model.get_submodule(name)
+                require(getattr(linear, "state", None) and threshold is not None,
+                        f"{name} is dense, or would become so: that is for sparsify")
+                linear.threshold[:] = threshold
         yield
     finally:
         state.mode, state.dense_prefix = before
@@ -218,27 +210,27 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
 
 @contextlib.contextmanager
 def counted(model):
-    """Count, inside a `with`, what sparse calls drop; afterwards realised_sparsity tells it."""
+    """Count, inside a `with`, what sparse calls drop, for realised_sparsity to tell afterwards."""
     skipped = {}                         # {linear: [inputs dropped, inputs seen]}
 
     def count(linear, inputs):
-        if linear.state.is_sparse():
+        if linear.state is not None and linear.state.is_sparse():
             keep = linear.keep(inputs[0])[:, linear.state.dense_prefix:]
             dropped, seen = skipped.get(linear, (0, 0))
             skipped[linear] = dropped + keep.numel() - int(keep.sum()), seen + keep.numel()
 
-    linears = [linear for linear in model.model.layers.modules()
-               if isinstance(linear, (nn.Linear, SparseLinear))]
+    size = {linear: linear.in_features * linear.out_features
+            for linear in model.model.layers.modules()
+            if isinstance(linear, (nn.Linear, SparseLinear))}
     with contextlib.ExitStack() as hooks:
-        for linear in linears:
-            if getattr(linear, "state", None):
+        for linear in size:
+            if isinstance(linear, SparseLinear):
                 hooks.enter_context(linear.register_forward_pre_hook(count))
         yield
-    size = {linear: linear.in_features * linear.out_features for linear in linears}
     if hasattr(model, "sparse_state"):
-        model.sparse_state.realised = sum(
-            dropped / max(seen, 1) * size[linear] for linear, (dropped, seen) in skipped.items()
-        ) / sum(size.values())
+        unread = sum(dropped / max(seen, 1) * size[linear]
+                     for linear, (dropped, seen) in skipped.items())
+        model.sparse_state.realised = unread / sum(size.values())
 
 
 def realised_sparsity(model):
@@ -271,8 +263,7 @@ def perplexity(model, tokens, context=None, dense_prefix=0):
     """
     check_tokens(tokens, model.config)
     windows = windows_of(tokens, context or default_context(model)).to(model.device)
-    state = getattr(model, "sparse_state", None)
-    mode = "off" if state is not None and state.mode == "off" else "all"
+    mode = "off" if hasattr(model, "sparse_state") and model.sparse_state.mode == "off" else "all"
     total = 0.0
     with counted(model), sparse_mode(model, mode, dense_prefix=dense_prefix):
         for part in windows.split(4):
@@ -320,7 +311,7 @@ def quality(model, windows, settings):
     return means
 
 
-def main(load_calibration):
+def main():
     parser = Parser(description="Prints quality against sparsity, for every allocation that the "
                                 "calibration holds.")
     parser.add_model()
@@ -332,21 +323,19 @@ def main(load_calibration):
     require(not arguments.model.startswith("random:"),
             f"{arguments.model} has random weights: it has no quality to measure")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
-    context = asked_context(model, arguments.context)
+    context = default_context(model, arguments.context)
     calibration = load_calibration(model, arguments.model, arguments.calibration)
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
     windows = windows_of(tokens[:arguments.tokens], context)
     settings = [(name, s) for name in reversed(calibration.allocations) for s in arguments.sparsity]
-    measures = quality(model, windows, [calibration.thresholds(s, name) for name, s in settings])
+    rows = quality(model, windows, [calibration.thresholds(s, name) for name, s in settings])
     print(f"{arguments.model} on {windows[:, 1:].numel():,} tokens: {source}")
-    print(f"{'allocation':>15} {'sparsity':>9} {'realised':>9} {'perplexity':>11} {'KL':>8} "
-          f"{'agreement':>10}")
-    for (allocation, sparsity), (perplexity, kl, same, realised) in zip(
-            [("dense", 0), *settings], measures.tolist()):
-        print(f"{allocation:>15} {sparsity:9.0%} {realised:9.1%} {perplexity:11.3f} {kl:8.4f} "
-              f"{same:10.1%}")
+    print("     allocation  sparsity  realised  perplexity       KL  agreement")
+    for (name, sparsity), row in zip([("dense", 0), *settings], rows.tolist()):
+        ppl, kl, same, realised = row
+        print(f"{name:>15} {sparsity:9.0%} {realised:9.1%} {ppl:11.3f} {kl:8.4f} {same:10.1%}")
 
 
 if __name__ == "__main__":
-    import calibrate                     # where thresholds come from; it imports nothing from here
-    command_line(lambda: main(calibrate.load_calibration))
+    from calibrate import load_calibration       # the next file, and it imports nothing of this one
+    command_line(main)

@@ -8,18 +8,20 @@
     torchrun --nproc-per-node=2 -m beyond --model FOLDER      on two GPUs: see parallel.py
 
 What is added: whatever folders minTEAL reads (folders.py); steps are recorded (record.py), and
-fused on a GPU (fused.py); --quantize, and folders with quantized weights (quantize.py); --draft
-recycle, sparse verifiers, and as many guesses a pass as are fastest here unless --draft-tokens says
-how many (drafts.py); --attend, by which a step, or a step of --draft sparse, reads less of the
-cache (attend.py); --chat (chat.py); several processes (parallel.py).
+fused on a GPU (fused.py); --quantize, and folders with quantized weights (quantize.py); a sparse
+head (--head-sparsity); --draft recycle, sparse verifiers, and as many guesses a pass as are fastest
+here unless --draft-tokens says how many (drafts.py); --attend, by which a step, or one of --draft
+sparse, reads less of the cache (attend.py); --chat (chat.py); several processes (parallel.py).
 """
 import contextlib
-import functools
 
 import generate
 from beyond import attend, chat, drafts, folders, fused, parallel, quantize, record
-from kernel import best_backend
-from model import Llama, Parser, natural, require
+from kernel import best_backend, threshold_dropping
+from model import Llama, Parser, natural, require, share
+from sparsify import skipped_share, sparse_mode, sparsify
+
+import torch
 
 
 class Writer(generate.Writer):
@@ -39,14 +41,34 @@ class Writer(generate.Writer):
 
     def prepare(self):
         super().prepare()
+        if self.arguments.head_sparsity:
+            sparsify(self.model, {"lm_head": self.head_threshold(self.arguments.head_sparsity)})
         if best_backend(self.model.model.norm.weight) == "triton":
             fused.fuse(self.model)
-        self.speculate = functools.partial(drafts.speculate, sparse_verifier=self.sparse_verifier)
         if self.arguments.attend:
             plan = attend.plan_of(self.arguments, self.model.config)
             self.reading = attend.read_less(self.model, plan)
             self.reading.active = not self.draft           # a draft switches it on for its guesses
-            self.speculate = functools.partial(self.speculate, kind=attend.Speculation)
+
+    @torch.no_grad()
+    def head_threshold(self, sparsity):
+        """Return the magnitude that a share of what the head reads, of the prompt, stays below."""
+        text = self.arguments.prompt or generate.PROMPT
+        ids = self.tokenizer.encode(text) if self.tokenizer else range(1, 17)
+        seen = []
+        with (self.model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs)),
+              sparse_mode(self.model, "off")):
+            self.model(torch.tensor([list(ids)], device=self.model.device))
+        return threshold_dropping(seen[0], sparsity)
+
+    def say_skipped(self, prompt, ids):
+        super().say_skipped(prompt, ids)
+        if self.arguments.head_sparsity:
+            print(f"of the head about {self.arguments.head_sparsity:.0%} are skipped besides")
+
+    def speculate(self, *arguments, **named):
+        kind = attend.Speculation if self.reading else drafts.Speculation
+        return kind(*arguments, sparse_verifier=self.sparse_verifier, **named)
 
     @property
     def sparse_verifier(self):
@@ -62,9 +84,10 @@ class Writer(generate.Writer):
                 stack.enter_context(self.reading.switched(False))
             yield
 
-    def skipped(self, *arguments):
+    @staticmethod
+    def skipped_share(*arguments):
         """Return the share of the weights that a text skipped, of all ranks together."""
-        return parallel.mean(super().skipped(*arguments))
+        return parallel.mean(skipped_share(*arguments))
 
     def show(self, title, prompt, tokens):
         reads_less = self.reading and (self.reading.active or title.startswith("speculative"))
@@ -76,12 +99,6 @@ class Writer(generate.Writer):
             share = self.reading.plan.share(self.model.config, len(prompt), end)
             print(f"{share:.1%} of the cache read" + " by the draft" * bool(self.draft))
         return ids, rate
-
-    def write_speculatively(self, prompt):
-        statistics = super().write_speculatively(prompt)
-        if statistics.passes:
-            print("\n".join(statistics.lines()))
-        return statistics
 
 
 def make_parser():
@@ -95,6 +112,9 @@ def make_parser():
     parser.add_argument("--draft-tokens", type=natural, metavar="N",
                         help="guesses a pass (default: what is fastest, found while it decodes; "
                              "then a seed does not repeat a sampled text)")
+    parser.add_argument("--head-sparsity", type=share, default=0.0, metavar="S",
+                        help="share of the head's inputs to drop, too, by a threshold that the "
+                             "prompt gives (default: 0, as in the paper)")
     quantize.add_quantize(parser)
     attend.add_options(parser)
     parser.add_argument("--chat", action="store_true",
@@ -109,9 +129,6 @@ def settle(arguments):
     """Check the arguments, and put values where none were given."""
     require(arguments.chat or arguments.system is None,
             "--system is for --chat, which is not given")
-    require(not arguments.model.startswith("random:") or arguments.draft not in Writer.OWN_DRAFTS,
-            f"--draft {arguments.draft} with random weights says nothing; python -m "
-            f"beyond.lab.costs shows what guesses cost")
     require(parallel.ranks() == 1 or not arguments.draft or arguments.draft_tokens,
             "--draft with several processes needs --draft-tokens: each would find another number "
             "the fastest")
@@ -138,7 +155,7 @@ def write(arguments):
     make_step = record.make_step if ranks == 1 else generate.fast_step
     writer = Writer(arguments, model, tokenizer, make_step)
     if not arguments.chat:
-        writer.write(generate.prompt_of(arguments, model, tokenizer))
+        writer.write()
         return
     writer.prepare()
     chat.chat(tokenizer, template, arguments.system,

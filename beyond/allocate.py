@@ -12,8 +12,8 @@ linear the same) and greedy (block by block, by the error of the block's output)
                 each block moves nothing between blocks. Balanced is halfway between the two
     priced      each linear's price is measured where it is paid, in the sparse model: how much the
                 distance (KL) from the dense model's distributions grows for each weight less that
-                is read. Shares fall where the price is high and rise where it is low, until all
-                prices are equal. It takes minutes, so it is made if --priced asks for it
+                is read: dropping x_i moves it by - x_i · gradient. Shares fall where the price is
+                high and rise where it is low, until all are equal. It takes minutes (--priced)
 
 Both need gradients. F comes from one backward pass, with labels drawn from the model itself, so
 that F is the Fisher information and any text will do. The pass runs one block at a time, and the
@@ -133,24 +133,33 @@ def fisher_information(model, windows):
     return (sums / positions).cpu().view(-1, len(LINEARS))
 
 
-def one_price(counts, fisher, outputs, size, level):
-    """Return the shares (layers, 7) that linears drop at one price λ, `level` of all weights.
+def solved(shares_at, low, high, size, level):
+    """Return the shares (layers, 7) = shares_at(x) that drop `level` of all weights.
 
-    counts (layers, 7, BINS): the distributions; fisher (layers, 7): the mean F of each linear;
-    outputs, size (7,): as `Calibration.sizes`. λ is what the loss may rise for a weight that is not
-    read. It is found by bisection: the larger it is, the more is dropped.
+    shares_at: rises with x, which lies between low and high, and is found by bisection. size (7,):
+    of each linear, its share of a block's weights.
     """
-    unit = (outputs / fisher.clamp(min=1e-300)).sqrt()               # thresholds at λ = 1
-    low = LOWEST - unit.max().log2()                                 # of log2 √λ, where all is kept
-    high = HIGHEST - unit.min().log2()                               # where all is dropped
     for _ in range(60):
         middle = (low + high) / 2
-        shares = share_below(counts, unit * middle.exp2()).clamp(max=MOST)
+        shares = shares_at(middle).clamp(max=MOST)
         if (shares @ size).mean() < level:
             low = middle
         else:
             high = middle
     return shares
+
+
+def one_price(counts, fisher, outputs, size, level):
+    """Return the shares (layers, 7) that linears drop at one price λ, `level` of all weights.
+
+    counts (layers, 7, BINS): the distributions; fisher (layers, 7): the mean F of each linear;
+    outputs (7,): of a block's linears; size: as for `solved`. λ is what the loss may rise for a
+    weight that is not read: the larger it is, the more is dropped.
+    """
+    unit = (outputs / fisher.clamp(min=1e-300)).sqrt()               # thresholds at λ = 1
+    # log2 √λ lies between where all is kept and where all is dropped.
+    return solved(lambda x: share_below(counts, unit * x.exp2()), LOWEST - unit.max().log2(),
+                  HIGHEST - unit.min().log2(), size, level)
 
 
 def table_at(shares):
@@ -166,7 +175,8 @@ def add_balanced(calibration, model, tokens, context=None):
     check_dense(model)
     fisher = fisher_information(model, windows_of(tokens, context or default_context(model)))
     counts = calibration.counts[:, list(SITE_OF.values())]                      # (layers, 7, BINS)
-    outputs, size = calibration.sizes()
+    outputs = torch.tensor([linear.out_features for linear in linears_of(model)[:len(LINEARS)]])
+    size = calibration.weight_shares()
     shares = []
     for level in LEVELS:
         by_model = one_price(counts, fisher, outputs, size, level)
@@ -225,7 +235,7 @@ def settle(calibration, model, tokens):
     settled = {}
     work = list(itertools.product(calibration.tables, LEVELS))
     for name, level in progress(work, "calibrating, thresholds in the sparse model"):
-        with dropping(model, calibration.sparsities(level, name)) as thresholds:
+        with dropping(model, calibration.shares(level, name)) as thresholds:
             model(windows, last_only=True)
         shares = share_below(counts, torch.stack(thresholds).cpu().view(counts.shape[:2]))
         settled.setdefault(name, []).append(shares.clamp(max=MOST))
@@ -255,48 +265,41 @@ def prices(model, windows, dense, shares, asked=True):
     have if only the float is asked for. Prices of early layers are a little too low: a gradient
     does not see that what is dropped here moves inputs further on across their own thresholds.
     """
+    linears = linears_of(model)
+    given = [None] * len(linears)        # what each linear was last given, (W, T, in)
+    # The costs of inputs just dropped and just kept, and how many there are of each.
+    sums = torch.zeros(len(linears), 2, 2, dtype=torch.float64, device=model.device)
+
     def loss(logits, i):
         with torch.no_grad():
             exact = model.lm_head(dense[i]).float().log_softmax(-1)             # (T, vocab)
         return F.kl_div(logits.log_softmax(-1), exact, reduction="sum", log_target=True)
 
-    linears = linears_of(model)
-    sums = torch.zeros(len(linears), 2, 2, dtype=torch.float64, device=model.device)
+    def remember(number, module, inputs):
+        given[number] = inputs[0].detach()
+
+    def add(number, module, grad_input, grad_output):
+        x = given[number][:, SINKS:].float()
+        gradient = grad_input[0][:, SINKS:].float()
+        distance = x.abs() / thresholds[number]            # 1 at the threshold
+        cost = -gradient * x / distance                    # of dropping it, if it stood there
+        near = (distance > 1 / NEAR) & (distance < NEAR)
+        keep = kept(x, thresholds[number])
+        for side, chosen in zip(sums[number], (near & ~keep, near & keep)):
+            side += torch.stack((cost[chosen].double().sum(), chosen.sum().double()))
+
     with dropping(model, shares) as thresholds, contextlib.ExitStack() as hooks:
         for number, linear in enumerate(linears):
-            add_costs(linear, number, thresholds, sums[number], hooks)
+            before = functools.partial(remember, number)
+            hooks.enter_context(linear.register_forward_pre_hook(before, prepend=True))
+            after = functools.partial(add, number)
+            hooks.enter_context(linear.register_full_backward_hook(after))
         total = backpropagate(model, windows, loss, asked)
     # On either side of the threshold the gradient is that of a model with the input and without it;
     # the truth lies between.
     costs = (sums[..., 0] / sums[..., 1]).mean(1).cpu()
     outputs = torch.tensor([linear.out_features for linear in linears])
     return (costs / outputs).view(-1, len(LINEARS)), total
-
-
-def add_costs(linear, number, thresholds, sums, hooks):
-    """Add up what the inputs near the threshold of linear `number` cost, until `hooks` end.
-
-    sums (2, 2): the costs of inputs just dropped and just kept, and how many there are of each.
-    Dropping x_i moves the KL by - x_i · gradient.
-    """
-    x = None                             # what the linear was last given, (W, T, in)
-
-    def remember(module, inputs):
-        nonlocal x
-        x = inputs[0].detach()
-
-    def add(module, grad_input, grad_output):
-        late = x[:, SINKS:].float()
-        gradient = grad_input[0][:, SINKS:].float()
-        distance = late.abs() / thresholds[number]         # 1 at the threshold
-        cost = -gradient * late / distance                 # of dropping it, if it stood there
-        near = (distance > 1 / NEAR) & (distance < NEAR)
-        keep = kept(late, thresholds[number])
-        for side, chosen in zip(sums, (near & ~keep, near & keep)):
-            side += torch.stack((cost[chosen].double().sum(), chosen.sum().double()))
-
-    hooks.enter_context(linear.register_forward_pre_hook(remember, prepend=True))
-    hooks.enter_context(linear.register_full_backward_hook(add))
 
 
 class Attempt(NamedTuple):
@@ -323,26 +326,22 @@ def add_priced(calibration, model, tokens):
     for block in model.model.layers:
         x = block(x, context)
     dense = model.model.norm(x)
-    _, size = calibration.sizes()
+    size = calibration.weight_shares()
     carried = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
     chosen = []                          # (layers, 7), at each level
-    # After the last move of a level only its KL counts.
-    work = [(level, number) for level in PRICED_AT for number in range(MOVES + 1)]
-    for level, number in progress(work, "calibrating, prices"):
-        if number == 0:
-            start = calibration.sparsities(level, "balanced").clamp(0.001, 0.995).logit()
-            moved = torch.zeros_like(carried)
-            attempts = []
-        elif number == 1 and carried.any():
-            moved = carried
-        else:
-            moved = next_move(attempts, size)
-        shares = at_level(start + moved, size, level)
-        price, kl = prices(model, windows, dense, shares, asked=number < MOVES)
-        attempts.append(Attempt(kl, number, shares, moved, price))
-        if number == MOVES:
-            carried = min(attempts).moved
-            chosen.append(min(attempts).shares)
+    for level in PRICED_AT:
+        start = calibration.shares(level, "balanced").clamp(0.001, 0.995).logit()
+        moved = torch.zeros_like(carried)
+        attempts = []
+        # After the last move of a level only its KL counts.
+        for number in progress(range(MOVES + 1), f"calibrating, prices at {level:.0%}"):
+            if number:
+                moved = carried if number == 1 and carried.any() else next_move(attempts, size)
+            shares = solved(lambda x: (start + moved + x).sigmoid(), -40.0, 40.0, size, level)
+            price, kl = prices(model, windows, dense, shares, asked=number < MOVES)
+            attempts.append(Attempt(kl, number, shares, moved, price))
+        carried = min(attempts).moved
+        chosen.append(min(attempts).shares)
     levels = torch.tensor(PRICED_AT, dtype=torch.float64)
     calibration.tables["priced"] = Table(levels, torch.stack(chosen))
 
@@ -362,23 +361,6 @@ def next_move(attempts, size):
     return best.moved - STRIDE / 2 ** (len(attempts) - 1 - best.number) * beside_mean
 
 
-def at_level(odds, size, level):
-    """Return shares (layers, 7) of log-odds `odds` plus one number that makes their mean `level`.
-
-    size (7,): of each linear, its share of a block's weights.
-    """
-    low = -40.0
-    high = 40.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        shares = (odds + middle).sigmoid().clamp(max=MOST)
-        if (shares @ size).mean() < level:
-            low = middle
-        else:
-            high = middle
-    return shares
-
-
 def main():
     parser = make_parser("Calibrates whatever minTEAL reads, with allocations by gradients.")
     add_quantize(parser, "; needs --out")
@@ -387,9 +369,6 @@ def main():
     parser.add_argument("--no-gradients", action="store_true",
                         help="the paper's allocations alone, settled (default: balanced, too)")
     arguments = parser.parse_args()
-    require(not arguments.import_teal,
-            f"the authors' statistics are read by: python -m beyond.teal --model {arguments.model} "
-            f"{arguments.import_teal}")
     path = output_of(arguments)
     require(not (arguments.priced and arguments.no_gradients),
             "--priced needs the gradients that --no-gradients leaves out")

@@ -1,11 +1,10 @@
 """Reading less of the cache: attention that looks back at the few positions that score highest.
 
-Sparsity saves weights. But each step reads a second stream from memory: the keys and values of all
-earlier positions, which grow with the text. A few positions hold nearly all of a token's softmax,
-and the output hardly changes without the others. Which positions these are differs from token to
-token, and only the scores q kᵀ tell, for which all keys must be read. TidalDecode (arXiv
-2410.05076) reads all keys in a few layers only, because a position that scores high in one layer
-scores high in the next ones, too. *Position-persistent* sparse attention:
+Sparsity saves weights. But each step also reads the keys and values of all earlier positions, which
+grow with the text. A few positions hold nearly all of a token's softmax. Which these are differs
+from token to token, and only the scores q kᵀ tell, for which all keys must be read. TidalDecode
+(arXiv 2410.05076) reads all keys in a few layers only, because a position that scores high in one
+layer scores high in the next ones, too. *Position-persistent* sparse attention:
 
     positions   0 1 2 3 4 5 6 7 8 9 ...                 now
     layer  2    ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■    reads all, and chooses: the K with
@@ -16,11 +15,11 @@ scores high in the next ones, too. *Position-persistent* sparse attention:
                 └┬┘                                 └─┬─┘
                  the first positions and the last ones, always: attention sinks (arXiv 2309.17453)
 
-All heads share the chosen positions, which have the largest scores summed over the query heads; or
-each key-value head has its own. In the cache the keys of a head follow one another, so a chosen
-position is one run of memory, and nothing between two runs is touched. Which layers read all
-decides how much is lost, and differs from model to model: lab/longtext.py measures it, and writes
-them to attend.json in the checkpoint folder. There are three ways to choose, three scores:
+All heads share the chosen positions, which have the largest scores summed over the query heads. In
+the cache the keys of a head follow one another, so a chosen position is one run of memory, and
+nothing between two runs is touched. Which layers read all decides how much is lost, and differs
+from model to model: lab/longtext.py measures it, and writes them to attend.json in the checkpoint
+folder. There are three ways to choose, three scores:
 
     tidal     q kᵀ, in the layers that read all; the layers between take over the choice
     window    the position itself: the first and the last ones (StreamingLLM, arXiv 2309.17453)
@@ -34,8 +33,7 @@ lossless with a draft that reads less of both streams.
 
 The seam: attention is one function of q, k, v and mask. `read_less(model, plan)` gives each layer a
 function that hands the model's own attention the chosen keys and values alone. A recorded step
-chooses and gathers in C, by two functions that this file gives record.py; on a GPU K is fixed, so
-that a CUDA graph can hold it.
+chooses and gathers by two C functions that this file gives record.py.
 
     python -m beyond --attend 512 --model FOLDER --prompt "$(cat LONG.txt)"
     python -m beyond.lab.longtext layers --model FOLDER --text FILE   which layers are to read all
@@ -63,16 +61,6 @@ PAGE = 16                # positions of a page
 # Choosing positions by their scores. q (B, G, R, D), the R = H / G query heads of each key-value
 # head; k (B, G, S, D); last: the last position that is shown, (); scores (B, G or 1, R or 1, S).
 
-def products(q, k, last):
-    """Return the scores q kᵀ."""
-    return q @ k.transpose(-1, -2)
-
-
-def recency(q, k, last):
-    """Return the positions themselves as scores: the last ones score highest."""
-    return torch.arange(k.shape[2], device=k.device).expand(len(k), 1, 1, -1)
-
-
 def page_bounds(q, k, last):
     """Return for each position an upper bound of q kᵀ in its page."""
     S = k.shape[2]
@@ -83,11 +71,15 @@ def page_bounds(q, k, last):
     return bounds.repeat_interleave(PAGE, -1)[..., :S]
 
 
-SCORES = {"tidal": products, "window": recency, "pages": page_bounds}
+SCORES = {
+    "tidal": lambda q, k, last: q @ k.transpose(-1, -2),
+    "window": lambda q, k, last: torch.arange(k.shape[2], device=k.device).expand(len(k), 1, 1, -1),
+    "pages": page_bounds,
+}
 
 
 def choose(q, k, mask, plan, by):
-    """Return the positions that q reads, (B, G, K) int64, or (B, 1, K) for all heads alike.
+    """Return the positions that q reads, (B, K) int64, the same for all heads.
 
     q (B, H, 1, D), k (B, G, S, D); mask (1, S) as for model.attend; by: a name in SCORES. The first
     SINKS and the last RECENT positions are always chosen, at most half of K each. A position that
@@ -101,14 +93,12 @@ def choose(q, k, mask, plan, by):
     if mask is not None:                                       # bool, or 0 and -inf
         shown = mask[0] if mask.dtype == torch.bool else mask[0] == 0
     last = (position * shown).amax()
-    scores = SCORES[by](grouped(q, k), k.to(q.dtype), last).float()
-    if plan.shared:
-        scores = scores.flatten(1, 2)[:, None]                                # (B, 1, H or 1, S)
-    scores = scores.amax(2) if plan.over == "max" else scores.sum(2)          # (B, G or 1, S)
+    scores = SCORES[by](grouped(q, k), k.to(q.dtype), last).float()     # (B, G or 1, R or 1, S)
     first, recent = always_read(plan.positions)
     always = (position < first) | (position > last - recent)
-    scores = scores.masked_fill(always, math.inf).masked_fill(~shown, -math.inf)
-    return scores.sort(descending=True, stable=True).indices[..., :plan.positions].contiguous()
+    scores = scores.flatten(1, 2).sum(1).masked_fill(always, math.inf)                   # (B, S)
+    scores = scores.masked_fill(~shown, -math.inf)
+    return scores.sort(descending=True, stable=True).indices[:, :plan.positions].contiguous()
 
 
 def grouped(q, k):
@@ -123,20 +113,20 @@ def always_read(K):
 
 
 def take(x, positions):
-    """Return x (B, G, S, D) at positions (B or 1, G or 1, K), (B, G, K, D): an operation, too."""
+    """Return x (B, G, S, D) at positions (B, K), (B, G, K, D): an operation, too."""
     if has_torch_function((x, positions)):
         return handle_torch_function(take, (x, positions), x, positions)
-    return x.gather(2, positions[..., None].expand(*x.shape[:2], -1, x.shape[3]))
+    return x.gather(2, positions[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def attend_to(attention, q, k, v, mask, positions):
-    """Return what an attention makes of chosen positions (B, G or 1, K) alone, (B, H, 1, D).
+    """Return what an attention makes of chosen positions (B, K) alone, (B, H, 1, D).
 
-    q, k, v, mask: as for model.attend. The lists of all heads have the same mask: a hidden position
+    q, k, v, mask: as for model.attend. The lists of all texts have the same mask: a hidden position
     is listed only where all shown ones are, and at the same place in each list.
     """
     if mask is not None:
-        mask = take(mask.view(1, 1, -1, 1), positions[:1, :1]).view(1, -1)                 # (1, K)
+        mask = take(mask.view(1, 1, -1, 1), positions[:1]).view(1, -1)                     # (1, K)
     return attention(q, take(k, positions), take(v, positions), mask)
 
 
@@ -149,65 +139,60 @@ C_SOURCE = record.C_SOURCE + r"""
 /* The K positions with the largest sums of q k^T over the query heads, rising; the first ones and
    the last ones in any case; hidden ones only if there are no others. Floats are compared as whole
    numbers in the same order, and the K-th largest is found bit by bit.
-   q (G, R, D) float32, k (G, S, D) of a type, mask (S), positions (G or 1, K) int64.
-   q, k, mask, positions, type, G, R, S, D, K, first, recent, shared, group strides of q, k, row
-   strides of q, k, threads */
+   q (G, R, D) float32, k (G, S, D) of a type, mask (S), positions (K) int64.
+   q, k, mask, positions, type, G, R, S, D, K, first, recent, group strides of q, k, row strides of
+   q, k, threads */
 int choose(const args *a) {
     const uint8_t *mask = POINTER(2);
-    long G = a[5], R = a[6], S = a[7], D = a[8], K = a[9], shared = a[12], first = 0, end = S;
+    long G = a[5], R = a[6], S = a[7], D = a[8], K = a[9], first = 0, end = S;
     while (end && !mask[end - 1]) end--;
     while (first < end && !mask[first]) first++;
-    float q[G][D], *scores = calloc((shared ? 1 : G) * S, sizeof *scores);
-    uint32_t *order = malloc(S * sizeof *order);
+    float q[G][D], *scores = calloc(S, sizeof *scores);
+    uint32_t *order = malloc(S * sizeof *order), smallest = 0;
+    if (!scores || !order) return 1;
     memset(q, 0, sizeof q);
     for (long g = 0; g < G; g++)             // a sum of products is the product of the sum
         for (long r = 0; r < R; r++)
             for (long i = 0; i < D; i++)
-                q[g][i] += ((const float *)a[0])[g * a[13] + r * a[15] + i];
-    long threads = G * (end - first) * D > 1 << 19 ? a[17] : 1;
+                q[g][i] += ((const float *)a[0])[g * a[12] + r * a[14] + i];
+    long threads = G * (end - first) * D > 1 << 19 ? a[16] : 1;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long start = first; start < end; start += TILE)
-        for (long g = 0; g < G && scores; g++) {
+        for (long g = 0; g < G; g++) {
             long n = end - start < TILE ? end - start : TILE;
-            float *score = scores + (shared ? 0 : g * S) + start, tile[TILE * D];
+            float tile[TILE * D];
             for (long p = 0; p < n; p++)
-                load(POINTER(1), a[4], g * a[14] + (start + p) * a[16], D, tile + p * D);
-            for (long p = 0; p < n; p++) score[p] += dot(q[g], tile + p * D, D);
+                load(POINTER(1), a[4], g * a[13] + (start + p) * a[15], D, tile + p * D);
+            for (long p = 0; p < n; p++) scores[start + p] += dot(q[g], tile + p * D, D);
         }
-    for (long row = 0; row < (shared ? 1 : G) && scores && order; row++) {
-        const float *score = scores + row * S;
-        uint32_t smallest = 0;
-        for (long s = 0; s < S; s++) {
-            uint32_t bits = bits_of(score[s]);                  // NaN is the largest
-            bits = score[s] != score[s] ? 0xfffffffe : bits >> 31 ? ~bits : bits | 0x80000000;
-            order[s] = !mask[s] ? 0 : s < a[10] || s >= end - a[11] ? 0xffffffff : bits;
-        }
-        for (uint32_t bit = 0x80000000; bit; bit >>= 1) {
-            long count = 0;
-            for (long s = 0; s < S; s++) count += order[s] >= (smallest | bit);
-            if (count >= K) smallest |= bit;
-        }
-        int64_t *to = (int64_t *)a[3] + row * K;
-        long equal = K;                      // the room for positions that score the smallest
-        for (long s = 0; s < S; s++) equal -= order[s] > smallest;
-        for (long s = 0; s < S; s++)
-            if (order[s] > smallest || (order[s] == smallest && equal-- > 0)) *to++ = s;
+    for (long s = 0; s < S; s++) {
+        uint32_t bits = bits_of(scores[s]);                     // NaN is the largest
+        bits = scores[s] != scores[s] ? 0xfffffffe : bits >> 31 ? ~bits : bits | 0x80000000;
+        order[s] = !mask[s] ? 0 : s < a[10] || s >= end - a[11] ? 0xffffffff : bits;
     }
-    int failed = !scores || !order;
+    for (uint32_t bit = 0x80000000; bit; bit >>= 1) {
+        long count = 0;
+        for (long s = 0; s < S; s++) count += order[s] >= (smallest | bit);
+        if (count >= K) smallest |= bit;
+    }
+    int64_t *to = (int64_t *)a[3];
+    long equal = K;                          // the room for positions that score the smallest
+    for (long s = 0; s < S; s++) equal -= order[s] > smallest;
+    for (long s = 0; s < S; s++)
+        if (order[s] > smallest || (order[s] == smallest && equal-- > 0)) *to++ = s;
     free(scores);
     free(order);
-    return failed;
+    return 0;
 }
 
-/* y[g, j] = x[g, positions[g, j]], rows of some bytes. x (G, S, row), y (G, K, row).
-   x, positions, y, bytes of a row, G, K, strides of x in bytes (2), group stride of positions,
-   threads */
+/* y[g, j] = x[g, positions[j]], rows of some bytes. x (G, S, row), y (G, K, row).
+   x, positions, y, bytes of a row, G, K, strides of x in bytes (2), threads */
 int take(const args *a) {
-    long threads = a[3] * a[4] * a[5] > 1 << 22 ? a[9] : 1;  // a thread that wakes may be late
+    long threads = a[3] * a[4] * a[5] > 1 << 22 ? a[8] : 1;  // a thread that wakes may be late
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long i = 0; i < a[4] * a[5]; i++) {
-        long g = i / a[5], at = ((const int64_t *)a[1])[g * a[8] + i % a[5]];
-        memcpy((char *)a[2] + i * a[3], (const char *)a[0] + g * a[6] + at * a[7], a[3]);
+        long at = ((const int64_t *)a[1])[i % a[5]];
+        memcpy((char *)a[2] + i * a[3], (const char *)a[0] + i / a[5] * a[6] + at * a[7], a[3]);
     }
     return 0;
 }
@@ -222,16 +207,14 @@ def c_functions():
 
 def note_choose(tape, positions, q, k, mask, plan, by):
     """Note `choose` on a record.Tape in C; return whether these arguments can be noted."""
-    if (by != "tidal" or plan.over != "sum" or q.dtype != torch.float32
-            or k.dtype not in record.C_TYPES or len(q) > 1 or c_functions() is None
-            or not q.stride(-1) == k.stride(-1) == 1
+    if (by != "tidal" or q.dtype != torch.float32 or k.dtype not in record.C_TYPES or len(q) > 1
+            or not q.stride(-1) == k.stride(-1) == 1 or c_functions() is None
             or mask is None or mask.dtype != torch.bool or not mask.is_contiguous()):
         return False
     q = grouped(q, k)
     return tape.call(c_functions().choose, q, k, mask, positions, record.C_TYPES[k.dtype],
                      *q.shape[1:3], *k.shape[2:], plan.positions, *always_read(plan.positions),
-                     int(plan.shared), q.stride(1), k.stride(1), q.stride(2), k.stride(2),
-                     torch.get_num_threads())
+                     q.stride(1), k.stride(1), q.stride(2), k.stride(2), torch.get_num_threads())
 
 
 def note_take(tape, y, x, positions):
@@ -239,9 +222,8 @@ def note_take(tape, y, x, positions):
     if len(x) > 1 or x.stride(-1) != 1 or not positions.is_contiguous() or c_functions() is None:
         return False
     size = x.element_size()
-    each_group = positions.stride(1) if positions.shape[1] > 1 else 0
     return tape.call(c_functions().take, x, positions, y, size * x.shape[3], *y.shape[1:3],
-                     size * x.stride(1), size * x.stride(2), each_group, torch.get_num_threads())
+                     size * x.stride(1), size * x.stride(2), torch.get_num_threads())
 
 
 record.NOTES |= {"choose": note_choose, "take": note_take}
@@ -256,8 +238,6 @@ class Plan:
     positions: int                   # K, the positions that a layer reads
     layers: tuple                    # the layers that read all; by "tidal" they choose for others
     by: str = "tidal"                # a name in SCORES
-    over: str = "sum"                # or "max", over the query heads that share positions
-    shared: bool = True              # whether all key-value heads share positions
 
     def check(self, config):
         """Raise InputError for a plan that does not fit a model."""
@@ -296,7 +276,7 @@ class Reading:
     def __init__(self, plan):
         self.plan = plan
         self.active = True
-        self.chosen = None               # (B, G or 1, K), by the layer that last chose
+        self.chosen = None               # (B, K), by the layer that last chose
 
     @contextlib.contextmanager
     def switched(self, active):
@@ -386,24 +366,19 @@ def add_options(parser):
                              "all)")
     parser.add_argument("--attend-by", choices=SCORES,
                         help="how they are chosen (default: tidal)")
-    add_choices(parser)
+    add_layers(parser)
 
 
-def add_choices(parser):
-    """Add the options that say which layers and heads choose, and how."""
+def add_layers(parser):
+    """Add the option that says which layers read all."""
     parser.add_argument("--attend-layers", type=int, nargs="+", metavar="N",
                         help=f"the layers that read all (default: those in {LAYERS_FILE} in the "
                              f"checkpoint folder, else every third)")
-    parser.add_argument("--attend-over", choices=["sum", "max"],
-                        help="the score of a position over query heads (default: sum)")
-    parser.add_argument("--attend-heads", choices=["shared", "own"],
-                        help="all heads read the same positions, or each key-value head its own "
-                             "(default: shared; of several processes each has its own)")
 
 
 def check_options(arguments):
     """Raise InputError for options of how to read less without --attend."""
-    for name in ("by", "layers", "over", "heads"):
+    for name in ("by", "layers"):
         require(arguments.attend or not getattr(arguments, f"attend_{name}"),
                 f"--attend-{name} is for --attend, which is not given")
 
@@ -420,5 +395,4 @@ def plan_of(arguments, config, positions=None, by=None):
     if layers is None:
         layers = range(min(2, count - 1), count, 3)
     return Plan(positions or arguments.attend, tuple(sorted(set(layers))),
-                by or arguments.attend_by or "tidal", arguments.attend_over or "sum",
-                arguments.attend_heads != "own")
+                by or arguments.attend_by or "tidal")

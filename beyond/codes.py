@@ -23,7 +23,7 @@ of its own. (Of 96, 64 or 32 where 128 does not divide the inputs of all linears
 Where a few weights are large, cutting them off makes the steps of all others finer: of some ratios,
 each group takes the one with the least squared error. Rounding is to nearest. Quantized are the
 linears of the blocks and, in 8 bits unless `head_bits` says otherwise, the embedding and the head,
-which are read at each step. A column of the embedding is turned back into numbers for its token.
+which are read at each step.
 
 Decoding unpacks in registers, in the pass that skips. On a CPU whose instructions multiply bytes
 the activations are rounded to 8 bits as well, eight with a scale (see C below); elsewhere, and
@@ -43,6 +43,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kernel
+from beyond import record
 from model import linear_names, progress, require
 from sparsify import SparseLinear, TransposedEmbedding, sparsify
 
@@ -80,9 +81,7 @@ class QuantizedWeight(nn.Module):
     def _apply(self, function, recurse=True):
         """Move as any module does, but keep the dtypes whatever the model is cast to."""
         device = function(self.scales[:0]).device
-        for name, tensor in list(self.named_buffers()):
-            setattr(self, name, tensor.to(device))
-        return self
+        return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     @property
     def device(self):
@@ -122,11 +121,6 @@ class QuantizedWeight(nn.Module):
         return ((codes - zeros).to(wide) * scales[:, None]).flatten(0, 1).to(dtype)
 
 
-def words_of(outputs, bits):
-    """Return how many words hold the codes of so many outputs, as pack_codes lays them out."""
-    return -(-outputs // (16 * (32 // bits))) * 16
-
-
 def pack_codes(codes, bits):
     """Return codes (in, out), integers of 4 or 8 bits, as words (in, words) int32.
 
@@ -153,16 +147,15 @@ def unpack_codes(words, bits, outputs):
 # Rounding
 
 def quantize_weight(weight, bits, group=128, clipping=CLIPPING, name="the weight"):
-    """Return the QuantizedWeight of `weight` (out, in), rounded to nearest.
+    """Return the QuantizedWeight of `weight` (out, in), on the meta device one without memory.
 
-    bits: 8, or 4 with groups of `group` inputs. clipping: ratios of a group's range, of which the
-    best is taken (int4). Of a weight on the meta device, the result has shapes alone. Raises
-    InputError, with `name`, for what check_weight refuses.
+    bits: 8, or 4 with groups of `group` inputs; clipping: ratios of a group's range, of which the
+    best is taken. Raises InputError, with `name`, for what check_weight refuses.
     """
     check_weight(weight, bits, group, name)
     parts = [rounded(part, bits, group, clipping) for part in weight.split(AT_ONCE)]
     tensors = [torch.cat(tensor, -1) for tensor in zip(*parts)]
-    return QuantizedWeight(*tensors, **({} if bits == 8 else {"group": group}))
+    return QuantizedWeight(*tensors, group=group if bits == 4 else None)
 
 
 def rounded(weight, bits, group, clipping):
@@ -173,23 +166,20 @@ def rounded(weight, bits, group, clipping):
         scales = (weight_t.abs().amax(0) / 127).clamp(min=smallest)             # (out,)
         return pack_codes((weight_t / scales).round().int() + 128, 8), scales
     parts = weight_t.unflatten(0, (-1, group))                                # (groups, group, out)
-    low = parts.amin(1).clamp(max=0)                       # zero is always among the values
-    high = parts.amax(1).clamp(min=0)                                           # (groups, out)
-    least = torch.full_like(low, float("inf"))
-    scales = zeros = torch.zeros_like(low)
-    codes = torch.zeros_like(parts)
+    low = parts.amin(1, keepdim=True).clamp(max=0)         # zero is always among the values
+    high = parts.amax(1, keepdim=True).clamp(min=0)                             # (groups, 1, out)
+    best = None                          # squared error, scale, zero point and codes
     for ratio in clipping:
         scale = ((high - low) * ratio / 15).clamp(min=1e-30)
         scale = scale.bfloat16().float()                   # as it will be stored
         zero = (-low * ratio / scale).round().clamp(0, 15)
-        code = (parts / scale[:, None] + zero[:, None]).round().clamp(0, 15)
-        error = ((code - zero[:, None]) * scale[:, None] - parts).square().sum(1)
-        better = error < least
-        least = torch.where(better, error, least)
-        scales = torch.where(better, scale, scales)
-        zeros = torch.where(better, zero, zeros)
-        codes = torch.where(better[:, None], code, codes)
-    return pack_codes(codes.flatten(0, 1).int(), 4), scales.bfloat16(), zeros.to(torch.uint8)
+        code = (parts / scale + zero).round().clamp(0, 15)
+        error = ((code - zero) * scale - parts).square().sum(1, keepdim=True)
+        found = error, scale, zero, code
+        best = found if best is None else [torch.where(error < best[0], new, old)
+                                           for new, old in zip(found, best)]
+    _, scale, zero, code = best
+    return pack_codes(code.flatten(0, 1).int(), 4), scale[:, 0].bfloat16(), zero[:, 0].byte()
 
 
 def check_weight(weight, bits, group, name):
@@ -210,8 +200,7 @@ def is_group(group, inputs):
 def fitting_group(model):
     """Return the first of GROUPS that fits all linears of a Llama's blocks; if none does, 128."""
     inputs = {model.get_submodule(name).weight.shape[1] for name in linear_names(model.config)}
-    fitting = [group for group in GROUPS if all(is_group(group, size) for size in inputs)]
-    return (fitting or GROUPS)[0]
+    return next((group for group in GROUPS if all(is_group(group, size) for size in inputs)), 128)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,17 +213,14 @@ def codes_gemv(x, weight, threshold, backend=None):
     x: (B, in), B from 1 to 8, floating point; threshold, backend: as in sparse_gemv
     Returns (B, out) in x's dtype. Raises ValueError for shapes and devices that do not fit.
     """
-    if x.ndim != 2 or not 1 <= x.shape[0] <= kernel.MAX_ROWS or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected floating point (1 to "
-                         f"{kernel.MAX_ROWS}, in)")
-    if weight.shape[0] != x.shape[1] or weight.device != x.device:
-        raise ValueError(f"the weight is {weight.bits} bits, {tuple(weight.shape)} on "
-                         f"{weight.device}, expected ({x.shape[1]}, out) on {x.device}, as x is")
+    rows, inputs = x.shape if x.ndim == 2 else (0, 0)
+    fits = 1 <= rows <= kernel.MAX_ROWS and inputs == weight.shape[0] and x.device == weight.device
+    if not fits or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point "
+                         f"(1 to {kernel.MAX_ROWS}, {weight.shape[0]}) on {weight.device}")
     name = f"codes-{backend or kernel.best_backend(x)}"
     if name not in kernel.BACKENDS:
         raise ValueError(f'backend is "triton", "c", "torch" or None, not {backend!r}')
-    if name == "codes-c" and x.dtype != torch.float32:
-        return codes_gemv(x.float(), weight, threshold, "c").to(x.dtype)
     return kernel.BACKENDS[name](x.contiguous(), weight, kernel.as_threshold(threshold, x))
 
 
@@ -248,9 +234,8 @@ def codes_dense(x, weight):
     if rows > most and not (backend == "c" and rounds(weight)) or x.requires_grad:
         # A backward pass turns the weight into numbers anew: no second copy of the model is kept.
         return checkpoint(lambda x: x @ weight.dequantized(x.dtype), x, use_reentrant=False)
-    keep_all = kernel.KEEP_ALL if backend == "c" else -1.0
     parts = x.reshape(rows, -1).split(kernel.MAX_ROWS)
-    parts = [codes_gemv(part, weight, keep_all) for part in parts]
+    parts = [codes_gemv(part, weight, -1.0) for part in parts]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
 
 
@@ -281,9 +266,10 @@ def torch_codes(x, weight, threshold):
 #     Σ x · scale · (code - zero) = scale · (Σ x · code - zero · Σ x)
 # With int4 sums are finished after each group, which has one scale.
 
-C_SOURCE = kernel.C_NUMBERS + r"""
+C_SOURCE = record.C_NUMBERS + r"""
 #include <stdlib.h>
 #define UNROLL _Pragma("GCC unroll 8")
+#define INLINE static inline __attribute__((always_inline))
 #define ROOM 8192        // sums that a thread works on: 32 KB, what the first cache holds
 #define WORTH (1 << 20)  // bytes of kept weights for which another thread is woken
 enum { CODES = 32 / BITS, OUTPUTS = 16 * CODES };          // in a word; in the 64 bytes of 16 words
@@ -351,9 +337,8 @@ static inline float fill(struct eight *to, const float *values) {
         int turned = FLIP && rounded[i] < 0;
         to->flip[i] = 128 - turned;
         to->x[i] = turned ? -rounded[i] : rounded[i];
-        if (FLIP && !turned) rounded[i] = 0;
+        sum += FLIP && !turned ? 0 : rounded[i];
     }
-    for (int i = 0; i < 8; i++) sum += rounded[i];
     return to->scale * sum * (BITS == 8 && !FLIP ? 128 * UNSIGNED : 1);
 }
 
@@ -369,7 +354,7 @@ static inline bytes four(const void *at) {
 }
 
 /* Returns the sums of eight products. a, b: codes of four channels each. */
-static inline __attribute__((always_inline)) ints dot(bytes a, bytes b, const struct eight *x) {
+INLINE ints dot(bytes a, bytes b, const struct eight *x) {
 #if defined PAIRS && BITS == 8         // 127 * 128 twice fits 16 bits
     a ^= four(x->flip);
     b ^= four(x->flip + 4);
@@ -396,7 +381,7 @@ static inline __attribute__((always_inline)) ints dot(bytes a, bytes b, const st
    next: the rows that follow, of which a processor does not know. sums: [token][register of bytes]
    [half byte][part][lane]. The upper half of an UNSIGNED byte needs no shift: what is summed up is
    16 * upper + lower. */
-static inline __attribute__((always_inline)) void add_eights(
+INLINE void add_eights(
         const int eights, const uint8_t *const *row, const uint8_t *const *next,
         const struct eight *x, float *sums, long size, const long tokens, long stride) {
     for (long j = 0; j < size; j += WIDTH, sums += WIDTH / 4 * CODES) {
@@ -462,7 +447,7 @@ static inline float fill(struct eight *to, const float *values) {
     return BITS == 4 ? sum : 128 * sum;
 }
 
-static inline __attribute__((always_inline)) void add_eights(
+INLINE void add_eights(
         const int eights, const uint8_t *const *row, const uint8_t *const *next,
         const struct eight *x, float *sums, long size, const long tokens, long stride) {
     for (long j = 0; j < size; j += 64, sums += OUTPUTS) {
@@ -497,7 +482,7 @@ struct product {
     float *y, *offset;
     struct eight *x;
     int *begin, *channel;
-    long spans, tokens, out, pitch, share;            // share: outputs of a part
+    long spans, tokens, out, pitch;                   // pitch: bytes of a row of codes
 };
 
 /* Lists the channels that any token keeps, each span padded to whole eights with zeros. */
@@ -580,15 +565,6 @@ static void outputs(const struct product *p, long first, long columns) {
     }
 }
 
-/* Computes the outputs of a part, as many at a time as there is room for. */
-static void outputs_of(void *of, long part) {
-    const struct product *p = of;
-    long room = ROOM / p->tokens / 128 * 128, begin = part * p->share;
-    long end = begin + p->share < p->out ? begin + p->share : p->out;
-    for (long first = begin; first < end; first += room)
-        outputs(p, first, end - first < room ? end - first : room);
-}
-
 /* y (tokens, out) = x (tokens, in), its small channels dropped, times a weight in codes. size: the
    channels of a span. threshold: one (step 0) or (in) (step 1). Returns 1 where memory ran out. */
 int codes_product(const float *x, const uint8_t *codes, const void *scales, const uint8_t *zeros,
@@ -606,9 +582,14 @@ int codes_product(const float *x, const uint8_t *codes, const void *scales, cons
     list_kept(&p, x, threshold, step, in, size);
     long worth = 1 + p.begin[spans] * 8 * p.pitch / WORTH;
     if (threads > worth) threads = worth;
-    p.share = (out + threads * 128 - 1) / (threads * 128) * 128;
+    long share = (out + threads * 128 - 1) / (threads * 128) * 128;
+    long room = ROOM / tokens / 128 * 128;                 // outputs at a time
     #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (long part = 0; part < threads; part++) outputs_of(&p, part);
+    for (long part = 0; part < threads; part++) {
+        long end = (part + 1) * share < out ? (part + 1) * share : out;
+        for (long first = part * share; first < end; first += room)
+            outputs(&p, first, end - first < room ? end - first : room);
+    }
     free(p.x);
     return 0;
 }
@@ -621,15 +602,14 @@ ROUND_ACTIVATIONS = True                   # where the processor has instruction
 def c_library(bits, rounded, narrow=False):
     """Return the C library for codes of so many bits; None without a compiler.
 
-    rounded: whether activations are, where the processor has instructions for that. narrow: without
-    AVX-512 and AVX-VNNI, for tests.
+    rounded: activations are, where there are instructions for it. narrow: by AVX2's, for tests.
     """
     defines = [f"BITS {bits}"] + rounded * ["ROUNDED"] + narrow * ["NARROW"]
     library = kernel.compiled("".join(f"#define {define}\n" for define in defines) + C_SOURCE)
     if library is not None:
-        pointer, long = ctypes.c_void_p, ctypes.c_long
-        library.codes_product.argtypes = [pointer, pointer, pointer, pointer, long, pointer, long,
-                                          pointer, long, long, long, ctypes.c_int]
+        pointer, long = [ctypes.c_void_p], [ctypes.c_long]
+        library.codes_product.argtypes = (4 * pointer + long + pointer + long + pointer + 3 * long
+                                          + [ctypes.c_int])
     return library
 
 
@@ -660,15 +640,17 @@ def c_call(x, weight, threshold, y):
 
 
 def c_codes(x, weight, threshold):
-    """Compute codes_gemv in C, of x float32."""
+    """Compute codes_gemv in C."""
     if x.device.type != "cpu" or c_library(weight.bits, ROUND_ACTIVATIONS) is None:
         raise ValueError(f'backend "codes-c" needs a C compiler and tensors on the CPU, not on '
                          f'{x.device.type}')
-    y = x.new_empty(len(x), weight.shape[1])
-    function, arguments = c_call(x, weight, threshold, y)
+    wide = x.float()
+    threshold = threshold.float()
+    y = wide.new_empty(len(x), weight.shape[1])
+    function, arguments = c_call(wide, weight, threshold, y)
     if function(*arguments):
         raise MemoryError("no memory for the list of kept channels")
-    return y
+    return y.to(x.dtype)
 
 
 kernel.BACKENDS |= {"codes-c": c_codes, "codes-torch": torch_codes}        # fused.py: codes-triton
@@ -687,36 +669,21 @@ class QuantizedLinear(SparseLinear):
         self.weight_t = weight
 
     def product(self, x):
-        return codes_gemv(x, self.weight_t, self.threshold)
+        y = codes_gemv(x.flatten(0, -2), self.weight_t, self.threshold)
+        return y.view(*x.shape[:-1], -1)
 
     def dense(self, x):
         return codes_dense(x, self.weight_t)
 
 
-def bits_by_name(config, bits, head_bits=8):
+def bits_by_name(config, bits, head_bits):
     """Return {name of a linear, or EMBEDDING: bits} of what is quantized in a Llama of a Config.
 
     With a tied head EMBEDDING stands for both.
     """
-    bits_of = dict.fromkeys(linear_names(config), bits)
-    if head_bits < 16:
-        bits_of |= {EMBEDDING: head_bits}
-        if not config.tie_word_embeddings:
-            bits_of |= {"lm_head": head_bits}
-    return bits_of
-
-
-def replace_linear(model, name, weight_of):
-    """Put the QuantizedWeight weight_of(weight (out, in)) in the place of a linear or EMBEDDING."""
-    def make(weight_t, bias):
-        return QuantizedLinear(weight_of(weight_t.t()), bias)
-
-    if name != EMBEDDING:
-        sparsify(model, {name: None}, make)
-    elif model.config.tie_word_embeddings:
-        sparsify(model, {"lm_head": None}, make)           # the embedding reads the head's weight
-    else:
-        model.model.embed_tokens = TransposedEmbedding(weight_of(model.model.embed_tokens.weight))
+    head = [EMBEDDING] if config.tie_word_embeddings else [EMBEDDING, "lm_head"]
+    return dict.fromkeys(linear_names(config), bits) | dict.fromkeys(
+        head if head_bits < 16 else (), head_bits)
 
 
 @torch.no_grad()
@@ -724,8 +691,9 @@ def quantize(model, bits, group=None, clipping=CLIPPING, head_bits=8):
     """Quantize the linears of a Llama in place, one by one, and return the model, dense.
 
     bits: 8 or 4, of the blocks' linears; head_bits: 16, 8 or 4, of the head and the embedding.
-    group: of inputs, at 4 bits; None: `fitting_group`. Raises InputError, and changes nothing, for
-    a model that is sparse or quantized already, and for weights that cannot be quantized.
+    group: of inputs, at 4 bits; None: `fitting_group`. model.quantization: the settings. Raises
+    InputError, and changes nothing, for a model that is sparse or quantized already, and for
+    weights that cannot be quantized.
     """
     require(not any(isinstance(module, SparseLinear) for module in model.modules()),
             "the model is quantized or sparse already; quantize it first, then make it sparse")
@@ -733,9 +701,17 @@ def quantize(model, bits, group=None, clipping=CLIPPING, head_bits=8):
     bits_of = bits_by_name(model.config, bits, head_bits)
     for name, number in bits_of.items():
         check_weight(model.get_submodule(name).weight, number, group, name)
+    tied = model.config.tie_word_embeddings
     for name in progress(list(bits_of), f"quantizing to int{bits}"):
-        replace_linear(model, name,
-                       lambda weight: quantize_weight(weight, bits_of[name], group, clipping))
+        def make(weight_t, bias=None):
+            return QuantizedLinear(quantize_weight(weight_t.t(), bits_of[name], group, clipping),
+                                   bias)
+
+        if name != EMBEDDING or tied:    # a tied embedding reads the head's weight
+            sparsify(model, {"lm_head" if name == EMBEDDING else name: None}, make)
+        else:
+            embedding = make(model.model.embed_tokens.weight.t())
+            model.model.embed_tokens = TransposedEmbedding(embedding.weight_t)
     model.quantization = settings_of(bits, group, head_bits)
     return model
 
@@ -750,22 +726,14 @@ def settings_of(bits, group, head_bits):
 
 
 def shape(model, settings):
-    """Put linears without memory, quantized as `settings` say, into a Llama on the meta device.
+    """Quantize a Llama on the meta device as `settings`, a folder's quantization_config, say.
 
-    settings: the quantization_config of a folder, afterwards model.quantization. Raises InputError
-    for one that is not from quantize.py.
+    Raises InputError for what quantize.py does not write.
     """
-    what = "config.json: quantization_config"
     settings = {"head_bits": 16} | settings
-    for key, known in {"version": (1, VERSION), "bits": (4, 8), "head_bits": (4, 8, 16)}.items():
-        require(type(settings.get(key)) is int and settings[key] in known,
-                f"{what}: {key} is {settings.get(key)!r}, expected {' or '.join(map(str, known))}")
-    bits, head_bits, group = settings["bits"], settings["head_bits"], settings.get("group")
-    expected = int if 4 in (bits, head_bits) else type(None)
-    require(type(group) is expected, f"{what}: {bits} bits, the head {head_bits}, with group "
-            f"{group!r}, expected {'a number' if expected is int else 'null'}")
-    for name, number in bits_by_name(model.config, bits, head_bits).items():
-        replace_linear(model, name,
-                       lambda weight: quantize_weight(weight, number, group, (1.0,),
-                                                      f"{what}: {name}"))
-    model.quantization = settings
+    bits, head_bits, group = (settings.get(key) for key in ("bits", "head_bits", "group"))
+    require(settings.get("version") in (1, VERSION) and bits in (4, 8) and head_bits in (4, 8, 16)
+            and type(group) is (int if 4 in (bits, head_bits) else type(None)),
+            f"config.json: quantization_config is {settings}, expected version 1 or {VERSION}, "
+            f"bits 4 or 8, head_bits 4, 8 or 16, and a group where one is 4, else null")
+    quantize(model, bits, group, (1.0,), head_bits)

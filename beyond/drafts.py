@@ -23,20 +23,20 @@ Sparse verifiers. What verifies may itself be sparse: then speculation writes th
 model, in fewer passes. A token of a verify pass must keep what it keeps in plain decoding, so the
 pass is sparse for each of its tokens.
 
-The seam: `generate.Speculation`, whose methods make_draft, read_prompt, verifying, verify and round
-are extended here.
+The seam: `generate.Speculation`, whose `verifier` is a mode, and whose methods make_draft,
+read_prompt, verify and round are extended here.
 
     python -m beyond --draft recycle --compare                Token Recycling beside plain decoding
     python -m beyond --draft sparse --draft-tokens 3          a fixed number of guesses a pass
     python -m beyond --draft sparse --sparsity 0.4            lossless against the 40 % sparse model
 """
-import functools
+import contextlib
 
 import torch
 
 import generate
 from kernel import MAX_ROWS
-from model import Llama, require
+from model import require
 from sparsify import sparse_mode
 
 MOST = MAX_ROWS - 1      # guesses: a pass over more tokens is no longer bound by memory
@@ -97,11 +97,11 @@ class Statistics(generate.Statistics):
         """The share of guesses accepted at each place, of those that were judged."""
         return [right / judged for right, judged in zip(self.right, self.judged)]
 
-    def lines(self):
-        """Return lines that say what was accepted, and how many guesses were tried."""
+    def __str__(self):
         places = " ".join(f"{share:.0%}" for share in self.acceptance)
         rounds = ", ".join(f"{size}: {len(self.times[size])}" for size in sorted(self.times))
-        return [f"guesses accepted, by place: {places}", f"rounds by guesses a pass: {rounds}"]
+        return (f"{super().__str__()}\nguesses accepted, by place: {places}\n"
+                f"rounds by guesses a pass: {rounds}")
 
     def record(self, guesses, accepted, draft_seconds, verify_seconds):
         """Count a round: how many tokens were guessed, how many accepted, and its times."""
@@ -153,9 +153,8 @@ class Statistics(generate.Statistics):
 # --------------------------------------------------------------------------------------------------
 # Speculation
 
-def speculate(model, prompt_ids, max_new_tokens, draft="sparse", draft_thresholds=None,
-              draft_tokens=None, *arguments, sparse_verifier=False, kind=None, **named):
-    """Return what generate.generate_speculative does, with more kinds of draft and of verifier.
+class Speculation(generate.Speculation):
+    """generate.Speculation with more kinds of draft and of verifier.
 
     draft: as there, or "recycle": no model, Token Recycling. A draft object may have `learn`, as
         RecycleDraft does.
@@ -163,43 +162,24 @@ def speculate(model, prompt_ids, max_new_tokens, draft="sparse", draft_threshold
         and by the clock. Only with a fixed number is sampled text repeatable from a seed.
     sparse_verifier: whether the text is that of `generate` in the mode now in force, rather than
         the dense model's.
-    kind: the class of the iterator; None: Speculation. All else as in generate_speculative.
     """
-    kind = functools.partial(kind or Speculation, sparse_verifier=sparse_verifier)
-    return generate.generate_speculative(model, prompt_ids, max_new_tokens, draft, draft_thresholds,
-                                         draft_tokens, *arguments, kind=kind, **named)
 
-
-class Speculation(generate.Speculation):
-    """The iterator that `speculate` returns."""
-
-    def __init__(self, model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens,
-                 *arguments, sparse_verifier=False):
+    def __init__(self, model, prompt_ids, max_new_tokens, draft="sparse", draft_thresholds=None,
+                 draft_tokens=None, *arguments, sparse_verifier=False, **named):
         state = getattr(model, "sparse_state", None)
         self.mode = state.mode if sparse_verifier and state else "off"       # that of the text
         require(self.mode != "all" or not state.dense_prefix,
                 "a dense prefix is not for decoding, where every step would begin anew")
-        self.verified_at = state.thresholds.clone() if state else None
-        self.adaptive = draft_tokens is None
-        super().__init__(model, prompt, max_new_tokens, draft, draft_thresholds, draft_tokens,
-                         *arguments)
         if self.mode != "off":
+            self.verifier = "all", state.thresholds.clone()
             self.against = "the sparse model"
+        self.adaptive = draft_tokens is None
+        super().__init__(model, prompt_ids, max_new_tokens, draft, draft_thresholds, draft_tokens,
+                         *arguments, **named)
         self.statistics = Statistics()
 
     def make_draft(self, draft, draft_thresholds):
-        if draft == "recycle":
-            return RecycleDraft()
-        require(draft == "sparse" or isinstance(draft, Llama) or hasattr(draft, "guess"),
-                f'draft is "sparse", "recycle", a Llama, or an object with guess(ids, n), not '
-                f'{draft!r}')
-        return super().make_draft(draft, draft_thresholds)
-
-    def verifying(self):
-        """Return the context of a verify pass, whose tokens are those of plain decoding."""
-        if self.mode == "off":
-            return sparse_mode(self.model, "off")
-        return sparse_mode(self.model, "all", self.verified_at)
+        return super().make_draft(RecycleDraft() if draft == "recycle" else draft, draft_thresholds)
 
     def read_prompt(self):
         """Run the prompt through the verifier, and return its last logits (1, vocab).
@@ -208,7 +188,7 @@ class Speculation(generate.Speculation):
         learns is given the logits of all positions; as they take much memory, in parts.
         """
         dense = self.mode == "decode" and self.prompt.shape[1] > 1
-        with sparse_mode(self.model, "off") if dense else self.verifying():
+        with sparse_mode(self.model, "off") if dense else contextlib.nullcontext():
             if not hasattr(self.draft, "learn"):
                 return super().read_prompt()
             for part in self.prompt.split(PART, 1):
@@ -229,3 +209,6 @@ class Speculation(generate.Speculation):
         if self.adaptive:
             self.draft_tokens = self.statistics.best_size()
         return super().round(ids)
+
+
+speculate = Speculation                  # as generate.generate_speculative

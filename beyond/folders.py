@@ -30,7 +30,7 @@ from pathlib import Path
 import model as core
 from beyond import codes, fused          # noqa: F401 (fused: codes on a GPU)
 from model import (Config, HubTokenizer, InputError, Llama, checked_shards, fill, find_device,
-                   read_json, read_settings, require, write_json, write_safetensors)
+                   read_json, refusing, require, write_json, write_safetensors)
 
 import torch
 
@@ -148,7 +148,7 @@ def load_tokenizer(folder):
     path = folder / "tokenizer.model"
     if (folder / "tokenizer.json").exists() or not path.exists():
         return core.load_tokenizer(folder)
-    settings = read_settings(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json", {})
     with open(path, "rb") as file:
         if file.read(1) != b"\n":                          # Llama-3's first release, by tiktoken
             require(settings, f"{path}: not SentencePiece, and neither tokenizer.json nor "
@@ -156,14 +156,12 @@ def load_tokenizer(folder):
             os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")     # else a file is what its path held
             return HubTokenizer(folder)
     tokenizer = core.SentencePieceTokenizer(folder)
-    if tokenizer.says_all(folder):
+    if tokenizer.is_complete(folder):
         return tokenizer
-    try:
+    with refusing(f"{folder}: tokenizer.model without tokenizer.json needs the packages "
+                  f"transformers and protobuf: pip install transformers protobuf", ImportError):
         import google.protobuf                             # noqa: F401
         from transformers import LlamaTokenizer
-    except ImportError:
-        raise InputError(f"{folder}: tokenizer.model without tokenizer.json needs the packages "
-                         f"transformers and protobuf: pip install transformers protobuf") from None
     # AutoTokenizer would take another class for Mistral, which begins no text with a blank.
     return HubTokenizer(folder, kind=LlamaTokenizer,
                         add_bos_token=settings.get("add_bos_token") is not False)
@@ -189,11 +187,9 @@ def new_folder(out):
     """
     check_new_folder(out)
     out = Path(out)
-    try:
+    with refusing(f"{out}: cannot be written", OSError):
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}") from None
     try:
         yield unfinished
         unfinished.chmod(0o755)          # mkdtemp makes a folder that only its owner can read

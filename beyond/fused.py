@@ -4,14 +4,14 @@ On a GPU a decode step is a row of kernels, one after the other, and each of the
 microseconds to begin and to end, in which the memory is idle. The seven linears of a block read
 only four inputs, and what lies between them is small. So a block is
 
-    q_proj, k_proj, v_proj       one launch: the products of one input
+    norm                         one launch
+    q_proj, k_proj, v_proj       one: the products of one input
     rotate q and k, append       one, to the cache
     attention                    one, PyTorch's
-    o_proj                       one
-    add, norm                    one: the residual sum, and what gate and up read
+    o_proj                       one, and the residual sum where the partial sums are added
+    norm                         one
     gate_proj, up_proj           one, and silu(gate) * up where the partial sums are added
-    down_proj                    one
-    add, norm                    one: the residual sum, and what the next block or the head reads
+    down_proj                    one, and the residual sum
 
 The products are those of kernel.py, for up to three linears side by side: the first tiles belong to
 the first linear, the next ones to the second. Each has its own threshold.
@@ -23,11 +23,11 @@ Their weights may also be codes of 8 or 4 bits, as codes.py packs them. The matr
 these in another order, so they are multiplied one by one, in float32. To make a code a number costs
 two operations: a shift, and the bits of an exponent around it, for which it reads 128 + code.
 
-The seam: `Block.forward`. `fuse(model)` gives the blocks of a model another one. This is a second
-copy of what model.py and sparsify.py do, so it looks at their code first: where that has changed it
-says so, and steps aside. A block runs as model.py has it where its linears are not all sparse now,
-of few rows and without bias, and where somebody looks on: with a hook on any of its modules, as
-several processes have them (parallel.py).
+The seam: `Block.forward`. `fuse(model)` gives the blocks of a model another one, which takes and
+returns what theirs does. It is a second copy of what model.py and sparsify.py do, so their code is
+looked at first: where that has changed, fused.py says so and steps aside. A block runs as model.py
+has it where its linears are not all sparse now, of few rows and without bias, and where somebody
+looks on: with a hook on any of its modules, as several processes have them (parallel.py).
 
     python -m beyond.fused       prints the fingerprints of the code that is replaced
 """
@@ -121,21 +121,22 @@ if triton is not None:
         return output, scale * (sums - zero * tl.sum(total, axis=0)[:, None])
 
     @triton.jit
-    def joint_product_kernel(x_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
+    def joint_product_kernel(x_ptr, residual_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
                              scale0_ptr, scale1_ptr, scale2_ptr, zero0_ptr, zero1_ptr, zero2_ptr,
                              threshold0_ptr, threshold1_ptr, threshold2_ptr, channel_ptr, input_ptr,
                              partial_ptr, ticket_ptr, y_ptr, rows, channels, outputs0, outputs1,
                              outputs2, per_split, STEP: tl.constexpr, ROWS: tl.constexpr,
                              SPAN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
                              STAGES: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr,
-                             AHEAD: tl.constexpr):
+                             RESIDUAL: tl.constexpr, AHEAD: tl.constexpr):
         """y[row, j] = sum over channels of kept x[row, i] * weight[i, j], for linears side by side.
 
         grid (tiles of all linears, splits of per_split channels). y (rows, outputs0 + outputs1 +
-        outputs2); GATED: (rows, outputs0), silu(first) * second. x, thresholds, and what is room
-        for each program: as in kernel.sparse_product_kernel; partial float32 (splits, rows, outputs
-        of all). BITS 0: weight_l (channels, outputs_l), scale_l and zero_l not read. BITS 8 or 4:
-        they are the codes, scales and zeros of a QuantizedWeight; for 4 a split is a group.
+        outputs2); GATED: (rows, outputs0), silu(first) * second. RESIDUAL: residual, like y, is
+        added. x, thresholds, and what each program writes: as in kernel.sparse_product_kernel;
+        partial float32 (splits, rows, outputs of all). BITS 0: weight_l (channels, outputs_l),
+        scale_l and zero_l not read. BITS 8 or 4: they are the codes, scales and zeros of a
+        QuantizedWeight; for 4 a split is a group.
         """
         tile = tl.program_id(0)
         split = tl.program_id(1)
@@ -189,6 +190,9 @@ if triton is not None:
             else:
                 place += first_output
                 y = add_parts(partial_ptr, place, real, splits, rows * width, ROWS, BLOCK_OUT)
+            if RESIDUAL:                 # rounded before, as the model's is
+                y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+                y += tl.load(residual_ptr + place, mask=real, other=0.0).to(tl.float32)
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
 
     @triton.jit
@@ -226,9 +230,8 @@ if triton is not None:
             tl.store(value_ptr + channel, x.to(value_ptr.dtype.element_ty), mask=exists)
 
     @triton.jit
-    def add_norm_kernel(x_ptr, y_ptr, weight_ptr, sum_ptr, normed_ptr, size, eps,
-                        ADD: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
-        """sum = x + y with ADD, else x; normed = sum / sqrt(mean(sum²) + eps) * weight.
+    def norm_kernel(x_ptr, weight_ptr, y_ptr, size, eps, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+        """y = x / sqrt(mean(x²) + eps) * weight.
 
         grid (rows,): a program has a row of `size` channels, in BLOCK, the next power of 2.
         """
@@ -236,15 +239,10 @@ if triton is not None:
         exists = channel < size
         place = tl.program_id(0) * size + channel
         begin(AHEAD)
-        x = tl.load(x_ptr + place, mask=exists, other=0.0)
-        if ADD:
-            x = x.to(tl.float32) + tl.load(y_ptr + place, mask=exists, other=0.0).to(tl.float32)
-            x = x.to(sum_ptr.dtype.element_ty)             # the squares are of what is stored
-            tl.store(sum_ptr + place, x, mask=exists)
-        x = x.to(tl.float32)
+        x = tl.load(x_ptr + place, mask=exists, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x) / size + eps)
         y = x * scale * tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-        tl.store(normed_ptr + place, y.to(normed_ptr.dtype.element_ty), mask=exists)
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=exists)
 
 
 def launch(function, grid, *arguments, num_warps=4, **constants):
@@ -257,13 +255,14 @@ def launch(function, grid, *arguments, num_warps=4, **constants):
         function[grid](*arguments, num_warps=num_warps, **constants)
 
 
-def joint_gemv(x, weights, thresholds, gated=False):
+def joint_gemv(x, weights, thresholds, gated=False, residual=None):
     """Return the sparse products of one to three linears with the same x, in one launch on a GPU.
 
     x: (B, in), B from 1 to 8, contiguous; float32, float16 or bfloat16
     weights: for each linear (in, out_l); or for each a QuantizedWeight, all of one kind
     thresholds: for each a float32 tensor, all () or all (in,)
     gated: there are two linears of one width; return silu(first) * second, (B, out)
+    residual: of one linear, (B, out) of x's dtype, contiguous, which is added
     Returns the outputs side by side, (B, sum of out_l), in x's dtype. Raises ValueError without
     Triton.
     """
@@ -287,10 +286,11 @@ def joint_gemv(x, weights, thresholds, gated=False):
     size = max(16, triton.next_power_of_2(per_split))
     splits = triton.cdiv(channels, per_split)
     y = torch.empty(rows, outputs[0] if gated else sum(outputs), device=x.device, dtype=x.dtype)
-    launch(joint_product_kernel, (tiles, splits), x, *pointers, *thresholds,
-           *kernel.room(x, dtype, tiles, splits, size, sum(outputs)), y, rows, channels, *outputs,
-           per_split, STEP=thresholds[0].ndim, ROWS=triton.next_power_of_2(rows), SPAN=size,
-           BITS=bits, GATED=gated, **sizes)
+    launch(joint_product_kernel, (tiles, splits), x, x if residual is None else residual, *pointers,
+           *thresholds, *kernel.scratch(x, dtype, tiles, splits, size, sum(outputs)), y, rows,
+           channels, *outputs, per_split, STEP=thresholds[0].ndim,
+           ROWS=triton.next_power_of_2(rows), SPAN=size, BITS=bits, GATED=gated,
+           RESIDUAL=residual is not None, **sizes)
     return y
 
 
@@ -322,56 +322,41 @@ def rotate_and_append(y, attention, context):
     return q, keys, values
 
 
-def add_norm(x, y, norm):
-    """Return x + y, and norm of it; x, y (B, T, hidden). y None: x itself, and norm of it."""
+def norm(x, module):
+    """Return an RMSNorm of x (B, T, hidden)."""
     x = x.contiguous()
-    total = x if y is None else torch.empty_like(x)
-    normed = torch.empty_like(x)
+    y = torch.empty_like(x)
     size = x.shape[-1]
-    launch(add_norm_kernel, (x.numel() // size,), x, x if y is None else y, norm.weight, total,
-           normed, size, norm.eps, ADD=y is not None, BLOCK=triton.next_power_of_2(size),
-           num_warps=8)
-    return total, normed
+    launch(norm_kernel, (x.numel() // size,), x, module.weight, y, size, module.eps,
+           BLOCK=triton.next_power_of_2(size), num_warps=8)
+    return y
+
+
+def product(x, *linears, gated=False, residual=None):
+    """Return joint_gemv of linears with x (B, T, in), as (B, T, out)."""
+    y = joint_gemv(x.flatten(0, 1).contiguous(), [linear.weight_t for linear in linears],
+                   [linear.threshold for linear in linears], gated,
+                   None if residual is None else residual.contiguous())
+    return y.view(*x.shape[:-1], -1)
 
 
 # --------------------------------------------------------------------------------------------------
 # In the model
 
-class FusedNorm(RMSNorm):
-    """A norm that the block before it has computed, if its input is still what that block gave."""
-    left = None          # (output of that block, its version, the norm of it)
-
-    def taken(self, x):
-        """Return what was left for x, or None; forget it."""
-        left, self.left = self.left, None
-        if left is None or x.data_ptr() != left[0].data_ptr() or x.shape != left[0].shape:
-            return None
-        return left[2] if x._version == left[1] else None
-
-    def forward(self, x):
-        normed = self.taken(x)
-        return super().forward(x) if normed is None else normed
-
-
 class FusedBlock(Block):
-    """A Block of eight launches. following: (the norm that reads its output,)"""
+    """A Block of eight launches."""
 
     def forward(self, x, context):
         if not self.is_whole(x, context):
             return super().forward(x, context)
         attention, mlp = self.self_attn, self.mlp
-        normed = self.input_layernorm.taken(x)
-        if normed is None:               # the first block, or behind one that ran as model.py's
-            _, normed = add_norm(x, None, self.input_layernorm)
-        y = product(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+        y = norm(x, self.input_layernorm)
+        y = product(y, attention.q_proj, attention.k_proj, attention.v_proj)
         y = attention.attend(*rotate_and_append(y, attention, context), context.mask)
-        y = product(y.transpose(1, 2).flatten(2), attention.o_proj)
-        x, normed = add_norm(x, y, self.post_attention_layernorm)
-        y = product(product(normed, mlp.gate_proj, mlp.up_proj, gated=True), mlp.down_proj)
-        x, normed = add_norm(x, y, self.following[0])
-        if not x.is_inference():         # such a tensor has no version: a change would not show
-            self.following[0].left = x, x._version, normed
-        return x
+        x = product(y.transpose(1, 2).flatten(2), attention.o_proj, residual=x)
+        y = norm(x, self.post_attention_layernorm)
+        y = product(y, mlp.gate_proj, mlp.up_proj, gated=True)
+        return product(y, mlp.down_proj, residual=x)
 
     def is_whole(self, x, context):
         """Return whether the block is all sparse in this call, of few rows, and nobody looks on."""
@@ -380,7 +365,6 @@ class FusedBlock(Block):
                    mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         return (x.shape[0] * x.shape[1] <= kernel.MAX_ROWS
                 and type(context.cache) is StaticCache     # which says where its slots are
-                and type(self.input_layernorm) is FusedNorm
                 and all(type(linear) in FUSABLE and linear.bias is None and linear.state is not None
                         and linear.state.is_sparse() and not linear.state.dense_prefix
                         for linear in linears)
@@ -389,13 +373,6 @@ class FusedBlock(Block):
                 and not any(module._forward_hooks or module._forward_pre_hooks
                             for module in self.modules())
                 and what_changed(self) is None)
-
-
-def product(x, *linears, gated=False):
-    """Return joint_gemv of linears with x (B, T, in), as (B, T, out)."""
-    y = joint_gemv(x.flatten(0, 1).contiguous(), [linear.weight_t for linear in linears],
-                   [linear.threshold for linear in linears], gated)
-    return y.view(*x.shape[:-1], -1)
 
 
 def fuse(model):
@@ -411,17 +388,12 @@ def fuse(model):
     changed = [name for name, mark in fingerprints().items() if mark != FINGERPRINTS[name]]
     changed += [f"model.layers.{i}{what}" for i, block in enumerate(model.model.layers)
                 if (what := what_changed(block))]
-    changed += ["model.norm"] * (type(model.model.norm) not in (RMSNorm, FusedNorm))
     if changed:
         note(f"fused.py steps aside, each linear has a launch of its own: {changed[0]} is not what "
              f"it was written for")
         return model
-    norms = [block.input_layernorm for block in model.model.layers] + [model.model.norm]
-    for norm in norms:
-        norm.__class__ = FusedNorm       # the same module, another forward
-    for block, norm in zip(model.model.layers, norms[1:]):
-        block.__class__ = FusedBlock
-        block.following = (norm,)        # in a tuple it is no second module of that name
+    for block in model.model.layers:
+        block.__class__ = FusedBlock     # the same module, another forward
     return model
 
 
@@ -438,11 +410,11 @@ FINGERPRINTS = {
     "Attention.forward": "122828a7", "MLP.gated": "fbcb3c94",
     "MLP.forward": "6fef7b62", "Block.forward": "f8ce79d5",
     "RMSNorm.forward": "c1fb6179", "StaticCache.append": "3a4c5f83",
-    "SparseLinear.forward": "45224dfd", "SparseLinear.keep": "7543ddcc",
+    "SparseLinear.forward": "ed96c24c", "SparseLinear.keep": "7543ddcc",
     "SparseLinear.product": "9b7c4603", "kernel.kept": "61e4299d",
 }
-KNOWN = FUSABLE | {Block, FusedBlock, Attention, MLP, RMSNorm, FusedNorm, llama.Linear,
-                   torch.nn.Linear, QuantizedWeight}
+KNOWN = FUSABLE | {Block, FusedBlock, Attention, MLP, RMSNorm, llama.Linear, torch.nn.Linear,
+                   QuantizedWeight}
 
 
 def fingerprints():

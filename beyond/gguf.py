@@ -1,10 +1,10 @@
 """A Llama out of a GGUF file: llama.cpp's format becomes an ordinary checkpoint folder.
 
 A GGUF file holds what a folder of the hub holds, in one file or in several: settings, tensors, the
-tokenizer. The package gguf reads it and dequantizes its tensors. What is left to do here is to
-translate names, to write the tokenizer as tokenizer.json, and to put back the rows of q and k:
-llama.cpp turns pairs of neighbouring channels (RoPE), the hub's Llama channel i with i + D/2, so
-llama.cpp's converter interleaves the two halves of each head.
+tokenizer. The package gguf reads it, knows the names of tensors and dequantizes them. What is left
+to do here is to translate settings, to write the tokenizer as tokenizer.json, and to put back the
+rows of q and k: llama.cpp turns pairs of neighbouring channels (RoPE), the hub's Llama channel i
+with i + D/2, so llama.cpp's converter interleaves the two halves of each head.
 
     the hub's    0 1 2 3 | 4 5 6 7         a pair is (0, 4), (1, 5), ...
     GGUF         0 4 1 5   2 6 3 7         a pair is two neighbours
@@ -23,6 +23,8 @@ Sources: the GGUF specification (ggml's docs/gguf.md); llama.cpp's converter for
 k, its llama-vocab.cpp for tokenizers, its llama-model.cpp for what is taken where nothing is said.
 """
 import contextlib
+import functools
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -34,19 +36,12 @@ from model import (EMBEDDING, HEAD, Config, InputError, Llama, Parser, command_l
                    load_tokenizer, progress, read_json, replacing, require, rope_tables, write_json,
                    write_safetensors)
 
-NAMES = {                            # of a GGUF file's tensors, and the checkpoint's
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+KEYS = {                             # of config.json, and the GGUF file's
+    "max_position_embeddings": "context_length", "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count", "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv", "rope_theta": "rope.freq_base",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 NEUTRAL = {                          # settings that change the function, and where they do not
     "expert_count": (0, 1), "rope.scaling.attn_factor": (1,), "attention.causal": (True,),
@@ -83,7 +78,6 @@ CUTS = {kind: cuts for kinds, cuts in {
 WHOLE = "llama-bpe llama3 llama-v3 falcon3 pixtral midm-2.0 lfm2 tekken".split()
 ENDS = ("</s> <EOT> [EOT] [EOS] <eos> <end_of_turn> <end_of_utterance> <|eot_id|> <|eom_id|> "
         "<|end|> <|im_end|> <|endoftext|> <|end_of_text|> <｜end▁of▁sentence｜>").split()
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4        # types of tokens
 
 
 def package():
@@ -95,11 +89,22 @@ def package():
     return gguf
 
 
+@functools.cache
+def names():
+    """Return the package's map of names; it has those of 1000 layers."""
+    return package().get_tensor_name_map(package().MODEL_ARCH.LLAMA, 1000)
+
+
+def gguf_name(name):
+    """Return the name in a GGUF file of a checkpoint's tensor."""
+    return names().get_name(name, (".weight", ".bias"))
+
+
 def read_gguf(path):
-    """Return (settings {name: value}, tensors {checkpoint's name: ReaderTensor}) of a GGUF file.
+    """Return (settings {name: value}, tensors {name: ReaderTensor}) of a GGUF file.
 
     Of a model in several files, NAME-00001-of-00003.gguf and so on, all are read, whichever is
-    given. Raises InputError without the package, for another file, for a tensor of no Llama.
+    given. Raises InputError without the package, for another file, for another architecture.
     """
     path = Path(path)
     settings, tensors = read_part(path)
@@ -109,17 +114,16 @@ def read_gguf(path):
     name = re.fullmatch(r"(.*)-\d{5}(-of-\d{5}\.gguf)", path.name)
     require(name, f"{path}: one of the {count} files of a model, expected a name like "
                   f"NAME-00001-of-{count:05}.gguf")
-    whole, tensors = {}, {}
+    parts = []
     for number in range(count):
         part = path.with_name(f"{name[1]}-{number + 1:05}{name[2]}")
         settings, more = read_part(part)
         place = settings.get("split.no"), settings.get("split.count")
         require(place == (number, count), f"{part}: part {place} of a model, expected part "
                                           f"{(number, count)}, counted from 0")
-        twice = tensors.keys() & more.keys()
-        require(not twice, f"{part}: tensor {min(twice, default='')}: another file has it, too")
-        whole, tensors = whole or settings, tensors | more
-    return whole, tensors
+        parts.append(settings)
+        tensors |= more
+    return parts[0], tensors
 
 
 def read_part(path):
@@ -128,7 +132,6 @@ def read_part(path):
     try:
         reader = gguf.GGUFReader(path)
         settings = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
         little = reader.endianess == gguf.GGUFEndian.LITTLE
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
@@ -139,28 +142,7 @@ def read_part(path):
     architecture = settings.get("general.architecture", "llama")     # a later part says nothing
     require(architecture == "llama",
             f"{path}: general.architecture is {architecture!r}, supported is 'llama'")
-    return settings, {checkpoint_name(path, name): tensor for name, tensor in tensors.items()}
-
-
-def checkpoint_name(path, name):
-    """Return the checkpoint's name of a GGUF tensor; InputError if a Llama has none such."""
-    if name == ROPE_DIVISORS:
-        return name
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    require(match and match[2] in NAMES, f"{path}: tensor {name}: not part of a Llama")
-    layer, part, kind = match.groups()
-    prefix = "" if layer is None else f"model.layers.{layer}."
-    return f"{prefix}{NAMES[part]}.{kind}"
-
-
-def gguf_name(name):
-    """Return the name in a GGUF file of a checkpoint's tensor: the inverse of checkpoint_name."""
-    part, _, kind = name.rpartition(".")
-    prefix = ""
-    if part.startswith("model.layers."):
-        _, _, layer, part = part.split(".", 3)
-        prefix = f"blk.{layer}."
-    return f"{prefix}{next(theirs for theirs, own in NAMES.items() if own == part)}.{kind}"
+    return settings, {tensor.name: tensor for tensor in reader.tensors}
 
 
 @contextlib.contextmanager
@@ -171,14 +153,10 @@ def writing(path, config, architecture="llama"):
     """
     with replacing(path) as file:
         writer = package().GGUFWriter(file.name, architecture)
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_rope_freq_base(config.rope_theta)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        for key, name in KEYS.items():
+            value = getattr(config, key)
+            add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+            add(f"{architecture}.{name}", value)
         yield writer
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -192,41 +170,37 @@ def config_of(path, settings, tensors):
     settings, tensors: of read_gguf. Raises InputError for what minTEAL does not implement, and for
     a tensor that is missing, has another shape, or belongs to another model.
     """
-    def number(name, default=None, kinds=(int,)):
+    def number(name, default=None):
         value = settings.get(f"llama.{name}", default)
-        require(type(value) in kinds, f"{path}: llama.{name} is {value!r}, expected a number")
+        require(type(value) in (int, float),
+                f"{path}: llama.{name} is {value!r}, expected a number")
         return value if type(value) is int else float(f"{value:.7g}")      # stored in float32
 
     for name, allowed in NEUTRAL.items():
         value = settings.get(f"llama.{name}", allowed[0])
         require(value in allowed, f"{path}: llama.{name} is {value}, supported is {allowed[0]}")
-    require(EMBEDDING in tensors, f"{path}: tensor {gguf_name(EMBEDDING)} is missing")
-    hidden, vocab = map(int, tensors[EMBEDDING].shape)
-    heads = number("attention.head_count")
+    embedding = tensors.get(gguf_name(EMBEDDING))
+    require(embedding is not None, f"{path}: tensor {gguf_name(EMBEDDING)} is missing")
     window = settings.get("llama.attention.sliding_window")
-    biases = {name.split(".")[-3] for name in tensors if name.endswith("proj.bias")}
-    raw = {
-        "hidden_size": hidden, "intermediate_size": number("feed_forward_length"),
-        "num_hidden_layers": number("block_count"), "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads), "vocab_size": vocab,
-        "head_dim": number("attention.key_length", hidden // max(heads, 1)),
-        "max_position_embeddings": number("context_length"),
-        "rope_theta": number("rope.freq_base", 10000.0, (int, float)),
-        "rms_norm_eps": number("attention.layer_norm_rms_epsilon", None, (int, float)),
-        "tie_word_embeddings": HEAD not in tensors, "model_type": "mistral" if window else "llama",
-        "sliding_window": window, "attention_bias": "self_attn" in biases,
-        "mlp_bias": "mlp" in biases,
+    biases = " ".join(name for name in tensors if name.endswith(".bias"))
+    left_open = {"attention.head_count_kv": settings.get("llama.attention.head_count"),
+                 "rope.freq_base": 10000.0}
+    raw = {key: number(name, left_open.get(name)) for key, name in KEYS.items()} | {
+        "head_dim": settings.get("llama.attention.key_length"),
+        "vocab_size": int(embedding.shape[1]),
+        "tie_word_embeddings": gguf_name(HEAD) not in tensors, "sliding_window": window,
+        "model_type": "mistral" if window else "llama",
+        "attention_bias": ".attn_" in biases, "mlp_bias": ".ffn_" in biases,
     }
     # A factor without a type is linear, a type without a factor changes nothing.
     kind = settings.get("llama.rope.scaling.type", "linear")
     require(kind in ("none", "linear"),
             f"{path}: llama.rope.scaling.type is {kind!r}, supported is 'linear'")
-    older = number("rope.scale_linear", 0, (int, float))
-    factor = number("rope.scaling.factor", older, (int, float))
+    factor = number("rope.scaling.factor", number("rope.scale_linear", 0))     # the older name
     if kind == "linear" and factor not in (0, 1):
         raw["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     try:
-        config = Config.of(raw, path)
+        config = Config.parse(raw, path)
     except InputError as error:
         raise InputError(str(error).removesuffix("; python -m beyond reads more")) from None
     rotated = number("rope.dimension_count", config.head_dim)
@@ -234,13 +208,13 @@ def config_of(path, settings, tensors):
                                         f"supported is the {config.head_dim} of a head")
     if ROPE_DIVISORS in tensors:
         config.rope_scaling = llama3_scaling(path, tensors[ROPE_DIVISORS].data, config)
-    expected = {name: list(parameter.shape)
+    expected = {gguf_name(name): list(parameter.shape)
                 for name, parameter in Llama.shapes(config).named_parameters()}
     for name in sorted(expected.keys() | tensors.keys() - {ROPE_DIVISORS}):
         found = tensors[name].shape.tolist()[::-1] if name in tensors else None
-        wanted = expected.get(name, "none in a model of these settings")
+        wanted = expected.get(name, "none in a Llama of these settings")
         require(found == wanted or found is None and name.endswith("bias"),      # zero in llama.cpp
-                f"{path}: tensor {gguf_name(name)}: {found or 'missing'}, expected {wanted}")
+                f"{path}: tensor {name}: {found or 'missing'}, expected {wanted}")
     return config
 
 
@@ -267,9 +241,8 @@ def frequencies(config):
 
 def tensor_of(path, tensor, config):
     """Return a GGUF tensor as the checkpoint has it, bfloat16."""
-    import gguf
     try:
-        values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        values = torch.tensor(package().quants.dequantize(tensor.data, tensor.tensor_type))
     except (NotImplementedError, ValueError) as error:
         raise InputError(f"{path}: tensor {tensor.name}: {tensor.tensor_type.name} cannot be "
                          f"dequantized: {error}") from None
@@ -301,7 +274,8 @@ def save_tokenizer(path, settings, vocab_size, folder):
     require(model == "llama" or pre in CUTS, f"{path}: tokenizer.ggml.pre is {pre!r}, a kind that "
                                              f"is not known here; known are {', '.join(CUTS)}")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(setting("tokens", ()))]
-    types = setting("token_type", [NORMAL] * len(tokens))
+    kinds = package().TokenType
+    types = setting("token_type", [kinds.NORMAL] * len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
     require(0 < len(vocab) == len(tokens) == len(types) <= vocab_size,
             f"{path}: tokenizer.ggml.tokens are {len(tokens)}, {len(vocab)} different ones of "
@@ -325,11 +299,12 @@ def save_tokenizer(path, settings, vocab_size, folder):
             special_tokens=[(token, vocab[token]) for token in bos + eos])
     except Exception as error:                             # of many kinds
         raise InputError(f"{path}: its tokenizer cannot be read: {error}") from None
-    special = {*ids.values(), *ends, *(i for i, type_ in enumerate(types)
-                                       if type_ in (UNKNOWN, CONTROL))}
-    tokenizer.add_special_tokens([AddedToken(tokens[i], normalized=False) for i in sorted(special)])
-    tokenizer.add_tokens([AddedToken(tokens[i], normalized=False) for i, type_ in enumerate(types)
-                          if type_ == USER_DEFINED and i not in special])
+    special = {*ids.values(), *ends, *(i for i, kind in enumerate(types)
+                                       if kind in (kinds.UNKNOWN, kinds.CONTROL))}
+    added = [AddedToken(token, normalized=False) for token in tokens]
+    tokenizer.add_special_tokens([added[i] for i in sorted(special)])
+    tokenizer.add_tokens([added[i] for i, kind in enumerate(types)
+                          if kind == kinds.USER_DEFINED and i not in special])
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     write_json(folder / "tokenizer_config.json",
@@ -358,7 +333,7 @@ def sentencepiece(setting, vocab, types):
     from tokenizers import Tokenizer, decoders, models
     from tokenizers.normalizers import Prepend, Replace, Sequence
     scores = setting("scores", [0.0] * len(vocab))
-    words = {word: scores[i] for word, i in vocab.items() if types[i] == NORMAL}
+    words = {word: scores[i] for word, i in vocab.items() if types[i] == package().TokenType.NORMAL}
     merges = [(word[:i], word[i:]) for word in sorted(words, key=words.get, reverse=True)
               for i in range(1, len(word)) if word[:i] in words and word[i:] in words]
     unknown = list(vocab)[setting("unknown_token_id", 0)]
@@ -384,29 +359,26 @@ def convert(path, out):
             load_tokenizer(unfinished)
         except InputError as error:
             raise InputError(str(error).replace(str(unfinished), str(path))) from None
-        shard, shards = {}, []
-        expected = dict(sorted(Llama.shapes(config).named_parameters()))
-        for name in progress(list(expected), "tensors"):
-            shard[name] = (tensor_of(path, tensors[name], config) if name in tensors else
-                           torch.zeros(expected[name].shape, dtype=torch.bfloat16))
-            size = sum(tensor.nbytes for tensor in shard.values())
-            if size > SHARD_BYTES or name == max(expected):
-                shards.append(write_shard(unfinished, shard, len(shards) + 1))
-                shard = {}
-        if len(shards) == 1:
-            (unfinished / "model-00001.safetensors").rename(unfinished / "model.safetensors")
+        parameters = dict(sorted(Llama.shapes(config).named_parameters()))
+        files = {}                       # {name of a tensor: its file}
+        size = 0
+        for name, parameter in parameters.items():
+            files[name] = f"model-{size // SHARD_BYTES + 1:05}.safetensors"
+            size += 2 * parameter.numel()
+        if size <= SHARD_BYTES:
+            files = dict.fromkeys(files, "model.safetensors")
         else:
-            weight_map = {name: file for names, file in shards for name in names}
             write_json(unfinished / "model.safetensors.index.json",
-                       {"metadata": {}, "weight_map": weight_map})
+                       {"metadata": {}, "weight_map": files})
+        for file, group in itertools.groupby(progress(list(files), "tensors"), key=files.get):
+            shard = {}
+            for name in group:
+                tensor = tensors.get(gguf_name(name))      # a bias that is missing is zero
+                shard[name] = (torch.zeros_like(parameters[name], dtype=torch.bfloat16,
+                                                device="cpu")
+                               if tensor is None else tensor_of(path, tensor, config))
+            write_safetensors(unfinished / file, shard, {"format": "pt"})
     return config
-
-
-def write_shard(folder, tensors, number):
-    """Write a file of tensors, and return (their names, the file's name)."""
-    file = f"model-{number:05}.safetensors"
-    write_safetensors(folder / file, tensors, {"format": "pt"})
-    return list(tensors), file
 
 
 def main():

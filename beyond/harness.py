@@ -1,10 +1,9 @@
 """The field's own tasks: minTEAL's model in EleutherAI's lm-evaluation-harness (lm_eval on PyPI).
 
 Papers on sparsity report how often a model chooses the right one of a few answers (PIQA, ARC,
-HellaSwag, MMLU), and measure it with this harness. It asks a model for three things: the
-log-likelihood of a continuation after a context, that of a whole text, and a text to be written.
-`MinTEAL` answers with minTEAL's own model, dense or sparse. Tokens, begin of sequence, cuts and
-stop strings are those of the harness's own `hf` model, and so is every number of a dense model.
+HellaSwag, MMLU). The harness asks a model for three things: the log-likelihood of a continuation
+after a context, that of a whole text, and a text to be written. `MinTEAL` answers with minTEAL's
+own model, dense or sparse; all numbers of a dense model are those of the harness's `hf` model.
 
 Most of the work would be done twice: four answers to one question, five examples before each of a
 hundred questions. So the texts to be scored grow together as a tree, in which what several begin
@@ -25,7 +24,7 @@ The seam: `sparse_mode(model, "all", dense_prefix=...)`, and a KVCache that sees
     python -m beyond.harness run --model minteal --model_args pretrained=FOLDER,sparsity=0.5 \\
         --tasks piqa                                           the harness's own command line
 """
-import itertools
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +35,8 @@ import torch
 from beyond.folders import load_model
 from calibrate import SINKS, Calibration, load_calibration
 from generate import generate
-from model import (HubTokenizer, InputError, KVCache, Parser, check_output, command_line, natural,
-                   note, progress, require, share, write_json)
+from model import (HubTokenizer, InputError, KVCache, Parser, check_output, command_line,
+                   default_context, natural, note, progress, require, share, write_json)
 from sparsify import counted, realised_sparsity, skipped_share, sparse_mode, sparsify
 
 try:
@@ -60,8 +59,7 @@ TOKENS = 512             # of a tree beside what its texts share, and of a call 
 
 class Scored(NamedTuple):
     """A text to be scored."""
-    tokens: list[int]                    # without the last, after which nothing is asked
-    dense: int                           # how many of them stay dense
+    tokens: list                         # (token, whether it stays dense), all but the last
     targets: list[int]                   # what should come after each of the last of them
     request: int                         # the number of the request that asks
 
@@ -74,47 +72,38 @@ class Node:
     position: int
     number: int
     end: int = 0                         # the number after the last node that follows this one
-    late: bool = False                   # whether a score is asked after it or a node before it
     asked: list = field(default_factory=list)              # of (target, request)
 
 
 def bundles(texts):
-    """Return the texts in lists of (tokens shared with the one before, text), a tree for each."""
-    texts = sorted(texts)
+    """Return the texts in sorted lists, a tree for each."""
     lists = []
-    for before, text in zip([None, *texts], texts):
-        shared = 0
-        if before is not None:
-            pairs = zip(before.tokens, text.tokens)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            if before.dense != text.dense:
-                shared = min(shared, before.dense, text.dense)
-        if not lists or size - shared + len(text.tokens) - shared > TOKENS:
+    size = 0                             # of the tree so far
+    for text in sorted(texts):
+        shared = len(os.path.commonprefix([lists[-1][-1].tokens, text.tokens])) if lists else 0
+        if not lists or size + len(text.tokens) - 2 * shared > TOKENS:
             lists.append([])
-            size = shared = 0            # size: of the tree so far
-        lists[-1].append((shared, text))
+            size = shared = 0
+        lists[-1].append(text)
         size += len(text.tokens) - shared
     return lists
 
 
-def grow(bundle):
-    """Return the nodes of a tree in the order in which they run: none before what it follows."""
-    nodes = []
-    path = []                            # the nodes of the text before
-    for shared, text in bundle:
-        del path[shared:]
-        for token in text.tokens[shared:]:
-            path.append(Node(token, len(path) < text.dense, len(path), len(nodes)))
-            nodes.append(path[-1])
+def grow(texts):
+    """Return the nodes of the tree of sorted texts as they run: none before what it follows."""
+    nodes = {}                           # {(number of the node before, token, dense): node}
+    for text in texts:
+        path = []
+        for position, (token, dense) in enumerate(text.tokens):
+            key = (path[-1].number if path else None, token, dense)
+            if key not in nodes:
+                nodes[key] = Node(token, dense, position, len(nodes))
+            path.append(nodes[key])
         for node in path:
             node.end = len(nodes)
         for node, target in zip(path[-len(text.targets):], text.targets):
             node.asked.append((target, text.request))
-    end = 0
-    for node in nodes:
-        end = max(end, node.end if node.asked else 0)
-        node.late = node.number < end
-    return sorted(nodes, key=lambda node: (node.late, not node.dense, node.position))
+    return sorted(nodes.values(), key=lambda node: (not node.dense, node.position))
 
 
 class TreeCache(KVCache):
@@ -142,31 +131,24 @@ class MinTEAL(TemplateLM or object):
     """A model of the harness, where its name is minteal.
 
     pretrained: a checkpoint folder. sparsity, allocation, calibration: what its thresholds are read
-    from. dense_prefix: how many tokens stay dense at the start of a text that is scored;
-    dense_prompt: all of its context. max_length: tokens that the model sees at most (None: its
-    context). dtype, device: as for load_model. The harness also gives a batch_size, which is
-    without meaning here: TOKENS run at a time.
+    from. dense_prompt: whether all of a context stays dense where a text is scored, or SINKS
+    tokens. max_length: tokens that the model sees at most (None: its context). dtype, device: as
+    for load_model. batch_size, which the harness gives, means nothing: TOKENS run at a time.
     """
     eot_token_id = prefix_token_id = tokenizer_name = None           # properties of TemplateLM
 
     def __init__(self, pretrained, sparsity=0.0, allocation=None, calibration=None,
-                 dense_prompt=False, dense_prefix=SINKS, max_length=None, dtype=None, device=None,
+                 dense_prompt=False, max_length=None, dtype=None, device=None,
                  batch_size=None, max_batch_size=None, **unknown):
         super().__init__()
         require(not unknown, f"minteal has no model_args {', '.join(unknown)}")
-        require(type(dense_prompt) is bool and type(dense_prefix) is int and dense_prefix >= 0,
-                f"dense_prompt={dense_prompt}, dense_prefix={dense_prefix}: expected True or "
-                f"False, and a number of tokens")
         self.folder = str(pretrained)
         self.model, tokenizer = load_model(
             self.folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
         require(tokenizer is not None, f"{self.folder} has no tokenizer")
-        longest = self.model.config.max_position_embeddings
-        self.max_length = longest if max_length is None else max_length
-        require(type(self.max_length) is int and 2 <= self.max_length <= longest,
-                f"max_length is {max_length}, expected 2 to {longest}, the model's context")
+        self.max_length = default_context(
+            self.model, max_length or self.model.config.max_position_embeddings)
         self.dense_prompt = dense_prompt
-        self.dense_prefix = dense_prefix
         self.calibration = calibration             # a path, until one is needed
         self.tokenizer_name = self.folder.replace("/", "__")
         self.own_tokenizer = tokenizer
@@ -183,15 +165,18 @@ class MinTEAL(TemplateLM or object):
 
     def set(self, sparsity, allocation=None):
         """Make the model sparse as the calibration has it for so much, or dense; count anew."""
-        require(isinstance(sparsity, (int, float)) and 0 <= sparsity < 1,
-                f"sparsity is {sparsity}, expected at least 0 and below 1")
-        self.sparse = sparsity > 0
-        self.skipped = 0.0               # sums over the tokens that ran sparse, of the share of the
-        self.tokens = 0                  # blocks' weights that each skipped, and of ones
+        self.sparse = sparsity != 0
+        self.skipped = 0.0               # shares of the blocks' weights that tokens skipped, summed
+        self.tokens = 0                  # over so many that ran sparse
         if self.sparse:
             if not isinstance(self.calibration, Calibration):
                 self.calibration = load_calibration(self.model, self.folder, self.calibration)
             sparsify(self.model, self.calibration.thresholds(sparsity, allocation))
+
+    def count(self, share, tokens):
+        """Count what so many tokens skipped, each this share of the blocks' weights."""
+        self.skipped += share * tokens
+        self.tokens += tokens
 
     def realised(self):
         """Return the share of the blocks' weights that the sparse tokens did not read."""
@@ -224,12 +209,6 @@ class MinTEAL(TemplateLM or object):
 
     # Scores
 
-    def loglikelihood(self, requests, disable_tqdm=True):
-        for request in requests:
-            require(request.args[1], f"task {request.task_name}, document {request.doc_id}: the "
-                                     f"continuation is empty")
-        return super().loglikelihood(requests, disable_tqdm=True)
-
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, **more):
         """Return (log-likelihood, whether it is the greedy one) of each (key, context, target)."""
@@ -242,9 +221,9 @@ class MinTEAL(TemplateLM or object):
             context = context or [self.prefix_token_id]    # it was blanks, now of the continuation
             whole = (context + targets)[-self.max_length - 1:]
             cut += len(whole) < len(context) + len(targets)
-            before = len(whole) - len(targets)
-            dense = before if self.dense_prompt else min(self.dense_prefix, len(whole) - 1)
-            texts.append(Scored(whole[:-1], dense, targets, i))
+            dense = len(whole) - len(targets) if self.dense_prompt else SINKS
+            tokens = [(token, at < dense) for at, token in enumerate(whole[:-1])]
+            texts.append(Scored(tokens, targets, i))
         if cut:
             note(f"{cut} of {len(requests)} texts are longer than {self.max_length} tokens, and "
                  f"cut from the left")
@@ -263,32 +242,29 @@ class MinTEAL(TemplateLM or object):
     def score(self, nodes, sums, misses):
         """Run a tree. Add each log-likelihood to the sums (requests,), and misses of the greedy."""
         cache = TreeCache(self.model.make_cache(1, len(nodes)), nodes)
-        for late, part in itertools.groupby(nodes, key=lambda node: node.late):
-            part = list(part)
-            for some in (part[i:i + TOKENS] for i in range(0, len(part), TOKENS)):
-                tokens = torch.tensor([[node.token for node in some]], device=self.device)
-                dense = sum(node.dense for node in some)
-                with counted(self.model), sparse_mode(self.model, "all" if self.sparse else "off",
-                                                      dense_prefix=dense):
-                    logits = self.model(tokens, cache, last_only=not late)[0]   # (T, vocab)
-                if self.sparse:
-                    self.skipped += realised_sparsity(self.model) * (len(some) - dense)
-                    self.tokens += len(some) - dense
-                asked = [(row, *each) for row, node in enumerate(some) for each in node.asked]
-                if asked:
-                    rows, targets, request = torch.tensor(asked, device=self.device).t()
-                    sums.index_add_(0, request, logits.log_softmax(-1)[rows, targets].double())
-                    misses.index_add_(0, request, (logits.argmax(-1)[rows] != targets).long())
+        for part in (nodes[i:i + TOKENS] for i in range(0, len(nodes), TOKENS)):
+            tokens = torch.tensor([[node.token for node in part]], device=self.device)
+            dense = sum(node.dense for node in part)
+            asked = [(row, *each) for row, node in enumerate(part) for each in node.asked]
+            asked = torch.tensor(asked, dtype=torch.int64, device=self.device).view(-1, 3)
+            rows, targets, request = asked.t()
+            # The head, a large part of a small model, runs where a score is asked.
+            choose = self.model.lm_head.register_forward_pre_hook(lambda _, x: x[0][:, rows])
+            with choose, counted(self.model), sparse_mode(
+                    self.model, "all" if self.sparse else "off", dense_prefix=dense):
+                log_p = self.model(tokens, cache)[0].log_softmax(-1)            # (asked, vocab)
+            if self.sparse:
+                self.count(realised_sparsity(self.model), len(part) - dense)
+            sums.index_add_(0, request, log_p.gather(1, targets[:, None])[:, 0].double())
+            misses.index_add_(0, request, (log_p.argmax(-1) != targets).long())
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
-        windows = []
-        for i, request in enumerate(requests):
-            for pair in utils.get_rolling_token_windows(
-                    self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1):
-                windows.append((i, utils.make_disjoint_window(pair)))
-        scores = self._loglikelihood_tokens([(None, *pair) for _, pair in windows])
+        windows = [(i, *utils.make_disjoint_window(pair)) for i, request in enumerate(requests)
+                   for pair in utils.get_rolling_token_windows(
+                       self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)]
+        scores = self._loglikelihood_tokens([(None, *pair) for _, *pair in windows])
         sums = [0.0] * len(requests)
-        for (i, _), (score, _) in zip(windows, scores):
+        for (i, *_), (score, _) in zip(windows, scores):
             sums[i] += score
         for request, answer in zip(requests, sums):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
@@ -300,38 +276,33 @@ class MinTEAL(TemplateLM or object):
         texts = []
         for request in progress(requests, "texts"):
             context, options = request.args
-            texts.append(self.write(context, normalize_gen_kwargs(options)))
+            texts.append(self.write(context, **normalize_gen_kwargs(options)))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 
-    def write(self, context, options):
-        """Return what the model writes after a context, up to a stop string."""
-        stops = handle_stop_sequences(options.pop("until"), self.tok_decode([self.eot_token_id]))
-        stops = [stop for stop in stops if stop]
-        most = options.pop("max_gen_toks")
-        room = self.max_length - most
-        require(room > 0, f"{most} tokens to be written leave no room for a prompt in the model's "
-                          f"context of {self.max_length}")
-        sampled = options.pop("do_sample") and options.get("temperature", 0) > 0
-        options = {key: value for key, value in options.items() if sampled or key != "temperature"}
-        unknown = options.keys() - {"temperature", "top_k", "top_p"}
+    def write(self, context, until, max_gen_toks, do_sample, temperature=0.0, top_k=None,
+              top_p=None, **unknown):
+        """Return what the model writes after a context, up to a stop string of `until`."""
         require(not unknown, f"generation options that minTEAL does not follow: "
                              f"{', '.join(sorted(unknown))}")
-        if sampled:
-            options["seed"] = int(torch.randint(2**31, ()))          # by the harness's own seed
+        room = self.max_length - max_gen_toks
+        require(room > 0, f"{max_gen_toks} tokens to be written leave no room for a prompt in the "
+                          f"model's context of {self.max_length}")
         prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        until = handle_stop_sequences(until, self.tok_decode([self.eot_token_id]))
         # As the hf model looks for a stop string: in as many last tokens as it has, and two.
-        stops = {stop: len(self.tok_encode(stop, add_special_tokens=False)) + 2 for stop in stops}
+        stops = {stop: len(self.tok_encode(stop, add_special_tokens=False)) + 2
+                 for stop in until if stop}
+        seed = int(torch.randint(2**31, ())) if temperature > 0 else None       # by the harness's
         ids = []
         with sparse_mode(self.model, "decode" if self.sparse else "off"):
-            for token in generate(self.model, prompt, most, eos_ids=self.own_tokenizer.eos_ids,
-                                  **options):
+            for token in generate(self.model, prompt, max_gen_toks, temperature, top_k, top_p, seed,
+                                  self.own_tokenizer.eos_ids):
                 ids.append(token)
                 if any(stop in self.tok_decode(ids[-last:]) for stop, last in stops.items()):
                     break
         if self.sparse and len(ids) > 1:
-            self.skipped += skipped_share(self.model, prompt + ids, len(prompt)) * (len(ids) - 1)
-            self.tokens += len(ids) - 1
+            self.count(skipped_share(self.model, prompt + ids, len(prompt)), len(ids) - 1)
         return postprocess_generated_text(self.tok_decode(ids, skip_special_tokens=True),
                                           list(stops), None)
 
@@ -343,25 +314,16 @@ if TemplateLM is not None:
 # --------------------------------------------------------------------------------------------------
 # The commands
 
-def print_table(rows, about):
-    """Print the harness's results, task by task."""
-    print(about)
-    for task in rows[0]["results"]:
-        metrics = [key for key in rows[0]["results"][task]
-                   if "," in key and not key.split(",")[0].endswith("_stderr")]
-        first = rows[0]["results"][task]
-        names = [key.removesuffix(",none") for key in metrics]
-        print(f"\n{task}, {first.get('sample_len', '?')} documents")
-        print(f"{'allocation':>12} {'sparsity':>9} {'realised':>9}"
-              + "".join(f" {name:>19}" for name in names))
-        for row in rows:
-            line = f"{row['allocation']:>12} {row['sparsity']:9.0%} {row['realised']:9.1%}"
-            for key in metrics:
-                value = row["results"][task][key]
-                error = row["results"][task].get(key.replace(",", "_stderr,"), "N/A")
-                shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-                line += f" {shown + (f' ± {error:.4f}' if isinstance(error, float) else ''):>19}"
-            print(line)
+def print_table(rows):
+    """Print the harness's results as one of its own tables, a line for each task and setting."""
+    table = {"results": {}, "versions": {}, "n-shot": {}}
+    for row in rows:
+        for task, result in row["results"].items():
+            name = (f"{task}: {row['sparsity']:3.0%} {row['allocation']}, "
+                    f"realised {row['realised']:.1%}")
+            table["results"][name] = {**result, "alias": name}
+            table["n-shot"][name] = row["n-shot"].get(task, "")
+    print(utils.make_table(table, sort_results=True))
 
 
 def main():
@@ -382,31 +344,26 @@ def main():
                                 "lm-evaluation-harness. With run, ls or validate as first word: "
                                 "the harness's own command line, which knows the model minteal.")
     parser.add_model()
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK",
-                        help="as the harness names them (python -m beyond.harness ls tasks)")
-    parser.add_argument("--sparsity", nargs="+", type=share, default=[0.0, 0.4, 0.5],
-                        help="(default: 0 0.4 0.5)")
-    parser.add_argument("--allocation", nargs="+", default=[None],
-                        help="of those in the calibration (default: its first)")
-    parser.add_argument("--calibration", metavar="FILE",
-                        help="(default: calibration.safetensors in the checkpoint folder)")
-    parser.add_argument("--include-path", metavar="DIR", help="with task files (default: none)")
-    parser.add_argument("--limit", type=natural, metavar="N",
-                        help="documents of each task (default: all)")
-    parser.add_argument("--num-fewshot", metavar="N",
-                        type=lambda text: 0 if text == "0" else natural(text),
-                        help="examples before each (default: the task's own number)")
-    parser.add_argument("--dense-prompt", action="store_true",
-                        help="contexts dense, continuations sparse, as in decoding (default: all "
-                             f"sparse but the first {SINKS} tokens)")
-    parser.add_argument("--context", type=natural, metavar="N",
-                        help="tokens that the model sees at most (default: its context)")
-    parser.add_argument("--out", metavar="FILE", help="JSON to write, too (default: none)")
+    parser.add_calibration()
+    add = parser.add_argument
+    add("--tasks", nargs="+", required=True, metavar="TASK",
+        help="as the harness names them (python -m beyond.harness ls tasks)")
+    add("--sparsity", nargs="+", type=share, default=[0.0, 0.4, 0.5], help="(default: 0 0.4 0.5)")
+    add("--allocation", nargs="+", default=[None],
+        help="of those in the calibration (default: its first)")
+    add("--include-path", metavar="DIR", help="with task files (default: none)")
+    add("--limit", type=natural, metavar="N", help="documents of each task (default: all)")
+    add("--num-fewshot", metavar="N", type=lambda text: 0 if text == "0" else natural(text),
+        help="examples before each (default: the task's own number)")
+    add("--dense-prompt", action="store_true",
+        help="contexts dense, continuations sparse, as in decoding (default: all sparse but the "
+             f"first {SINKS} tokens)")
+    add("--context", type=natural, metavar="N",
+        help="tokens that the model sees at most (default: its context)")
+    add("--out", metavar="FILE", help="JSON to write, too (default: none)")
     arguments = parser.parse_args()
     if arguments.out:
         check_output(arguments.out, "--out")
-    require(arguments.include_path is None or Path(arguments.include_path).is_dir(),
-            f"--include-path {arguments.include_path}: no such folder")
     tasks = TaskManager(include_path=arguments.include_path, include_defaults=False)
     if not all(tasks.match_tasks([name]) for name in arguments.tasks):
         tasks = TaskManager(include_path=arguments.include_path)     # it reads 13,000 files
@@ -420,21 +377,21 @@ def main():
              + ("contexts are dense, continuations sparse" if arguments.dense_prompt else
                 f"all tokens but the first {SINKS} are sparse"))
     rows = []
-    levels = sorted(set(arguments.sparsity))
-    settings = [(0.0, None)] * (0 in levels) + [
-        (level, name) for level in levels if level for name in arguments.allocation]
-    for sparsity, allocation in settings:
-        model.set(sparsity, allocation)
-        name = (allocation or model.calibration.allocations[0]) if sparsity else "dense"
-        note(f"{name}, {sparsity:.0%}")
-        found = lm_eval.simple_evaluate(
-            model, tasks=tasks.match_tasks(arguments.tasks), num_fewshot=arguments.num_fewshot,
-            limit=arguments.limit, log_samples=False, task_manager=tasks)
-        rows.append({"allocation": name, "sparsity": sparsity, "realised": model.realised(),
-                     "results": found["results"], "n-shot": found["n-shot"]})
-        if arguments.out:                # after each, so that a run that is stopped leaves some
-            write_json(arguments.out, {"about": about, "rows": rows})
-    print_table(rows, about)
+    for sparsity in sorted(set(arguments.sparsity)):
+        for allocation in arguments.allocation if sparsity else ["dense"]:
+            model.set(sparsity, allocation)
+            allocation = allocation or model.calibration.allocations[0]
+            note(f"{allocation}, {sparsity:.0%}")
+            found = lm_eval.simple_evaluate(
+                model, tasks=tasks.match_tasks(arguments.tasks), num_fewshot=arguments.num_fewshot,
+                limit=arguments.limit, log_samples=False, task_manager=tasks)
+            rows.append({"allocation": allocation, "sparsity": sparsity,
+                         "realised": model.realised(), "results": found["results"],
+                         "n-shot": found["n-shot"]})
+            if arguments.out:            # after each, so that a run that is stopped leaves some
+                write_json(arguments.out, {"about": about, "rows": rows})
+    print(about)
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,15 @@ two ways, and what the first has computed the second can use where it lies:
 q, k, v, gate and up are split by output, o and down, which read what these compute, by input. Then
 one all-reduce is needed for attention and one for the MLP, two a block. (Megatron-LM, arXiv
 1909.08053, section 3.) A rank attends with its own heads, so the KV cache is split by itself. The
-head is split by output, and its logits are gathered; every rank has the embedding.
-
-Sparsity is not touched by this. Whether channel i is kept is a question to |x_i| alone, and the
-rank that holds channel i of o_proj asks it: together the ranks keep exactly the channels that one
-process keeps.
+head is split by output, and its logits are gathered; every rank has the embedding. Whether channel
+i of o_proj is kept is asked by the rank that holds it: together the ranks keep exactly the channels
+that one process keeps.
 
 Every rank runs the same program, and the logits they gather are the same to the last bit, so all
 choose the same tokens. What could differ, as a random seed, a line of input or a draft model that
-each has whole, is taken from rank 0. Rank 0 alone prints. When a rank ends, the others meet an
-error in their next collective and end too. (So with gloo, where it is tested. In a replayed CUDA
-graph a GPU waits for the rank that is gone: there torchrun ends the others.)
+each has whole, is taken from rank 0, which alone prints. When a rank ends, the others meet an error
+in their next collective and end too. (So with gloo, where it is tested. In a replayed CUDA graph a
+GPU waits for the rank that is gone: there torchrun ends the others.)
 
 The seam: this file is a `maker` for `folders.load_model`, with `from_pretrained` and `random`. What
 the ranks say to each other hangs on a model as forward hooks, which record.py sees and steps aside.
@@ -43,8 +41,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional           # noqa: F401  before there is a group: see `group`
-import torch.nn.functional as F
+import torch.distributed.nn.functional           # noqa: F401 (before there is a group: see there)
 from torch import nn
 
 import model as core
@@ -74,12 +71,15 @@ def rank():
 
 
 def number(name, default):
-    """Return a whole number of the environment, which torchrun sets; InputError for what is none.
-    """
+    """Return a whole number of the environment, as torchrun sets it; InputError for another."""
     value = os.environ.get(name, str(default))
     require(value.isdecimal(), f"{name} is {value!r} in the environment, expected a whole number, "
                                f"as torchrun sets it, or nothing at all")
     return int(value)
+
+
+def first_line(error):
+    return str(error).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -102,22 +102,16 @@ def group(device):
         dist.init_process_group(backend, timeout=PATIENCE)
         objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     except (RuntimeError, ValueError) as error:
-        message = str(error).splitlines()[0]
-        raise InputError(f"the processes cannot be joined: {message}") from None
-    with contextlib.ExitStack() as stack:
-        if rank() > 0:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        raise InputError(f"the processes cannot be joined: {first_line(error)}") from None
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
+            nowhere if rank() > 0 else sys.stdout):
         yield device
-    # A collective of gloo runs in a thread of its group. It has returned when that thread has
-    # written the result; the thread may let go of the tensor later, and for that it needs the lock
-    # of the Python interpreter. An interpreter that ends ends a thread that asks for the lock, and
-    # in a C++ destructor this aborts the process: "terminate called without an active exception"
+    # A thread of gloo that lets go of a tensor needs the lock of the Python interpreter. If the
+    # interpreter is ending, that aborts the process: "terminate called without an active exception"
     # (PyTorch issue 190489). So no thread of gloo may live that long. They are joined when the last
-    # reference to their group is given up, and destroy_process_group gives up PyTorch's own alone.
-    # There were two more. `objects` is one. The other was a default argument, group=group.WORLD, of
-    # functions in torch.distributed.nn.functional: PyTorch imports that file when a model is first
-    # made on the meta device, and if the ranks have joined by then, it holds their group for ever.
+    # reference to their group is given up. `objects` is one; destroy_process_group gives up
+    # PyTorch's own; a third, group=group.WORLD, is a default argument in a file that PyTorch
+    # imports with the first meta tensor: so that file is imported above, before there is a group.
     # After an error nothing is destroyed, for it would wait for ranks that are gone: see
     # command_line.
     objects = None
@@ -158,9 +152,8 @@ def talk(collective, *arguments):
     try:
         collective(*arguments)
     except RuntimeError as error:
-        message = str(error).splitlines()[0]
         raise InputError(f"rank {rank()}: another process has ended or does not answer: "
-                         f"{message}") from None
+                         f"{first_line(error)}") from None
 
 
 def from_first(ask):
@@ -188,9 +181,9 @@ def part_of(name, tensor):
     linear = name.split(".")[-2]
     if linear in BY_OUTPUT:
         rows = rows_of(len(tensor))
-        part = tensor[rank() * rows:(rank() + 1) * rows]
+        part = tensor[rank() * rows:][:rows]
         missing = rows - len(part)       # of a vocabulary that does not divide
-        return F.pad(part, (0, 0) * (part.ndim - 1) + (0, missing)) if missing else part
+        return torch.cat((part, part.new_zeros(missing, *part.shape[1:]))) if missing else part
     if linear in BY_INPUT and tensor.ndim == 2:
         return tensor.tensor_split(ranks(), 1)[rank()]
     if linear in BY_INPUT and rank() > 0:
@@ -205,12 +198,9 @@ def part_of_thresholds(thresholds):
     """
     if ranks() == 1:
         return thresholds
-    parts = dict(thresholds)
-    for name, threshold in thresholds.items():
-        one_a_channel = isinstance(threshold, torch.Tensor) and threshold.ndim == 1
-        if one_a_channel and name.split(".")[-1] in BY_INPUT:
-            parts[name] = threshold.tensor_split(ranks())[rank()]
-    return parts
+    return {name: threshold.tensor_split(ranks())[rank()]
+            if name.split(".")[-1] in BY_INPUT and getattr(threshold, "ndim", 0) else threshold
+            for name, threshold in thresholds.items()}
 
 
 def empty_part(config, name):

@@ -13,8 +13,8 @@ from beyond import codes
 from beyond.codes import CLIPPING, bits_by_name, fitting_group, quantize, quantize_weight
 from beyond.folders import (check_new_folder, is_quantized, load_model, read_config,
                             rewrite_checkpoint)
-from model import (DEMO, Llama, Parser, block_linears, command_line, linear_names, natural, note,
-                   progress, require)
+from model import (DEMO, Llama, Parser, block_linears, checked_shards, command_line, linear_names,
+                   natural, note, progress, require)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -47,21 +47,16 @@ def follow(arguments, model, name):
     codes.ROUND_ACTIVATIONS = not arguments.float_activations
     require(arguments.quantize or arguments.head_bits is None, "--head-bits is for --quantize")
     if arguments.quantize:
-        quantize_now(model, name, arguments.quantize, arguments.head_bits)
+        require(not hasattr(model, "quantization"),
+                f"{name}: is quantized already, --quantize is for weights in floating point")
+        # Random weights lose nothing where no clipping is tried.
+        clipping = (1.0,) if str(name).startswith("random:") else CLIPPING
+        quantize(model, int(arguments.quantize.removeprefix("int")), clipping=clipping,
+                 head_bits=arguments.head_bits or 8)
     settings = getattr(model, "quantization", None)
     if settings:
         note(f"{settings['bits']} bits a weight, the head's {settings['head_bits']}; products by "
              f"{codes.instructions(model.device, settings['bits'])}")
-
-
-def quantize_now(model, name, kind, head_bits=None):
-    """Quantize a model that was loaded as `name` to `kind`, "int8" or "int4", for --quantize."""
-    require(not hasattr(model, "quantization"),
-            f"{name}: is quantized already, --quantize is for weights in floating point")
-    # Random weights lose nothing where no clipping is tried.
-    clipping = (1.0,) if str(name).startswith("random:") else CLIPPING
-    return quantize(model, int(kind.removeprefix("int")), clipping=clipping,
-                    head_bits=head_bits or 8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,8 +65,8 @@ def quantize_now(model, name, kind, head_bits=None):
 def quantize_folder(folder, out, bits, group=None, head_bits=8):
     """Write the checkpoint in `folder`, its linears quantized, to the new folder `out`.
 
-    It goes file by file. Arguments as of codes.quantize. Returns {linear, or EMBEDDING: (relative
-    error, bytes before, bytes after)}.
+    It goes file by file. out None: only measure. Other arguments as of codes.quantize. Returns
+    {linear, or EMBEDDING: (relative error, bytes before, bytes after)}.
     """
     require(not is_quantized(folder), f"{folder}: is quantized already")
     model = Llama.shapes(read_config(folder))
@@ -81,7 +76,7 @@ def quantize_folder(folder, out, bits, group=None, head_bits=8):
 
     def change(path, tensors):
         changed = {}
-        for name in progress(list(tensors), f"quantizing {path.name}"):
+        for name in progress(list(tensors), f"quantizing {path.name} to int{bits}"):
             tensor = tensors.pop(name)
             linear = name.removesuffix(".weight")
             if linear not in bits_of:
@@ -89,24 +84,26 @@ def quantize_folder(folder, out, bits, group=None, head_bits=8):
                 continue
             quantized = quantize_weight(tensor, bits_of[linear], group,
                                         name=f"{path}: tensor {name}")
-            changed |= {f"{name}_t.{part}": values for part, values in quantized.named_buffers()}
             measures[linear] = measured(tensor, quantized)
+            if out:
+                changed |= {f"{name}_t.{part}": values
+                            for part, values in quantized.named_buffers()}
         return changed
 
-    rewrite_checkpoint(folder, model, out, change,
-                       {"quantization_config": codes.settings_of(bits, group, head_bits)})
+    if out:
+        rewrite_checkpoint(folder, model, out, change,
+                           {"quantization_config": codes.settings_of(bits, group, head_bits)})
+    else:
+        for path, tensors in checked_shards(folder, model):
+            change(path, tensors)
     return measures
 
 
 def measured(weight, quantized):
-    """Return (relative error, bytes before, bytes after) of a weight (out, in)."""
-    return relative_error(weight, quantized), weight.nbytes, quantized.nbytes
-
-
-def relative_error(weight, quantized):
-    """Return ‖w - w'‖ / ‖w‖ of a weight (out, in) and its QuantizedWeight."""
+    """Return (‖w - w'‖ / ‖w‖, bytes before, bytes after) of a weight (out, in) and its codes."""
     difference = quantized.t() - weight.float()
-    return (difference.norm() / weight.float().norm().clamp(min=1e-30)).item()
+    error = difference.norm() / weight.float().norm().clamp(min=1e-30)
+    return error.item(), weight.nbytes, quantized.nbytes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,43 +145,32 @@ def main():
     if out:
         check_new_folder(out)
     group = checked_group(arguments)
+    for bits in [arguments.bits] if out else [8, 4]:
+        print_errors(folder, bits, group,
+                     quantize_folder(folder, out, bits, group, arguments.head_bits))
     if out:
-        measures = quantize_folder(folder, out, arguments.bits, group, arguments.head_bits)
-        print_errors(folder, arguments.bits, group, measures)
         print(f"{out}: written. Calibrate it with: python -m beyond.allocate --model {out}")
-        return
-    model, _ = load_model(folder)
-    for bits in (8, 4):
-        measures = {}
-        bits_of = bits_by_name(model.config, bits, arguments.head_bits)
-        for name, number in progress(list(bits_of.items()), f"quantizing to int{bits}"):
-            weight = model.get_submodule(name).weight
-            measures[name] = measured(weight, quantize_weight(weight, number, group, name=name))
-        print_errors(folder, bits, group, measures)
 
 
 def print_errors(folder, bits, group, measures):
     """Print {linear: (relative error, bytes before, bytes after)}, block by block."""
+    def sizes_of(names):
+        before, after = (sum(measures[name][i] for name in names) / 1e6 for i in (1, 2))
+        return f"{before:,.1f} MB -> {after:,.1f} MB"
+
     config = read_config(folder)
-    blocks = linear_names(config)
-    rest = [name for name in measures if name not in blocks]
+    rest = [name for name in (codes.EMBEDDING, "lm_head") if name in measures]
     print(f"int{bits}{f', groups of {group}' if bits == 4 else ''}: "
-          f"the blocks' linears {sizes_of(measures, blocks)}")
+          f"the blocks' linears {sizes_of(linear_names(config))}")
     if rest:
         errors = ", ".join(f"{100 * measures[name][0]:.2f}" for name in rest)
-        print(f"{' and '.join(rest)}: {sizes_of(measures, rest)}, relative error {errors} percent")
+        print(f"{' and '.join(rest)}: {sizes_of(rest)}, relative error {errors} percent")
     print("relative error of each weight of the blocks, in percent:")
     kinds = list(block_linears(config))
     print(f"{'block':>6}" + "".join(f"{kind.split('.')[1]:>11}" for kind in kinds))
     for layer in range(config.num_hidden_layers):
         errors = [measures[f"model.layers.{layer}.{kind}"][0] for kind in kinds]
         print(f"{layer:6}" + "".join(f"{100 * error:11.2f}" for error in errors))
-
-
-def sizes_of(measures, names):
-    """Return the sizes before and after of some linears, as text."""
-    before, after = (sum(measures[name][i] for name in names) / 1e6 for i in (1, 2))
-    return f"{before:,.1f} MB -> {after:,.1f} MB"
 
 
 if __name__ == "__main__":

@@ -22,21 +22,52 @@ The seam: `generate(..., make_step=record.make_step)`. The cache of the step is
 `generate.StaticCache`, the one that CUDA graphs use. A chapter that has operations of its own says
 in NOTES how they are noted.
 """
-import contextlib
 import ctypes
 import functools
+import itertools
 import struct
 from collections import Counter
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import kernel
 from generate import GraphStep, StaticCache, plain_step
-from model import check_tokens, note
+from model import note
 from sparsify import note_tokens
 
-C_SOURCE = kernel.C_NUMBERS + r"""
+C_NUMBERS = r"""
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+// Floats and the bits that stand for them in memory; rounding is to nearest, ties to even.
+static inline float number(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+static inline float of_bfloat16(uint16_t bits) { return number((uint32_t)bits << 16); }
+static inline uint16_t bfloat16_of(float x) {
+    uint32_t bits = bits_of(x);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+static inline float of_float16(uint16_t bits) {
+    uint32_t exponent = bits & 0x7c00, rest = (bits & 0x7fffu) << 13;
+    float size = exponent == 0x7c00 ? number(0x7f800000 | rest)                  // infinity, NaN
+               : exponent ? 0x1p112f * number(rest) : 0x1p-24f * (bits & 0x3ff); // steps of 2^-24
+    return bits & 0x8000 ? -size : size;
+}
+static inline uint16_t float16_of(float x) {
+    float size = fabsf(x);
+    uint32_t sign = bits_of(x) >> 16 & 0x8000, bits = bits_of(0x1p-112f * size);
+    if (!(size < 65520.0f)) return sign | (x == x ? 0x7c00 : 0x7e00);            // infinity, NaN
+    if (size < 0x1p-14f) return sign | (bits_of(size + 0.5f) - bits_of(0.5f));   // steps of 2^-24
+    return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
+}
+"""
+
+C_SOURCE = C_NUMBERS + r"""
 #include <float.h>
 
 // e^x in operations that make vectors: 2^n e^f with |f| <= ln(2) / 2, and e^f by its series.
@@ -160,8 +191,6 @@ static inline float dot(const float *a, const float *b, long n) {
 #define TILE 32
 int attend(const args *a) {
     const uint8_t *mask = POINTER(3);
-    const float *queries = POINTER(0);
-    float *outputs = POINTER(4);
     long type = a[5], G = a[6], R = a[7], S = a[8], D = a[9], end = 0;
     float scale = float_of(a[10]);
     for (long r = 0; r < R; r++)
@@ -169,12 +198,12 @@ int attend(const args *a) {
     long threads = R * G * end * D > 1 << 19 ? a[18] : 1;        // a thread that wakes may be late
     long parts = 1, tiles = (end + TILE - 1) / TILE;
     while (G * parts % threads) parts++;
-    float sums[G * parts * R * D], totals[G * parts * R], most[G * parts * R];
+    float sums[G * parts][R][D], totals[G * parts][R], most[G * parts][R];
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long unit = 0; unit < G * parts; unit++) {
         long g = unit / parts, part = unit % parts, last = tiles * (part + 1) / parts * TILE;
         if (last > end) last = end;
-        const float *q = queries + g * a[11];
+        const float *q = (const float *)a[0] + g * a[11];
         float tile[TILE * D], sum[R][D], score[R][TILE], largest[R], total[R];
         memset(sum, 0, sizeof sum);
         for (long r = 0; r < R; r++) {
@@ -213,20 +242,20 @@ int attend(const args *a) {
                                      + w[3] * v[i + 3 * D];
                 }
         }
-        memcpy(sums + unit * R * D, sum, sizeof sum);
-        memcpy(totals + unit * R, total, sizeof total);
-        memcpy(most + unit * R, largest, sizeof largest);
+        memcpy(sums[unit], sum, sizeof sum);
+        memcpy(totals[unit], total, sizeof total);
+        memcpy(most[unit], largest, sizeof largest);
     }
     for (long g = 0; g < G; g++)
         for (long r = 0; r < R; r++) {
-            float *y = outputs + (g * R + r) * D, largest = -FLT_MAX, total = 0;
+            float *y = (float *)a[4] + (g * R + r) * D, largest = -FLT_MAX, total = 0;
             memset(y, 0, D * sizeof *y);
-            for (long u = g * parts * R + r; u < (g + 1) * parts * R; u += R)
-                largest = most[u] <= largest ? largest : most[u];
-            for (long u = g * parts * R + r; u < (g + 1) * parts * R; u += R) {
-                float shrunk = exponential(most[u] - largest);
-                total += shrunk * totals[u];
-                for (long i = 0; i < D; i++) y[i] += shrunk * sums[u * D + i];
+            for (long u = g * parts; u < (g + 1) * parts; u++)
+                largest = most[u][r] <= largest ? largest : most[u][r];
+            for (long u = g * parts; u < (g + 1) * parts; u++) {
+                float shrunk = exponential(most[u][r] - largest);
+                total += shrunk * totals[u][r];
+                for (long i = 0; i < D; i++) y[i] += shrunk * sums[u][r][i];
             }
             for (long i = 0; i < D; i++) y[i] /= total;
         }
@@ -242,14 +271,20 @@ int replay(const call *calls, long n) {
     return failed;
 }
 """
-C_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KINDS = {"copy": 0, "add": 1, "mul": 2, "addcmul": 3, "silu": 4}
-ARGUMENTS = 30           # of a call, at most: those of elementwise
+C_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+ELEMENTWISE = {"copy": (0, 1), "add": (1, 2), "mul": (2, 2), "addcmul": (3, 3), "silu": (4, 1)}
+                         # {name of an operation: (its number in C, how many inputs it has)}
 NOTES = {}               # {name of a chapter's own operation: function(tape, y, *its arguments)}
+
+# Operations whose result Python sees, or whose output's shape depends on values.
+LOOKS = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__",
+         "__contains__", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select",
+         "unique", "unique_consecutive", "bincount", "repeat_interleave", "arange", "linspace",
+         "data_ptr"}
 
 
 class Call(ctypes.Structure):
-    _fields_ = [("function", ctypes.c_void_p), ("a", ctypes.c_int64 * ARGUMENTS)]
+    _fields_ = [("function", ctypes.c_void_p), ("a", ctypes.c_int64 * 30)]      # elementwise's
 
 
 @functools.cache
@@ -261,26 +296,13 @@ def c_functions():
     return library
 
 
-class Unrecordable(Exception):
-    """The forward does what cannot be recorded; the message names it."""
-
-
-# Operations whose result Python sees, or whose output's shape depends on values.
-LOOKS = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__",
-         "__contains__", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select",
-         "unique", "unique_consecutive", "bincount", "repeat_interleave", "arange", "linspace",
-         "data_ptr"}
-
-
 def written_in_place(name, args, kwargs):
     """Return the tensor that an operation of PyTorch writes to, None if it makes a new one."""
     if "out" in kwargs:
         return kwargs["out"]
-    if name == "__setitem__" or name.endswith("_") and not name.endswith("__"):
-        return args[0]
-    if name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"):
-        return args[0]
-    return None
+    changes = name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+    operator = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    return args[0] if changes or operator else None
 
 
 class Tape(TorchFunctionMode):
@@ -304,58 +326,57 @@ class Tape(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        tensors = [x for x in flat((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = tensors_in(args, kwargs)
         changing = [x for x in tensors if storage_of(x) in self.changing]
         if changing and (name in LOOKS or name == "where" and len(args) == 1):
-            raise Unrecordable(f"it looks at values in `{name}`")
-        masks = [x for x in changing if x.dtype == torch.bool and x is not args[0]]
-        if name == "__getitem__" and masks:
-            raise Unrecordable("it picks by a mask, as many values as there happen to be")
+            raise RuntimeError(f"it looks at values in `{name}`")
+        if name == "__getitem__" and any(x.dtype == torch.bool for x in changing
+                                         if x is not args[0]):
+            raise RuntimeError("it picks by a mask, as many values as there happen to be")
         target = written_in_place(name, args, kwargs)
         own = target is not None and storage_of(target) in self.born
         if own and storage_of(target) not in self.changing:
             before = target.clone()      # a replay begins with what it held, not with what is left
             self.notes.append(lambda: target.copy_(before))
         result = function(*args, **kwargs)
-        results = [x for x in flat(result) if isinstance(x, torch.Tensor)]
+        results = tensors_in(result)
         self.alive += results + tensors
         self.reads.update(map(id, tensors))
         if target is not None:
             self.note(lambda: function(*args, **kwargs), name, target, args, kwargs)
             self.changing.add(storage_of(target))
             self.conversions = {key: each for key, each in self.conversions.items()
-                                if storage_of(target) not in map(storage_of, each[:2])}
-        elif results:
-            inputs = {storage_of(tensor) for tensor in tensors}
-            views = all(storage_of(each) in inputs for each in results)
-            if views and any(x is not tensors[0] for x in changing):
-                raise Unrecordable(f"which part it looks at depends on values, in `{name}`")
-            if not views:
-                self.born |= {storage_of(each) for each in results}
-                if name in ("to", "float"):
-                    self.alive.append(result)
-                    self.conversions[id(result)] = result, args[0]
-                    self.places[id(result)] = len(self.notes) if changing else None
-            if changing and not views:
-                def again():
-                    for old, new in zip(results, flat(function(*args, **kwargs))):
-                        old.copy_(new)
-                self.note(again, name, results[0] if len(results) == 1 else None, args, kwargs)
-                self.changing |= {storage_of(each) for each in results}
+                                if storage_of(target) not in map(storage_of, each)}
+            return result
+        memory = {storage_of(each) for each in results}
+        if memory <= {storage_of(tensor) for tensor in tensors}:                # views, or nothing
+            if results and any(x is not tensors[0] for x in changing):
+                raise RuntimeError(f"which part it looks at depends on values, in `{name}`")
+            return result
+        self.born |= memory
+        if name in ("to", "float"):
+            self.conversions[id(result)] = result, args[0]
+            self.places[id(result)] = len(self.notes) if changing else None
+        if changing:
+            def again():
+                for old, new in zip(results, tensors_in(function(*args, **kwargs))):
+                    old.copy_(new)
+            self.note(again, name, results[0] if len(results) == 1 else None, args, kwargs)
+            self.changing |= memory
         return result
 
     def note(self, again, name, y, args, kwargs):
         """Note an operation that sets y: in C if there is a function for it, else as `again`."""
-        write = getattr(self, f"note_{name}", None)
-        if name in NOTES:
-            write = functools.partial(NOTES[name], self)
+        write = NOTES.get(name) or getattr(Tape, f"note_{name}", None)
+        if name in ELEMENTWISE and kwargs in ({}, {"inplace": False}):
+            write = functools.partial(Tape.elementwise, kind=name)
         with torch._C.DisableTorchFunction():
             try:
-                noted = write is not None and y is not None and write(y, *args, **kwargs)
+                noted = write is not None and y is not None and write(self, y, *args, **kwargs)
             except TypeError:            # arguments that this function of ours does not know
                 noted = False
-            if not noted:
-                self.notes.append(again)
+        if not noted:
+            self.notes.append(again)
 
     def call(self, function, *arguments):
         """Note a call of a C function. Tensors stand for their addresses, floats for their bits."""
@@ -367,56 +388,38 @@ class Tape(TorchFunctionMode):
             elif isinstance(argument, float):
                 argument, = struct.unpack("<I", struct.pack("<f", argument))
             values.append(argument)
-        self.notes.append((ctypes.cast(function, ctypes.c_void_p).value, values))
+        self.notes.append((ctypes.cast(function, ctypes.c_void_p).value, tuple(values)))
         return True
 
     def before(self, x):
-        """Return what a converted tensor x was converted from, else x."""
-        return self.conversions[id(x)][1] if id(x) in self.conversions else x
-
-    def unread(self, *tensors):
-        """Count one reader less of each: a C function reads what it was converted from."""
-        self.reads.subtract(map(id, tensors))
-        return True
+        """Return what a converted tensor x was before, else x."""
+        return self.conversions.get(id(x), (x, x))[1]
 
     # The operations that have C functions. Each returns whether it takes these arguments.
 
-    def elementwise(self, kind, y, *inputs):
+    def elementwise(self, y, *inputs, kind, **_):
+        number, count = ELEMENTWISE[kind]
         inputs = [x if isinstance(x, torch.Tensor) else torch.tensor(float(x)) for x in inputs]
-        kinds = {x.dtype for x in (y, *inputs)}
-        types = C_TYPES if kinds <= C_TYPES.keys() else {torch.bool: 3} if kind == "copy" else {}
-        if not kinds <= types.keys() or any(x.ndim > 4 for x in (y, *inputs)) or not y.numel():
+        if len(inputs) != count or not y.numel() or any(
+                x.ndim > 4 or x.dtype not in C_TYPES for x in (y, *inputs)):
             return False
-        arguments = [KINDS[kind], len(inputs), *[1] * (4 - y.ndim), *y.shape]
+        shape = (1,) * (4 - y.ndim) + y.shape
+        arguments = [number, count, *shape]
         for x in (y, *inputs):
-            strides = [0] * (4 - y.ndim) + list(x.expand(y.shape).stride())
-            if y.ndim == 0 or y.shape[-1] == 1:
-                strides[-1] = 1 if x is y else 0
-            if strides[-1] not in (0, 1):
+            *strides, last = x.expand(shape).stride()
+            last = int(x is y) if shape[-1] == 1 else last
+            if last not in (0, 1):
                 return False
-            arguments += [x, types[x.dtype], *strides]
+            arguments += [x, C_TYPES[x.dtype], *strides, last]
         return self.call(c_functions().elementwise, *arguments)
 
-    def note_add(self, y, a, b, alpha=1):
-        return alpha == 1 and self.elementwise("add", y, a, b)
-
-    def note_mul(self, y, a, b):
-        return self.elementwise("mul", y, a, b)
-
-    def note_addcmul(self, y, a, b, c, value=1):
-        return value == 1 and self.elementwise("addcmul", y, a, b, c)
-
-    def note_silu(self, y, x, inplace=False):
-        return not inplace and self.elementwise("silu", y, x)
-
     def note_to(self, y, x, *args, **kwargs):
-        return self.elementwise("copy", y, x)
-
-    note_float = note_to
+        return self.elementwise(y, x, kind="copy")
 
     def note_reshape(self, y, x, *shape):
-        return y.is_contiguous() and self.elementwise("copy", y.view(x.shape), x)
+        return y.is_contiguous() and self.note_to(y.view(x.shape), x)
 
+    note_float = note_to
     note_contiguous = note_clone = note_flatten = note_reshape
 
     def note_roll(self, y, x, shifts, dims):
@@ -424,18 +427,19 @@ class Tape(TorchFunctionMode):
             return False
         first = shifts % x.shape[dims]
         rest = x.shape[dims] - first
-        return (self.elementwise("copy", y.narrow(dims, 0, first), x.narrow(dims, rest, first))
-                and self.elementwise("copy", y.narrow(dims, first, rest), x.narrow(dims, 0, rest)))
+        return (self.note_to(y.narrow(dims, 0, first), x.narrow(dims, rest, first))
+                and self.note_to(y.narrow(dims, first, rest), x.narrow(dims, 0, rest)))
 
     def note_rms_norm(self, y, x, normalized_shape, weight=None, eps=None):
-        if (y.dtype != torch.float32 or weight is None or eps is None or x.dtype != y.dtype
-                or len(normalized_shape) != 1 or not x.is_contiguous()):
+        if (not x.dtype == y.dtype == torch.float32 or weight is None or eps is None
+                or len(normalized_shape) != 1 or not x.is_contiguous()
+                or self.before(weight).dtype not in C_TYPES):
             return False
         stored = self.before(weight).detach()
+        self.reads[id(weight)] -= 1      # C reads what it was before
         size = x.shape[-1]
-        return (stored.dtype in C_TYPES and self.unread(weight)
-                and self.call(c_functions().rms_norm, x, y, stored, C_TYPES[stored.dtype],
-                              x.numel() // size, size, float(eps)))
+        return self.call(c_functions().rms_norm, x, y, stored, C_TYPES[stored.dtype],
+                         x.numel() // size, size, float(eps))
 
     def note_index_copy_(self, y, keys, dim, slots, k):
         rows = keys.stride(-1) == k.stride(-1) == 1
@@ -449,20 +453,18 @@ class Tape(TorchFunctionMode):
     def note_scaled_dot_product_attention(self, y, q, k, v, attn_mask=None, dropout_p=0.0,
                                           is_causal=False, scale=None, enable_gqa=False):
         mask = attn_mask
-        if (is_causal or dropout_p or mask is None or mask.dtype != torch.bool or mask.ndim != 2
-                or q.ndim != 4 or q.shape[0] != 1 or q.shape[1] != k.shape[1]
-                or q.shape[-1] != v.shape[-1] or not y.is_contiguous()):
+        tensors = q, self.before(k), self.before(v)
+        dtype = tensors[1].dtype
+        if (mask is None or mask.dtype != torch.bool or mask.ndim != 2 or is_causal or dropout_p
+                or q.ndim != 4 or q.shape[:2] != (1, k.shape[1]) or q.shape[-1] != v.shape[-1]
+                or not y.is_contiguous() or not q.dtype == y.dtype == torch.float32
+                or dtype != tensors[2].dtype or dtype not in C_TYPES
+                or any(x.stride(-1) != 1 for x in (*tensors, mask))):
             return False
-        keys, values = self.before(k), self.before(v)
-        if (not q.dtype == y.dtype == torch.float32 or keys.dtype != values.dtype
-                or keys.dtype not in C_TYPES
-                or not all(x.stride(-1) == 1 for x in (q, keys, values, mask))):
-            return False
+        self.reads.subtract(map(id, (k, v)))
         _, G, R, D = q.shape
-        S = k.shape[2]
-        tensors = q, keys, values
-        return self.unread(k, v) and self.call(
-            c_functions().attend, *tensors, mask, y, C_TYPES[keys.dtype], G, R, S, D,
+        return self.call(
+            c_functions().attend, *tensors, mask, y, C_TYPES[dtype], G, R, k.shape[2], D,
             float(D ** -0.5 if scale is None else scale), *[x.stride(1) for x in tensors],
             *[x.stride(2) for x in tensors], mask.stride(0) if len(mask) > 1 else 0,
             kernel.THREADS)
@@ -472,48 +474,35 @@ class Tape(TorchFunctionMode):
         if x.dtype != torch.float32:
             return self.product(c_call, x.float(), weight_t, threshold).to(x.dtype)
         with torch._C.DisableTorchFunction():
-            y = x.new_empty(len(x), weight_t.shape[1])
+            y = x.new_empty(*x.shape[:-1], weight_t.shape[1])
             function, arguments = c_call(x, weight_t, threshold, y)
             if function(*arguments):
                 raise MemoryError("no memory for the list of kept channels")
             self.alive += [x, threshold, y]
             self.reads.update(map(id, (x, threshold)))
+            self.changing.add(storage_of(y))
             address = ctypes.cast(function, ctypes.c_void_p).value
             self.call(c_functions().product, address, *arguments)
-        self.changing.add(storage_of(y))
         return y
 
     def finish(self, result):
         """Make the notes what `replay` wants: Python functions, and runs of C calls as arrays."""
         self.reads[id(result)] += 1
         dropped = {place for key, place in self.places.items() if not self.reads[key]}
-        runs = []
-        for place, note in enumerate(self.notes):
-            if place in dropped:
-                continue
-            if callable(note):
-                runs.append(note)
-            else:
-                if not runs or callable(runs[-1]):
-                    runs.append([])
-                runs[-1].append(note)
-        self.notes = [run if callable(run) else calls_of(run) for run in runs]
+        notes = [note for place, note in enumerate(self.notes) if place not in dropped]
+        self.notes = []
+        for in_python, run in itertools.groupby(notes, callable):
+            run = list(run)
+            self.notes += run if in_python else [(Call * len(run))(*run)]
 
     @torch.no_grad()
     def replay(self):
         """Do again all that was noted."""
-        replay = c_functions().replay
         for run in self.notes:
             if callable(run):
                 run()
-            elif replay(run, len(run)):
+            elif c_functions().replay(run, len(run)):
                 raise MemoryError("no memory for the list of kept channels")
-
-
-def calls_of(run):
-    """Return a list of (address, arguments) as an array for `replay` in C."""
-    calls = [Call(function, (ctypes.c_int64 * ARGUMENTS)(*values)) for function, values in run]
-    return (Call * len(calls))(*calls)
 
 
 def storage_of(tensor):
@@ -521,25 +510,9 @@ def storage_of(tensor):
     return tensor.untyped_storage().data_ptr()
 
 
-def flat(value):
-    """Return the leaves of nested tuples, lists and dictionaries."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [leaf for each in value for leaf in flat(each)]
-    return [value]
-
-
-@contextlib.contextmanager
-def products_to(tape):
-    """Route the products of the C backends through a tape, inside a `with`."""
-    before = dict(kernel.BACKENDS)
-    for name, c_call in kernel.C_CALLS.items():
-        kernel.BACKENDS[name] = functools.partial(tape.product, c_call)
-    try:
-        yield
-    finally:
-        kernel.BACKENDS.update(before)
+def tensors_in(*values):
+    """Return the tensors in nested tuples, lists and dictionaries."""
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
 class RecordedStep:
@@ -548,73 +521,58 @@ class RecordedStep:
     Thresholds and weights are read where they lie: what is changed in place counts. A step of more
     tokens than the kernels take, or one that cannot be recorded, is the model's own.
     """
-    said = set()                     # reasons already printed
 
     def __init__(self, model, cache, tokens=1):
         self.model = model
         self.cache = cache
         self.tapes = {}
-        self.reason = self.why_not()
-        self.say()
-        for T in sorted({1, tokens}):
-            fits = T <= kernel.MAX_ROWS and cache.used + T <= cache.length
-            if self.reason is None and fits:
-                self.tape(torch.zeros(1, T, dtype=torch.int64))
-
-    def why_not(self):
-        """Return why steps of this model cannot be recorded, "" if that is expected; else None."""
-        keys = self.cache.keys                                       # (layers, B, G, length, D)
-        if not kernel.fits_c(keys) or c_functions() is None or keys.shape[1] > 1:
-            return ""
-        for module in self.model.modules():
+        self.reason = None               # why steps of this model cannot be recorded
+        for module in model.modules():
             hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
             if any(hook is not note_tokens for hook in hooks):
-                return "others look on through hooks, which a tape would not call"
-        return None
+                self.step_aside("others look on through hooks, which a tape would not call")
+        for T in sorted({1, tokens}):
+            if cache.used + T <= cache.length:
+                self.tape(torch.zeros(1, T, dtype=torch.int64))
 
-    def say(self):
-        """Say once why the model runs itself, unless that is expected."""
-        if self.reason and self.reason not in self.said:
-            self.said.add(self.reason)
-            note(f"record.py steps aside, the model runs itself: {self.reason}")
+    def step_aside(self, reason):
+        """Let the model run itself from now on, and say once why."""
+        self.reason = str(reason).partition("\n")[0] or type(reason).__name__
+        say_once(f"record.py steps aside, the model runs itself: {self.reason}")
 
     @torch.no_grad()
     def __call__(self, tokens):
         """tokens (1, T) int64 -> logits (1, T, vocab), valid until the next call."""
         T = tokens.shape[1]
-        tape = self.tape(tokens) if self.reason is None and T <= kernel.MAX_ROWS else None
+        tape = self.tape(tokens)
         if tape is None:
             return self.model(tokens, self.cache)
         tape.place.copy_(tokens)
         tape.static.follow(self.cache, T, self.model.config.sliding_window)
         try:
             tape.replay()
-        except IndexError:
-            check_tokens(tokens, self.model.config)
-            raise
-        except RuntimeError as error:    # a shape that depends on what is computed
-            self.reason = str(error).splitlines()[0]
-            self.say()
-            return self.model(tokens, self.cache)
+        except (IndexError, RuntimeError) as error:        # as of shapes that depend on values
+            logits = self.model(tokens, self.cache)        # refuses a token that is none
+            self.step_aside(error)
+            return logits
         self.cache.advance(T)
         return tape.logits
 
     def tape(self, tokens):
         """Return the tape for so many tokens in the mode in force; None if there can be none."""
         state = getattr(self.model, "sparse_state", None)
-        if state is not None and state.mode == "all" and state.dense_prefix:
+        partly = state is not None and state.mode == "all" and state.dense_prefix
+        if self.reason or partly or tokens.shape[1] > kernel.MAX_ROWS:
             return None
         if any(tape.state is not state for tape in self.tapes.values()):
-            self.tapes = {}          # the model was made sparse anew
+            self.tapes = {}              # the model was made sparse anew
         key = tokens.shape[1], state and state.mode
         if key not in self.tapes:
             try:
                 self.tapes[key] = self.record(tokens, state)
             except Exception as error:   # an operation of the model that a tape cannot take
-                self.reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                self.say()
-                return None
-        return self.tapes[key]
+                self.step_aside(error)
+        return self.tapes.get(key)
 
     @torch.no_grad()
     def record(self, tokens, state):
@@ -627,16 +585,23 @@ class RecordedStep:
         if state is not None:
             inputs.append(state.thresholds)
         tape = Tape(inputs)
-        with products_to(tape), tape:
+        products = {name: functools.partial(tape.product, c_call)
+                    for name, c_call in kernel.C_CALLS.items()}
+        with mock.patch.dict(kernel.BACKENDS, products), tape:
             logits = self.model(place, static)
         tape.finish(logits)
         tape.place, tape.static, tape.logits, tape.state = place, static, logits, state
         return tape
 
 
+say_once = functools.cache(note)
+
+
 def make_step(model, cache, tokens=1):
     """Return the fastest step there is: a CUDA graph on a GPU, a tape on a CPU."""
-    if kernel.best_backend(cache.keys) == "triton":
+    keys = cache.keys                                                # (layers, B, G, length, D)
+    if kernel.best_backend(keys) == "triton":
         return GraphStep(model, cache, tokens)
-    step = RecordedStep(model, cache, tokens)
-    return plain_step(model, cache, tokens) if step.reason == "" else step
+    if not kernel.fits_c(keys) or c_functions() is None or keys.shape[1] > 1:
+        return plain_step(model, cache, tokens)
+    return RecordedStep(model, cache, tokens)

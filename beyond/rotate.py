@@ -40,8 +40,9 @@ import torch
 from beyond.folders import (check_new_folder, is_quantized, load_model, read_config,
                             rewrite_checkpoint)
 from calibrate import BATCH, SINKS, spread
-from model import (DEMO, Llama, Parser, checked_shards, checkpoint_dtype, command_line,
-                   default_context, natural, progress, read_tokens, require, windows_of)
+from model import (DEMO, EMBEDDING, HEAD, Llama, Parser, checked_shards, checkpoint_dtype,
+                   command_line, default_context, natural, progress, read_tokens, require,
+                   windows_of)
 
 READS_NORM = {               # which norm's output the linears read that read the stream
     "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
@@ -60,29 +61,28 @@ def covariances(model, windows):
     inputs of all attentions and MLPs. heads (layers, G, D, D) float64: of the attention output of
     the query heads that share a key-value head.
     """
-    config = model.config
-    stream = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64,
-                         device=model.device)
-    heads = torch.zeros(config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
-                        config.head_dim, dtype=torch.float64, device=model.device)
+    hidden, D = model.config.hidden_size, model.config.head_dim
+    layers, G = model.config.num_hidden_layers, model.config.num_key_value_heads
+    stream = torch.zeros(hidden, hidden, dtype=torch.float64, device=model.device)
+    heads = torch.zeros(layers, G, D, D, dtype=torch.float64, device=model.device)
 
-    def add_stream(norm, inputs, output):
-        # The first tokens are attention sinks, which would decide the first directions alone.
-        x = inputs[0][:, SINKS:].double().flatten(0, 1)                         # (N, hidden)
+    def late(x):
+        """Return x (B, T, n) as (N, n) float64, without what would decide the directions alone."""
+        return x[:, SINKS:].double().flatten(0, 1)
+
+    def add_stream(norm, inputs):
+        x = late(inputs[0])                                                     # (N, hidden)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
         stream.addmm_(x.T, x)
 
-    hooks = contextlib.ExitStack()       # a handle is a context manager, which takes its hook away
-    for block, moments in zip(model.model.layers, heads):
-        for norm in (block.input_layernorm, block.post_attention_layernorm):
-            hooks.enter_context(norm.register_forward_hook(add_stream))
-
-        def add_heads(module, inputs, moments=moments):
-            x = inputs[0][:, SINKS:].double().flatten(0, 1)                     # (N, H * D)
-            x = x.view(len(x), config.num_key_value_heads, -1, config.head_dim)     # (N, G, H/G, D)
-            moments += torch.einsum("nghd,nghe->gde", x, x)
-        hooks.enter_context(block.self_attn.o_proj.register_forward_pre_hook(add_heads))
-    with hooks:
+    with contextlib.ExitStack() as hooks:      # a handle is a context manager
+        for block, moments in zip(model.model.layers, heads):
+            def add_heads(module, inputs, moments=moments):
+                x = late(inputs[0]).unflatten(1, (G, -1, D))                    # (N, G, H/G, D)
+                moments += torch.einsum("nghd,nghe->gde", x, x)
+            for norm in (block.input_layernorm, block.post_attention_layernorm):
+                hooks.enter_context(norm.register_forward_pre_hook(add_stream))
+            hooks.enter_context(block.self_attn.o_proj.register_forward_pre_hook(add_heads))
         for part in progress(windows.split(BATCH), "rotating, covariances"):
             model(part[:, :-1].to(model.device), last_only=True)
     return stream.cpu(), heads.cpu()
@@ -103,37 +103,29 @@ def principal_directions(moments):
 # --------------------------------------------------------------------------------------------------
 # The checkpoint
 
-def rotated(name, tensor, norms, Q, R, config):
+def rotated(name, tensor, norms, Q, R):
     """Return the tensor `name` of a checkpoint in the new basis, float64.
 
     norms: {name of a norm's weight: its weight, float64}; Q (hidden, hidden); R (layers, G, D, D)
     """
     W = tensor.double()
-    G, D = R.shape[1:3]
-    parts = name.split(".")
     if name.endswith("norm.weight"):
         return torch.ones_like(W)
-    if name == "model.embed_tokens.weight":
+    if name == EMBEDDING:
         return W @ Q
-    if name == "lm_head.weight":
+    if name == HEAD:
         return W * norms["model.norm.weight"] @ Q
-    layer = int(parts[2])
-    linear, kind = parts[-2:]
-    if kind == "bias":                   # what is added to an output turns as the output does
-        if linear in ("o_proj", "down_proj"):
-            return Q.T @ W
-        if linear == "v_proj":
-            return torch.einsum("gde,gd->ge", R[layer], W.view(G, D)).flatten()
-        return W
-    if linear in READS_NORM:
+    *_, layer, _, linear, kind = name.split(".")
+    R = R[int(layer)]
+    G, D = R.shape[:2]
+    if linear in READS_NORM and kind == "weight":
         W = W * norms[f"model.layers.{layer}.{READS_NORM[linear]}.weight"] @ Q
-        if linear == "v_proj":           # the outputs of each head turned by its R
-            W = torch.einsum("gde,gdi->gei", R[layer], W.view(G, D, -1)).flatten(0, 1)
-        return W
-    if linear == "o_proj":               # its inputs turned by the R of their key-value head
-        W = W.view(config.hidden_size, G, -1, D)                               # (hidden, G, H/G, D)
-        W = torch.einsum("oghd,gde->oghe", W, R[layer]).flatten(1)
-    return Q.T @ W                       # o_proj and down_proj write to the stream
+    if linear == "v_proj":               # the outputs of each head, bias or not, turned by its R
+        W = torch.einsum("gde,gd...->ge...", R, W.unflatten(0, (G, D))).flatten(0, 1)
+    if linear == "o_proj" and kind == "weight":            # its inputs, by that of their head
+        W = torch.einsum("oghd,gde->oghe", W.unflatten(1, (G, -1, D)), R).flatten(1)
+    # o_proj and down_proj write to the stream.
+    return Q.T @ W if linear in ("o_proj", "down_proj") else W
 
 
 def rotate(folder, out, Q, R, dtype=None):
@@ -144,9 +136,8 @@ def rotate(folder, out, Q, R, dtype=None):
     embedding does not. That costs vocab * hidden weights more on disk and in memory, none to read.
     """
     check_floating_point(folder)
-    config = read_config(folder)
     dtype = dtype or checkpoint_dtype(folder)
-    shapes = Llama.shapes(config)
+    shapes = Llama.shapes(read_config(folder))
     norms = {}
     for _, tensors in checked_shards(folder, shapes):
         norms |= {name: tensor.double() for name, tensor in tensors.items()
@@ -156,10 +147,9 @@ def rotate(folder, out, Q, R, dtype=None):
         changed = {}
         for name in progress(list(tensors), f"rotating {path.name}"):
             tensor = tensors.pop(name)
-            changed[name] = rotated(name, tensor, norms, Q, R, config).to(dtype)
-            if name == "model.embed_tokens.weight" and config.tie_word_embeddings:
-                head = rotated("lm_head.weight", tensor, norms, Q, R, config)
-                changed["lm_head.weight"] = head.to(dtype)
+            tied = name == EMBEDDING and shapes.config.tie_word_embeddings
+            for place in (name, HEAD) if tied else (name,):
+                changed[place] = rotated(place, tensor, norms, Q, R).to(dtype)
         return changed
 
     dtype_name = str(dtype).removeprefix("torch.")
@@ -176,17 +166,17 @@ def check_floating_point(folder):
 def main():
     parser = Parser(description="Writes a checkpoint anew in the principal directions of its "
                                 "activations.")
-    parser.add_argument("--model", default=str(DEMO),
-                        help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--out", required=True,
-                        help="folder to write, which must not exist (no default: it is needed)")
-    parser.add_argument("--text", metavar="FILE",
-                        help="UTF-8 text to run (default: the standard library's held-in part)")
-    parser.add_argument("--tokens", type=natural, default=50_000,
-                        help="how many tokens of it at most (default: 50000)")
+    add = parser.add_argument
+    add("--model", default=str(DEMO), help="checkpoint folder (default: the demo model)")
+    add("--out", required=True,
+        help="folder to write, which must not exist (no default: it is needed)")
+    add("--text", metavar="FILE",
+        help="UTF-8 text to run (default: the standard library's held-in part)")
+    add("--tokens", type=natural, default=50_000,
+        help="how many tokens of it at most (default: 50000)")
     parser.add_device()
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="to write (default: the checkpoint's own)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="to write (default: the checkpoint's own)")
     arguments = parser.parse_args()
     folder, out, device = arguments.model, arguments.out, arguments.device
     check_new_folder(out)

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from beyond.folders import read_config
-from calibrate import (BINS, HIGHEST, LINEARS, LOWEST, SITES, Calibration, even_table, shapes_of,
-                       table_of)
+from calibrate import (BINS, HIGHEST, LINEARS, LOWEST, SITES, Calibration, output_of, shapes_of,
+                       table_of, uniform_table)
 from model import InputError, Parser, check_output, command_line, require
 
 
@@ -41,8 +41,8 @@ def import_teal(folder, config):
             f"{folder}: statistics of more layers than the model's {config.num_hidden_layers}")
     calibration = Calibration(
         shapes_of(config), f"the statistics TEAL's authors publish for {folder.name}",
-        torch.stack(inputs).view(-1, len(SITES), BINS), {"uniform": even_table(len(paths))})
-    calibration.tables["greedy"] = table_of(paths, calibration.sizes()[1])
+        torch.stack(inputs).view(-1, len(SITES), BINS), {"uniform": uniform_table(len(paths))})
+    calibration.tables["greedy"] = table_of(paths, calibration.weight_shares())
     return calibration
 
 
@@ -105,8 +105,7 @@ def main():
     parser.add_argument("--out", metavar="FILE", type=Path,
                         help="(default: calibration.safetensors in the checkpoint folder)")
     arguments = parser.parse_args()
-    require(Path(arguments.model).is_dir(), f"{arguments.model}: no such folder")
-    path = arguments.out or Path(arguments.model) / "calibration.safetensors"
+    path = output_of(arguments)
     check_output(path, "--out")
     calibration = import_teal(arguments.teal, read_config(arguments.model))
     calibration.save(path)

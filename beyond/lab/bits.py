@@ -4,20 +4,18 @@
     python -m beyond.lab.bits --rounding      what rounding the activations to 8 bits adds
 """
 import itertools
-import statistics
-import time
 
 import torch
-import torch.nn.functional as F
 
 from beyond import codes, record
 from beyond.folders import load_model
+from beyond.lab.timing import rate
 from beyond.quantize import checked_group, make_parser
 from calibrate import SINKS, calibrate, load_calibration
 from generate import generate
 from model import (command_line, default_context, linear_names, natural, progress, read_tokens,
                    windows_of)
-from sparsify import quality, sparse_mode, sparsify
+from sparsify import measures, quality, sparse_mode, sparsify
 
 LEVELS = (0.25, 0.4, 0.5, 0.65)            # of sparsity, in the table
 TRAINING = 20_000                          # tokens that each model is calibrated on
@@ -40,18 +38,17 @@ def table(arguments, group):
         calibration = calibrate(model, read_tokens(tokenizer, None, "train")[0][:TRAINING])
         held_out = read_tokens(tokenizer, arguments.held_out, "held-out")[0][:arguments.tokens]
         whole = bytes_a_token(model)
-        linears = sum(tensor.nbytes for name in linear_names(model.config)
-                      for tensor in tensors_of(model.get_submodule(name)))
+        linears = sum(bytes_of(model.get_submodule(name)) for name in linear_names(model.config))
         settings = [calibration.thresholds(level, "uniform") for level in LEVELS]
         rows = quality(model, windows_of(held_out, default_context(model)), settings).tolist()
         sparsify(model, settings[0] | {"lm_head": None})
         for level, thresholds, row in zip((0, *LEVELS), (None, *settings), rows):
             perplexity, kl, _, realised = row
             with sparse_mode(model, "decode" if level else "off", thresholds):
-                rate = tokens_a_second(model, held_out[:64].tolist())
-            read = whole - realised * linears
+                speed = rate(generate(model, held_out[:64].tolist(), 200,
+                                      make_step=record.make_step))
             print(f"{bits:5} {level:9.0%} {realised:9.1%} {perplexity:11.3f} {kl:8.4f} "
-                  f"{read / 1e6:11.3f} {rate:9.1f}", flush=True)
+                  f"{(whole - realised * linears) / 1e6:11.3f} {speed:9.1f}", flush=True)
 
 
 @torch.no_grad()
@@ -69,18 +66,16 @@ def rounding_table(arguments, group, levels=(0.0, 0.5, 0.65)):
         sparsify(model, calibration.thresholds(0.5, "uniform") | {"lm_head": None})
     tokens = read_tokens(tokenizer, arguments.held_out, "held-out")[0][:arguments.tokens]
     windows = windows_of(tokens, min(512, default_context(original)))
-    sums = {}                            # {(bits, level, rounded): (loss, KL)}, summed over windows
+    sums = dict.fromkeys(itertools.product(models, levels, (False, True)), 0)
     for window in progress(windows, "rounding activations"):
         inputs, targets = window[None, :-1], window[1:]
         exact = original(inputs)[0].log_softmax(-1)
-        for bits, level, rounded in itertools.product(models, levels, (False, True)):
+        for bits, level, rounded in sums:
             codes.ROUND_ACTIVATIONS = rounded
             thresholds = calibration.thresholds(level, "uniform") if level else None
             with sparse_mode(models[bits], "all" if level else "off", thresholds, SINKS):
                 log_p = models[bits](inputs)[0].log_softmax(-1)
-            measures = torch.stack((F.nll_loss(log_p, targets),
-                                    F.kl_div(log_p, exact, reduction="batchmean", log_target=True)))
-            sums[bits, level, rounded] = sums.get((bits, level, rounded), 0) + measures
+            sums[bits, level, rounded] += measures(log_p, exact, targets)
     codes.ROUND_ACTIVATIONS = True
     print(f"{arguments.model}: {len(windows)} windows of {len(windows[0]) - 1} tokens; products by "
           f"{codes.instructions('cpu', 8)}")
@@ -88,32 +83,23 @@ def rounding_table(arguments, group, levels=(0.0, 0.5, 0.65)):
     print(f"{'bits':>5} {'dropped':>8} {'perplexity':>14} {'KL':>10} {'perplexity':>14} {'KL':>10}"
           f" {'added':>8}")
     for bits, level in itertools.product(models, levels):
-        (loss, kl), (loss_rounded, kl_rounded) = (sums[bits, level, rounded] / len(windows)
-                                                  for rounded in (False, True))
+        (loss, kl, _), (loss_rounded, kl_rounded, _) = (
+            sums[bits, level, rounded] / windows[:, 1:].numel() for rounded in (False, True))
         print(f"{bits:5} {level:8.0%} {loss.exp():14.3f} {kl:10.5f} {loss_rounded.exp():14.3f} "
               f"{kl_rounded:10.5f} {kl_rounded / kl - 1:+8.1%}")
 
 
-def tensors_of(module):
-    """Return all tensors of a module, each once."""
-    return {tensor.data_ptr(): tensor for tensor in [*module.parameters(), *module.buffers()]
-            }.values()
+def bytes_of(module):
+    """Return the bytes of a module's tensors, each counted once."""
+    tensors = {each.data_ptr(): each for each in (*module.parameters(), *module.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def bytes_a_token(model):
     """Return the bytes of weights that one dense step reads: of an untied embedding one row."""
-    embedding = sum(tensor.nbytes for tensor in tensors_of(model.model.embed_tokens))
+    embedding = bytes_of(model.model.embed_tokens)
     unread = 0 if model.config.tie_word_embeddings else embedding
-    row = embedding // model.config.vocab_size
-    return sum(tensor.nbytes for tensor in tensors_of(model)) - unread + row
-
-
-def tokens_a_second(model, prompt, tokens=200, make_step=record.make_step):
-    """Return the median rate at which so many tokens follow a prompt."""
-    times = []
-    for _ in generate(model, prompt, tokens, make_step=make_step):
-        times.append(time.perf_counter())
-    return 1 / statistics.median(end - begin for begin, end in zip(times, times[1:]))
+    return bytes_of(model) - unread + embedding // model.config.vocab_size
 
 
 def main():

@@ -17,40 +17,13 @@ import random
 import re
 from pathlib import Path
 
-from model import InputError, Parser, command_line, natural, replacing, require
+from model import Parser, command_line, natural, replacing, require, write_json
 
 try:
     import lm_eval
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 except ImportError:                      # main says so
     lm_eval = None
-
-CHOICES = """task: choices
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {path}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-metadata:
-  version: 1.0
-"""
-PAGES = """include: {wikitext}
-task: pages
-dataset_path: json
-dataset_name: null
-dataset_kwargs:
-  data_files:
-    test: {path}
-training_split: null
-validation_split: null
-"""
 
 
 def articles_of(text):
@@ -83,47 +56,45 @@ def items_of(articles, number, before, after, seed=0):
     return items
 
 
-def write_task(folder, name, documents, text, **values):
-    """Write a task of the harness: NAME.yaml, and NAME.jsonl with its documents."""
+def write_task(folder, name, documents, **settings):
+    """Write a task of the harness: NAME.yaml, which may be JSON, and NAME.jsonl, its documents."""
     path = (folder / f"{name}.jsonl").absolute()
     with replacing(path) as file:
         file.writelines(f"{json.dumps(each)}\n".encode() for each in documents)
-    with replacing(folder / f"{name}.yaml") as file:
-        file.write(text.format(path=json.dumps(str(path)), **values).encode())
+    files = {"data_files": {"test": str(path)}}
+    write_json(folder / f"{name}.yaml",
+               {"task": name, "dataset_path": "json", "dataset_kwargs": files, **settings})
     print(f"{folder / name}.yaml: {len(documents)} documents")
 
 
 def main():
     require(lm_eval is not None, 'tasks need lm_eval: pip install "lm_eval[hf]==0.4.13"')
     parser = Parser(description="Makes tasks for lm-evaluation-harness from a text.")
-    parser.add_argument("--text", metavar="FILE",
-                        help="UTF-8 text (default: the standard library's held-out part)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the tasks")
-    parser.add_argument("--items", type=natural, default=500,
-                        help="passages to continue (default: 500)")
-    parser.add_argument("--before", type=natural, default=40,
-                        help="words of a passage's beginning (default: 40)")
-    parser.add_argument("--after", type=natural, default=8,
-                        help="words of each continuation (default: 8)")
+    add = parser.add_argument
+    add("--text", metavar="FILE",
+        help="UTF-8 text (default: the standard library's held-out part)")
+    add("--out", required=True, metavar="DIR", type=Path, help="folder for the tasks")
+    add("--items", type=natural, default=500, help="passages to continue (default: 500)")
+    add("--before", type=natural, default=40,
+        help="words of a passage's beginning (default: 40)")
+    add("--after", type=natural, default=8, help="words of each continuation (default: 8)")
     arguments = parser.parse_args()
     if arguments.text is None:
         from demo import corpus
-        articles = [text for _, text in corpus.files("held-out")]
+        articles = clean = [text for _, text in corpus.files("held-out")]
     else:
-        try:
-            articles = articles_of(Path(arguments.text).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{arguments.text}: no UTF-8 text: {error}") from None
-    clean = articles
-    if arguments.text is not None:
+        articles = articles_of(Path(arguments.text).read_text(encoding="utf-8"))
         clean = [wikitext_detokenizer({"page": article}) for article in articles]
     items = items_of(clean, arguments.items, arguments.before, arguments.after)
-    folder = Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_task(folder, "choices", items, CHOICES)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True}
+               for metric in ("acc", "acc_norm")]
+    write_task(arguments.out, "choices", items, output_type="multiple_choice", test_split="test",
+               doc_to_text="{{context}}", doc_to_choice="{{choices}}", doc_to_target="{{answer}}",
+               metric_list=metrics, metadata={"version": 1.0})
     wikitext = Path(lm_eval.__file__).parent / "tasks" / "wikitext" / "wikitext.yaml"
-    write_task(folder, "pages", [{"page": article} for article in articles], PAGES,
-               wikitext=json.dumps(str(wikitext)))
+    write_task(arguments.out, "pages", [{"page": article} for article in articles],
+               include=str(wikitext), dataset_name=None, training_split=None, validation_split=None)
 
 
 if __name__ == "__main__":

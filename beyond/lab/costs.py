@@ -8,23 +8,19 @@ that of plain decoding.
     python -m beyond.lab.costs                        --draft sparse, at 75 %
     python -m beyond.lab.costs --draft recycle --model random:llama-3.2-1b --quantize int8
 """
-import statistics
-import time
-
 import torch
 
 from beyond import drafts, record
-from beyond.quantize import add_quantize, load
+from beyond.lab.timing import load_sparse
+from beyond.quantize import add_quantize
 from calibrate import load_calibration
 from generate import Sampling, random_source, verdict
-from model import (DEMO, Parser, command_line, linear_names, load_model, progress, read_tokens,
-                   require, share)
+from kernel import median_time
+from model import DEMO, Parser, command_line, load_model, progress, read_tokens, require, share
 from sparsify import sparse_mode, sparsify
 
 SIZES = range(1, drafts.MOST + 1)        # guesses a pass
 PROMPT = 64                              # tokens
-WARM_UP = 3                              # of the calls that are timed, which set things up
-REPEATS = 9
 
 
 def demo_tokens_a_pass(draft, sparsity, texts=8, new_tokens=96):
@@ -43,8 +39,7 @@ def demo_tokens_a_pass(draft, sparsity, texts=8, new_tokens=96):
             run = drafts.speculate(model, prompt, new_tokens, draft, draft_tokens=size,
                                    temperature=1.0, top_p=0.9, seed=seed,
                                    make_step=record.make_step)
-            for _ in run:
-                pass
+            list(run)
             written += run.statistics.tokens
             passes += run.statistics.passes
         rates[size] = written / passes
@@ -69,13 +64,10 @@ def draft_costs(model, draft, sparsity):
 
     def milliseconds(call):
         """Return the median time of a call that begins after the prompt."""
-        times = []
-        for _ in range(WARM_UP + REPEATS):
+        def again(_):
             cache.used = PROMPT
-            began = time.perf_counter()
             call()
-            times.append(1e3 * (time.perf_counter() - began))
-        return statistics.median(times[WARM_UP:])
+        return 1e3 * median_time(again, model.device)
 
     def one_token(mode):
         """Return the milliseconds of a step with one token, and of choosing the next."""
@@ -86,9 +78,9 @@ def draft_costs(model, draft, sparsity):
     with sparse_mode(model, "off"):
         model(prompt, cache, last_only=True)
         plain = one_token("off")
-        guess = one_token("all") if draft == "sparse" else 0.0
         print(f"a plain step {plain:.1f} ms, {1e3 / plain:.1f} tokens/s")
         if draft == "sparse":
+            guess = one_token("all")
             print(f"a draft step at {sparsity:.0%} {guess:.1f} ms")
         print(f"{'guesses':>8} {'draft ms':>9} {'verify ms':>10} {'tokens a pass':>14} "
               f"{'tokens/s':>9} {'ratio':>7}")
@@ -125,13 +117,8 @@ def main():
     require(arguments.model.startswith("random:"),
             f"--model {arguments.model} is a checkpoint: python -m beyond --draft "
             f"{arguments.draft} --compare says what guesses cost and bring there")
-    model, _ = load(arguments)
-    sparsity = arguments.draft_sparsity
-    sparsify(model, load_calibration(model, arguments.model).thresholds(sparsity)
-             | {"lm_head": None})
-    print(f"{arguments.model}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    draft_costs(model, arguments.draft, sparsity)
+    model = load_sparse(arguments, arguments.draft_sparsity)
+    draft_costs(model, arguments.draft, arguments.draft_sparsity)
 
 
 if __name__ == "__main__":

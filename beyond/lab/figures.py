@@ -5,7 +5,6 @@
 
     python -m beyond.lab.figures [--model FOLDER] [--out FOLDER]
 """
-import itertools
 from pathlib import Path
 
 import torch
@@ -43,31 +42,18 @@ def save_figure(figure, path):
     pyplot().close(figure)
 
 
-def refuse_beside(arguments, meaningless):
-    """Raise InputError for an option given beside one that leaves it without meaning.
-
-    meaningless: {the latter: the former ones}, by their names in `arguments`.
-    """
-    for option, others in meaningless.items():
-        for other in others:
-            require(not (getattr(arguments, option) and getattr(arguments, other)),
-                    f"--{other.replace('_', '-')} means nothing with --{option.replace('_', '-')}")
-
-
 # --------------------------------------------------------------------------------------------------
 # What a calibration holds
 
 def draw_distributions(calibration, path):
     """Draw the density of x at the four sites of an early, a middle and a late block, as a PNG."""
-    plt = pyplot()
-    inputs = calibration.counts                                      # (layers, 4, BINS)
-    layers = len(inputs)
+    layers = len(calibration.counts)                                 # (layers, 4, BINS)
     edges = torch.exp2(torch.arange(0, BINS + 1, 8) / PER_OCTAVE + LOWEST)
     middles = (edges[1:] + edges[:-1]) / 2
-    figure, axes = plt.subplots(3, 4, figsize=(10, 6), layout="constrained")
-    for row, layer in enumerate((0, layers // 2, layers - 1)):
-        for site, axis in enumerate(axes[row]):
-            counts = inputs[layer, site]
+    figure, axes = pyplot().subplots(3, 4, figsize=(10, 6), layout="constrained")
+    for layer, row in zip((0, layers // 2, layers - 1), axes):
+        for site, axis in enumerate(row):
+            counts = calibration.counts[layer, site]
             share = counts.view(-1, 8).sum(1) / counts.sum()
             density = share / edges.diff() / 2             # of x: half lies on either side of 0
             reach = quantile(counts, 0.98).item()
@@ -77,48 +63,43 @@ def draw_distributions(calibration, path):
                               color="tab:blue", alpha=0.5, lw=0)
             for sparsity, style in ((0.25, ":"), (0.5, "--"), (0.65, "-")):
                 threshold = quantile(counts, sparsity).item()
-                axis.axvline(-threshold, color="tab:red", lw=0.9, ls=style)
-                axis.axvline(threshold, color="tab:red", lw=0.9, ls=style,
-                             label=f"{sparsity:.0%} lie inside")
+                axis.vlines((-threshold, threshold), 0, 1, color="tab:red", lw=0.9, ls=style,
+                            transform=axis.get_xaxis_transform(),
+                            label=f"{sparsity:.0%} lie inside")
             axis.set(yticks=[], xlim=(-reach, reach), ylim=(0, None))
             axis.set_title(f"{SITES[site]}, block {layer}", fontsize=9)
-            if site == 0:
-                axis.set_ylabel("density")
-            if row == 2:
-                axis.set_xlabel("activation x")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("density")
+    for axis in axes[2]:
+        axis.set_xlabel("activation x")
     axes[0, 3].legend(fontsize=7, loc="upper right")
     save_figure(figure, path)
 
 
 def draw_allocations(calibration, path, sparsity=0.5):
     """Draw the share that each allocation makes each linear drop, over depth, as a PNG."""
-    plt = pyplot()
-    uneven = [name for name in calibration.allocations if len(calibration.tables[name].levels)]
-    names = uneven or ["uniform"]
+    names = calibration.allocations
     rows = -(-len(names) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(9, 2.8 * rows), sharey=True, layout="constrained",
-                                squeeze=False)
-    for place, (axis, allocation) in enumerate(itertools.zip_longest(axes.flat, names)):
-        if allocation is None:
-            axis.remove()
-            continue
-        shares = calibration.sparsities(sparsity, allocation)        # (layers, 7)
-        for i, linear in enumerate(LINEARS):
-            label = linear.split(".")[1].removesuffix("_proj")
-            axis.plot(shares[:, i] * 100, marker="o", ms=3, lw=1.2, label=label)
+    figure, axes = pyplot().subplots(rows, 3, figsize=(9, 2.8 * rows), sharey=True,
+                                     layout="constrained", squeeze=False)
+    for axis, allocation in zip(axes.flat, names):
+        shares = calibration.shares(sparsity, allocation)            # (layers, 7)
+        lines = axis.plot(shares * 100, marker="o", ms=3, lw=1.2)
         axis.axhline(sparsity * 100, color="grey", lw=0.8, ls="--")
         axis.set(title=allocation, xlabel="block", ylim=(0, 100))
-        if place % 3 == 0:
-            axis.set_ylabel(f"sparsity of each linear\nat {sparsity:.0%} of all (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+    for axis in axes.flat[len(names):]:
+        axis.remove()
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"sparsity of each linear\nat {sparsity:.0%} of all (%)")
+    figure.legend(lines, [linear.split(".")[1].removesuffix("_proj") for linear in LINEARS],
+                  loc="outside right center")
     save_figure(figure, path)
 
 
 def main():
     parser = Parser(description="Draws what a calibration holds.")
     parser.add_model()
-    parser.add_argument("--calibration", metavar="FILE",
-                        help="(default: calibration.safetensors in the checkpoint folder)")
+    parser.add_calibration()
     parser.add_argument("--out", metavar="FOLDER", type=Path, default="figures",
                         help="where the PNG files go (default: figures)")
     arguments = parser.parse_args()

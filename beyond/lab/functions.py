@@ -6,6 +6,7 @@ dense or sparse. Python's parser is the judge. A column of judge.py.
 """
 import ast
 import io
+import itertools
 import textwrap
 
 import torch
@@ -23,11 +24,7 @@ def function_beginnings(tokenizer, count, length=128, seed=0):
     beginnings = []
     for _, text in corpus.files("held-out"):
         lines = io.StringIO(text).readlines()      # as Python counts them: a form feed ends none
-        try:
-            tree = ast.parse(text)
-        except SyntaxError:
-            continue
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 3:
                 continue
             first = [node.body[0], *getattr(node.body[0], "decorator_list", [])]
@@ -45,12 +42,11 @@ def function_beginnings(tokenizer, count, length=128, seed=0):
 def is_function(head, body):
     """Return whether a def line and the text after it, cut where the function ends, are Python."""
     indent = len(head) - len(head.lstrip())
-    inside = []
-    for line in body.splitlines(keepends=True):
-        outside = line.strip() and len(line) - len(line.lstrip()) <= indent
-        if outside or not line.endswith("\n"):             # the last line is unfinished
-            break
-        inside.append(line)
+
+    def is_inside(line):                 # and finished
+        return line.endswith("\n") and (not line.strip() or len(line) - len(line.lstrip()) > indent)
+
+    inside = itertools.takewhile(is_inside, body.splitlines(keepends=True))
     try:
         ast.parse(textwrap.dedent(head + "".join(inside)))
     except (SyntaxError, ValueError):
@@ -64,14 +60,12 @@ def share_of_functions(model, tokenizer, beginnings, setting, new_tokens=96):
 
     It decodes greedily, all of them side by side, made sparse by a Setting.
     """
-    prompts = torch.tensor([ids for ids, _ in beginnings], device=model.device)     # (B, length)
-    cache = model.make_cache(len(prompts), prompts.shape[1] + new_tokens)
+    tokens = torch.tensor([ids for ids, _ in beginnings], device=model.device)      # (B, length)
+    cache = model.make_cache(len(tokens), tokens.shape[1] + new_tokens)
     written = []
     with setting.way(model, "decode", 0):
-        tokens = prompts
         for _ in range(new_tokens):
-            logits = model(tokens, cache, last_only=True)[:, -1]                # (B, vocab)
-            tokens = logits.argmax(-1, keepdim=True)                            # (B, 1)
+            tokens = model(tokens, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)   # (B, 1)
             written.append(tokens)
     texts = [tokenizer.decode(ids) for ids in torch.cat(written, 1).tolist()]
     good = [is_function(head, text) for (_, head), text in zip(beginnings, texts)]

@@ -19,6 +19,7 @@ weights (peers.py), and two other questions: where the loss comes from, and what
 where several texts are decoded at once.
 
     python -m beyond.lab.judge [--model FOLDER] [--text FILE]      the table
+    python -m beyond.lab.judge --context 2560 --scored 512 --dense-prefix 1280     as TEAL measures
     python -m beyond.lab.judge --sources                           where the loss comes from
     python -m beyond.lab.judge --batch 1 2 4 8 16                  what several texts at once read
 """
@@ -29,15 +30,16 @@ import math
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
-from beyond.lab.figures import check_figure, pyplot, refuse_beside, save_figure
+from beyond.lab.figures import check_figure, pyplot, save_figure
 from beyond.lab.functions import function_beginnings, share_of_functions
 from beyond.lab.peers import PEERS, peer_maker
 from beyond.quantize import add_quantize, load
-from calibrate import (SINKS, count, even_table, load_calibration, quantile, some_windows)
+from calibrate import SINKS, count, load_calibration, quantile, some_windows, uniform_table
 from kernel import kept
-from model import (Parser, asked_context, block_linears, check_tokens, command_line,
+from model import (Parser, block_linears, check_tokens, command_line,
                    default_context, linear_names, natural, progress, read_tokens, require, share,
                    windows_of)
 from sparsify import counted, measures, realised_sparsity, sparse_mode, sparsify
@@ -67,12 +69,12 @@ def by_thresholds(thresholds, model, mode, dense_prefix=0):
         yield lambda: realised_sparsity(model)
 
 
-DENSE = Setting("dense", 0.0, functools.partial(by_thresholds, None))
-
-
 def own(name, level, thresholds, dense_prefix=0):
     """Return the Setting of an allocation's thresholds."""
     return Setting(name, level, functools.partial(by_thresholds, thresholds), dense_prefix)
+
+
+DENSE = own("dense", 0.0, None)
 
 
 @torch.no_grad()
@@ -81,8 +83,7 @@ def judge(model, tokens, settings, context=None, scored=None):
 
     tokens (N,) int64 in windows of `context`, whose last `scored` positions count (None: all). The
     model becomes sparse. Returns a list of dicts, the dense model first: allocation, target,
-    sparsity (realised), perplexity, agreement (share of positions whose likeliest next token is the
-    dense model's) and kl (mean KL divergence from the dense distribution, nats).
+    sparsity (realised), perplexity, and agreement and kl as sparsify.measures has them, a token.
     """
     check_tokens(tokens, model.config)
     context = context or default_context(model)
@@ -115,15 +116,10 @@ def at_target(rows):
     """
     points = sorted((row["sparsity"], math.log(row["perplexity"])) for row in rows)
     for row in rows:
-        target = row["target"]
-        if abs(row["sparsity"] - target) <= 0.005:
+        log = np.interp(row["target"], *zip(*points), left=np.nan, right=np.nan)
+        row["perplexity_at_target"] = None if np.isnan(log) else math.exp(log)
+        if abs(row["sparsity"] - row["target"]) <= 0.005:
             row["perplexity_at_target"] = row["perplexity"]
-            continue
-        row["perplexity_at_target"] = None
-        for (x0, y0), (x1, y1) in zip(points, points[1:]):
-            if x0 <= target <= x1:
-                y = y0 + (y1 - y0) * (target - x0) / (x1 - x0)
-                row["perplexity_at_target"] = math.exp(y)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,15 +132,14 @@ def table_settings(model, calibration, allocations, levels, dense_prefix=0, wind
     """
     settings = []
     for allocation in allocations:
-        peer_at = None
         if allocation in PEERS:
-            peer_at = peer_maker(allocation, model, calibration, windows)
-        for level in levels:
-            if peer_at is None:
+            way_at = peer_maker(allocation, model, calibration, windows)
+        else:
+            def way_at(level, allocation=allocation):
                 thresholds = calibration.thresholds(level, allocation)
-                settings.append(own(allocation, level, thresholds, dense_prefix))
-            elif peer := peer_at(level):
-                settings.append(Setting(allocation, level, peer, dense_prefix))
+                return functools.partial(by_thresholds, thresholds)
+        settings += [Setting(allocation, level, way, dense_prefix) for level in levels
+                     if (way := way_at(level))]
     require(settings, f"nothing to measure: {' and '.join(allocations)} reach none of the levels")
     return settings
 
@@ -159,7 +154,7 @@ def source_settings(model, calibration, windows, dense_prefix=0, level=0.5):
     thresholds = calibration.thresholds(level) | {"lm_head": None}
     settings = [own(f"{prefix} dense", level, thresholds, prefix) for prefix in (0, 1, 4, 16, 64)]
     layers = model.config.num_hidden_layers
-    uniform = calibration.thresholds_at(even_table(layers).at(level))      # nothing else is sparse
+    uniform = calibration.thresholds_at(uniform_table(layers).at(level))   # nothing else is sparse
     nothing = dict.fromkeys([*linear_names(model.config), "lm_head"])
     for linear in block_linears(model.config):
         alone = {name: value for name, value in uniform.items() if name.endswith(linear)}
@@ -197,42 +192,58 @@ def share_read(model, thresholds, tokens, number, length=256):
 
 
 # --------------------------------------------------------------------------------------------------
-# The figure, and the command line
+# The figure, the table, and the command line
 
 def draw_quality(rows, path):
     """Draw added perplexity against realised sparsity, a line for each allocation, as a PNG."""
     dense = rows[0]["perplexity"]
     figure, axis = pyplot().subplots(figsize=(6.4, 4), layout="constrained")
+    lines = {}                           # {name: its points}, without the dense models
+    for row in rows:
+        if row["sparsity"] > 0:
+            above = 100 * (row["perplexity"] / dense - 1)
+            lines.setdefault(row["allocation"], []).append((100 * row["sparsity"], above))
     colours = {}                         # of allocations; another checkpoint's lines are dashed
-    names = list(dict.fromkeys(row["allocation"] for row in rows))
-    for name in names:
-        own = [row for row in rows if row["allocation"] == name and row["sparsity"] > 0]
-        if not own:                      # a dense model
-            continue
+    for name, points in lines.items():
         *checkpoint, allocation = name.split()
-        axis.plot([100 * row["sparsity"] for row in own],
-                  [100 * (row["perplexity"] / dense - 1) for row in own],
-                  marker="o", ms=3.5, lw=1.3, ls="--" if checkpoint else "-",
+        axis.plot(*zip(*points), marker="o", ms=3.5, lw=1.3, ls="--" if checkpoint else "-",
                   color=colours.setdefault(allocation, f"C{len(colours)}"), label=name)
     axis.set(xlabel="weights of the blocks not read (%)",
              ylabel=f"perplexity above the dense {dense:.2f} (%)", yscale="log", ylim=(0.05, None))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.legend(ncols=2 if any(" " in name for name in names) else 1, fontsize=8)
+    axis.legend(ncols=2 if any(" " in name for name in lines) else 1, fontsize=8)
     save_figure(figure, path)
 
 
-def make_parser():
+COLUMNS = {                  # of the table: their heads, widths, and how a value is written
+    "target": ("target", 8, ".0%"), "sparsity": ("realised", 10, ".1%"),
+    "perplexity": ("perplexity", 12, ".3f"), "perplexity_at_target": ("at target", 11, ".3f"),
+    "agreement": ("agreement", 11, ".1%"), "kl": ("KL", 9, ".4f"),
+    "functions": ("functions", 11, ".1%"),
+}
+
+
+def print_table(rows):
+    """Print the rows, with a column for each thing that was measured."""
+    columns = {key: of for key, of in COLUMNS.items() if key in rows[0]}
+    names = max(len(row["allocation"]) for row in rows)
+    print(" " * names + "".join(f"{head:>{width}}" for head, width, _ in columns.values()))
+    for row in rows:
+        line = f"{row['allocation']:>{names}}"
+        for key, (_, width, form) in columns.items():
+            line += f"{'-' if row.get(key) is None else format(row[key], form):>{width}}"
+        print(line)
+
+
+def read_arguments():
+    """Return the command line, checked as far as it can be without a model."""
     parser = Parser(description="Quality against sparsity, for each allocation, beside the dense "
                                 "model.")
     parser.add_model()
     add_quantize(parser)
+    parser.add_text("held-out", 100_000)
+    parser.add_calibration()
     add = parser.add_argument
-    add("--text", metavar="FILE",
-        help="UTF-8 text to measure on (default: the standard library's held-out part)")
-    add("--tokens", type=natural, default=100_000,
-        help="how many tokens of it at most (default: 100000)")
-    add("--calibration", metavar="FILE",
-        help="(default: calibration.safetensors in the checkpoint folder)")
     add("--sparsity", nargs="+", type=share,
         help="levels to measure (default: 0.25 0.4 0.5 0.6 0.65 0.75)")
     add("--allocation", nargs="+",
@@ -247,62 +258,39 @@ def make_parser():
         help="instead: where the loss at 50 %% comes from (default: no)")
     add("--batch", nargs="+", type=natural, metavar="B",
         help="instead: how much is read at 50 %% for B texts side by side (default: no)")
-    add("--context", type=natural,
-        help="tokens in a window (default: the model's context, at most 2048)")
-    add("--scored", type=natural, help="how many at the end of each window count (default: all)")
-    add("--dense-prefix", type=int,
-        help=f"tokens at the start of each that stay dense (default: {SINKS})")
     add("--paper", action="store_true",
-        help="TEAL's protocol: 2048 tokens before 512 scored, half of all dense (default: no)")
+        help="as the paper has it: --context 2560 --scored 512 --dense-prefix 1280 (default: no)")
+    add("--scored", type=natural, help="how many at the end of each window count (default: all)")
+    add("--dense-prefix", type=int, default=SINKS,
+        help=f"tokens at the start of each that stay dense (default: {SINKS})")
     add("--functions", type=int, metavar="N",
         help="of the held-out part to complete and parse (default: 120; 0 with --text)")
     add("--json", action="store_true", help="print the rows as JSON (default: as a table)")
     add("--figure", metavar="FILE",
         help="draw perplexity against sparsity as a PNG (default: no figure)")
-    return parser
-
-
-def read_arguments():
-    """Return the command line, checked as far as it can be without a model."""
-    arguments = make_parser().parse_args()
+    arguments = parser.parse_args()
+    if arguments.paper:
+        arguments.context, arguments.scored, arguments.dense_prefix = 2560, 512, 1280
     table = "sparsity", "allocation", "beside", "figure", "functions"
-    refuse_beside(arguments, {"sources": ("batch", *table),
-                              "batch": (*table, "held_in", "context", "scored", "paper"),
-                              "paper": ("context", "scored", "dense_prefix"),
-                              "beside": ("functions",)})
-    if arguments.sparsity is None:
-        arguments.sparsity = [0.25, 0.4, 0.5, 0.6, 0.65, 0.75]
+    for option, others in {"sources": ("batch", *table), "beside": ("functions",),
+                           "batch": (*table, "held_in", "context", "scored")}.items():
+        for other in others:
+            require(not (getattr(arguments, option) and getattr(arguments, other)),
+                    f"--{other.replace('_', '-')} means nothing with --{option}")
+    arguments.sparsity = sorted(arguments.sparsity or [0.25, 0.4, 0.5, 0.6, 0.65, 0.75])
     if arguments.functions is None:
         elsewhere = arguments.text or arguments.sources or arguments.beside
         arguments.functions = 0 if elsewhere else 120
     require(arguments.functions >= 0, f"--functions is {arguments.functions}, expected at least 0")
     if arguments.figure:
         check_figure(arguments.figure)
-    if arguments.paper:
-        arguments.context = 2560
-        arguments.scored = 512
-        arguments.dense_prefix = 1280
-    elif arguments.dense_prefix is None:
-        arguments.dense_prefix = SINKS
     require(not arguments.model.startswith("random:"),
             f"{arguments.model} has random weights: it has no quality to measure")
     return arguments
 
 
-def check_windows(arguments, model):
-    """Check --context, --scored and --dense-prefix for a model, and fill in the first two."""
-    context = arguments.context = asked_context(model, arguments.context)
-    scored = arguments.scored = arguments.scored or context
-    require(scored <= context, f"--scored is {scored}, expected 1 to {context}")
-    require(0 <= arguments.dense_prefix < context,
-            f"--dense-prefix is {arguments.dense_prefix}, expected 0 to {context - 1}")
-
-
-def judge_table(arguments, model, tokenizer, calibration, tokens, name=""):
-    """Return the Settings that the command line asks for, and the rows of one checkpoint.
-
-    name: what stands before those of the allocations.
-    """
+def judge_table(arguments, model, tokenizer, calibration, tokens):
+    """Return the Settings that the command line asks for, and the rows of one checkpoint."""
     allocations = arguments.allocation or calibration.allocations
     windows = None
     if arguments.sources or {"cats", "larosa"} & set(allocations):
@@ -311,43 +299,24 @@ def judge_table(arguments, model, tokenizer, calibration, tokens, name=""):
     if arguments.sources:
         settings = source_settings(model, calibration, windows, arguments.dense_prefix)
     else:
-        settings = table_settings(model, calibration, allocations, sorted(arguments.sparsity),
+        settings = table_settings(model, calibration, allocations, arguments.sparsity,
                                   arguments.dense_prefix, windows)
     rows = judge(model, tokens, settings, arguments.context, arguments.scored)
     if not arguments.sources:
         for allocation in allocations:
             at_target([rows[0], *(row for row in rows if row["allocation"] == allocation)])
-    for row in rows:
-        row["allocation"] = name + row["allocation"]
     return settings, rows
-
-
-COLUMNS = {                  # of the table: their heads, widths, and how a value is written
-    "target": ("target", 8, ".0%"), "sparsity": ("realised", 10, ".1%"),
-    "perplexity": ("perplexity", 12, ".3f"), "perplexity_at_target": ("at target", 11, ".3f"),
-    "agreement": ("agreement", 11, ".1%"), "kl": ("KL", 9, ".4f"),
-    "functions": ("functions", 11, ".1%"),
-}
-
-
-def print_table(rows):
-    """Print the rows, with a column for each thing that was measured."""
-    columns = {key: of for key, of in COLUMNS.items() if any(key in row for row in rows)}
-    names = max(len(row["allocation"]) for row in rows)
-    print(" " * names + "".join(f"{head:>{width}}" for head, width, _ in columns.values()))
-    for row in rows:
-        line = f"{row['allocation']:>{names}}"
-        for key, (_, width, form) in columns.items():
-            value = row.get(key)
-            line += f"{'-' if value is None else format(value, form):>{width}}"
-        print(line)
 
 
 def main():
     arguments = read_arguments()
     model, tokenizer = load(arguments)
     calibration = load_calibration(model, arguments.model, arguments.calibration)
-    check_windows(arguments, model)
+    context = arguments.context = default_context(model, arguments.context)
+    scored = arguments.scored = arguments.scored or context
+    require(scored <= context, f"--scored is {scored}, expected 1 to {context}")
+    require(0 <= arguments.dense_prefix < context,
+            f"--dense-prefix is {arguments.dense_prefix}, expected 0 to {context - 1}")
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
     tokens = tokens[:arguments.tokens]
     if arguments.batch:
@@ -362,16 +331,17 @@ def main():
         require(other_tokenizer.pieces() == tokenizer.pieces(),
                 f"--beside {arguments.beside}: its tokenizer is not that of {arguments.model}")
         other_calibration = load_calibration(other, arguments.beside)
-        prefix = f"{Path(arguments.beside).name} "
-        rows += judge_table(arguments, other, tokenizer, other_calibration, tokens, prefix)[1]
+        for row in judge_table(arguments, other, tokenizer, other_calibration, tokens)[1]:
+            name = f"{Path(arguments.beside).name} {row['allocation']}"
+            rows.append(row | {"allocation": name})
     if arguments.functions:
         beginnings = function_beginnings(tokenizer, arguments.functions)
         both = list(zip(rows, [DENSE, *settings]))
         for row, setting in progress(both, "completing functions"):
             row["functions"] = share_of_functions(model, tokenizer, beginnings, setting)
-    about = {"model": arguments.model, "text": source, "tokens": len(tokens),
-             "context": arguments.context, "scored": arguments.scored,
-             "dense_prefix": arguments.dense_prefix, "calibration": calibration.source}
+    about = {"model": arguments.model, "text": source, "tokens": len(tokens), "context": context,
+             "scored": scored, "dense_prefix": arguments.dense_prefix,
+             "calibration": calibration.source}
     if arguments.figure:
         draw_quality(rows, arguments.figure)
     if arguments.json:

@@ -11,10 +11,8 @@
                  the model finds the number there or nowhere
     speed        milliseconds a step: weights dense and sparse, the cache whole and in part
 
-Parts 4, 8 and 16 stand for a quarter, an eighth and a sixteenth of the text's positions, which a
-layer reads. With --out the text goes to FOLDER/attend_NAME.txt, with a figure beside it.
-
-The seams: attend.py's, and that a step is make_step(model, cache).
+A part of 16 is a sixteenth of the text's positions, which a layer reads. With --out the text goes
+to FOLDER/attend_NAME.txt, with a figure beside it.
 
     python -m beyond.lab.longtext layers --model FOLDER --text FILE
     python -m beyond.lab.longtext perplexity --model FOLDER --text FILE --out figures
@@ -38,8 +36,8 @@ from beyond.folders import read_config
 from beyond.lab.figures import check_figure, pyplot, save_figure
 from beyond.quantize import add_quantize, load
 from calibrate import load_calibration
-from model import (Parser, block_linears, check_output, command_line, linear_names, natural,
-                   preset_config, progress, read_tokens, replacing, require, share, visible,
+from model import (Parser, block_linears, check_output, command_line, default_context, linear_names,
+                   natural, preset_config, progress, read_tokens, replacing, require, share,
                    windows_of, write_json)
 from sparsify import counted, realised_sparsity, sparse_mode, sparsify
 
@@ -53,7 +51,7 @@ WARM_UP = 3              # of them, which set things up
 
 
 class Setting(NamedTuple):
-    """One way to decode."""
+    """A way to decode."""
     weights: str                     # "dense" or "sparse"
     cache: str                       # "whole", or a name in attend.SCORES
     part: int                        # a layer reads 1 / part of the positions
@@ -81,14 +79,12 @@ def settings_of(arguments, config, positions):
 
 
 class Page:
-    """The output of a command: it is printed, and with a folder written there, with a figure.
-
-    lines: {(title of a panel, label): [(x, y), ...]} of the figure
-    """
+    """The output of a command: it is printed, and with a folder written there, with a figure."""
 
     def __init__(self, folder, name):
-        self.path = None if folder is None else folder / f"attend_{name}.png"
-        self.text, self.lines = "", {}
+        self.path = folder and folder / f"attend_{name}.png"
+        self.text = ""
+        self.panels = {}                 # of the figure: {title: {label: [(x, y), ...]}}
         if self.path:
             check_figure(self.path, "--out")
 
@@ -97,7 +93,7 @@ class Page:
         self.text += f"{text}\n"
 
     def add(self, panel, label, x, y):
-        self.lines.setdefault((panel, label), []).append((x, y))
+        self.panels.setdefault(panel, {}).setdefault(label, []).append((x, y))
 
     def write(self, xlabel, ylabel, lowest=None):
         """Write the text and the figure, its panels side by side."""
@@ -105,12 +101,12 @@ class Page:
             return
         with replacing(self.path.with_suffix(".txt")) as file:
             file.write(self.text.encode())
-        panels = list(dict.fromkeys(panel for panel, _ in self.lines))
-        figure, axes = pyplot().subplots(1, len(panels), figsize=(1.4 + 3.2 * len(panels), 3.1),
-                                         sharey=True, layout="constrained", squeeze=False)
-        for (panel, label), points in self.lines.items():
-            axis = axes[0, panels.index(panel)]
-            axis.plot(*zip(*points), marker="o", ms=3.5, lw=1.3, label=label)
+        width = 1.4 + 3.2 * len(self.panels)
+        figure, axes = pyplot().subplots(1, len(self.panels), figsize=(width, 3.1), sharey=True,
+                                         layout="constrained", squeeze=False)
+        for axis, (panel, lines) in zip(axes[0], self.panels.items()):
+            for label, points in lines.items():
+                axis.plot(*zip(*points), marker="o", ms=3.5, lw=1.3, label=label)
             axis.set(title=panel, xlabel=xlabel, ylim=(lowest, None))
         axes[0, 0].set_ylabel(ylabel)
         axes[0, 0].legend()
@@ -151,6 +147,7 @@ def step_behind(model, cache, used, setting):
 def losses_behind(model, cache, used, tokens, setting):
     """Return the cross-entropy (N,) of tokens[1:], as tokens (N + 1,) are read one by one."""
     step = step_behind(model, cache, used, setting)
+    # One by one, since a step may overwrite the logits of the one before.
     losses = [F.cross_entropy(step(token.item()), following[None])
               for token, following in zip(tokens, tokens[1:].to(model.device))]
     return torch.stack(losses).double()
@@ -181,12 +178,12 @@ def measure_perplexity(arguments, model, tokenizer, tokens, page):
         row = f"{setting} {read:7.1%} {losses.mean().exp():11.3f}"
         if setting.cache == "whole":
             whole = losses
-            page.say(row)
-            continue
-        over = losses - whole
-        ratio = over.mean().exp().item() - 1
-        page.say(f"{row} {ratio:+6.1%} ± {over.std().item() / math.sqrt(len(over)):.1%}")
-        page.add(f"{setting.weights} weights", setting.cache, 100 * read, 100 * ratio)
+        else:
+            over = losses - whole
+            ratio = over.mean().exp().item() - 1
+            row += f" {ratio:+6.1%} ± {over.std().item() / math.sqrt(len(over)):.1%}"
+            page.add(f"{setting.weights} weights", setting.cache, 100 * read, 100 * ratio)
+        page.say(row)
     page.write("share of the cache read (%)", "perplexity above the whole cache's (%)")
 
 
@@ -220,6 +217,8 @@ def answers(model, tokenizer, cache, used, question, number, setting):
 def measure_needle(arguments, model, tokenizer, tokens, page):
     """Measure the command `needle`, in tokens (N,)."""
     length, prompts, depths = arguments.context - ROOM, arguments.prompts, len(PLACES)
+    require(length > 0, f"--context {arguments.context}, expected more than {ROOM}: so many are "
+                        f"for the sentence, the question and the answer")
     texts = windows_of(tokens, length)[:, :-1]
     needed = -(-prompts // depths)
     require(len(texts) >= needed, f"the text has {len(tokens)} tokens, {prompts} prompts of "
@@ -307,6 +306,9 @@ def time_behind(model, used, plan):
 
 def measure_speed(arguments, model, tokenizer, tokens, page):
     """Measure the command `speed`."""
+    longest = model.config.max_position_embeddings
+    require(max(arguments.behind) < longest or arguments.model.startswith("random:"),
+            f"--behind {max(arguments.behind)} does not fit the model's context of {longest}")
     plans = {used: plan_of(arguments, model.config, max(1, used // arguments.part), "tidal")
              for used in arguments.behind}
     page.say(f"{arguments.model}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
@@ -328,21 +330,14 @@ def measure_speed(arguments, model, tokenizer, tokens, page):
 # Which layers are to read all?
 
 def choices(q, k, sees, plan, by):
-    """Return what each of T queries q (1, H, T, D) would choose of k (1, G, S, D), (G, T, S) bool.
+    """Return what each of T queries q (1, H, T, D) would choose of k (1, G, S, D), (T, S) bool.
 
     sees (T, S): the positions that a query can see.
     """
-    chosen = torch.zeros(k.shape[1], *sees.shape, dtype=torch.bool, device=k.device)
+    chosen = torch.zeros_like(sees)
     for t in range(len(sees)):
-        positions = attend.choose(q[:, :, t:t + 1], k, sees[t:t + 1], plan, by)[0]
-        chosen[:, t].scatter_(1, positions.expand(len(chosen), -1), True)
+        chosen[t, attend.choose(q[:, :, t:t + 1], k, sees[t:t + 1], plan, by)[0]] = True
     return chosen & sees
-
-
-def masked(attention, q, k, v, sees):
-    """Return what an attention makes of q (1, H, T, D) if each group sees its own, (G, T, S)."""
-    groups = zip(q.chunk(len(sees), 1), k.split(1, 1), v.split(1, 1), sees)
-    return torch.cat([attention(*each) for each in groups], 1)
 
 
 @torch.no_grad()
@@ -356,9 +351,9 @@ def costs_of_taking_over(model, tokens, scored, plan, label=""):
     used = len(tokens) - scored
     cache = behind(model, tokens[:used], scored)
     rest = tokens[None, used:].to(model.device)
-    sees = visible(used, scored, model.config.sliding_window, model.device)[1]
-    if sees is None:                     # a single token, which sees all
-        sees = torch.ones(1, len(tokens), dtype=torch.bool, device=model.device)
+    window = model.config.sliding_window or len(tokens)
+    sees = torch.ones(scored, len(tokens), dtype=torch.bool, device=model.device)
+    sees = sees.tril(used).triu(used + 1 - window)
     attentions = [block.self_attn for block in model.model.layers]
     own = [attention.attend for attention in attentions]
     chosen = []
@@ -368,9 +363,8 @@ def costs_of_taking_over(model, tokens, scored, plan, label=""):
         return model(rest, cache)[0].log_softmax(-1)
 
     def note_choice(whole, q, k, v, mask):
-        if not chosen:
-            chosen.append(choices(q, k, sees, plan, "window"))
-        chosen.append(choices(q, k, sees, plan, "tidal"))
+        for by in ("tidal",) if chosen else ("window", "tidal"):
+            chosen.append(choices(q, k, sees, plan, by))
         return whole(q, k, v, mask)
 
     for attention, whole in zip(attentions, own):
@@ -381,7 +375,7 @@ def costs_of_taking_over(model, tokens, scored, plan, label=""):
     costs = torch.full((len(own) + 1, len(own)), float("inf"), dtype=torch.float64)
     pairs = [(i, layer) for layer in range(len(own)) for i in range(layer + 1)]
     for i, layer in progress(pairs, f"{label}what taking over costs, pairs of layers"):
-        attentions[layer].attend = lambda q, k, v, mask: masked(own[layer], q, k, v, chosen[i])
+        attentions[layer].attend = lambda q, k, v, mask: own[layer](q, k, v, chosen[i])
         costs[i, layer] = F.kl_div(log_p(), expected, reduction="sum", log_target=True) / scored
         attentions[layer].attend = own[layer]
     return costs
@@ -410,6 +404,10 @@ def best_layers(costs, count):
 def measure_layers(arguments, model, tokenizer, tokens, page):
     """Measure the command `layers`, on tokens (N,), and write the best layers."""
     context, layers, scored = arguments.context, len(model.model.layers), arguments.scored
+    count = arguments.count or layers // 3
+    require(count <= layers, f"--count {count}, expected at most {layers}, the model's layers")
+    path = Path(arguments.model) / attend.LAYERS_FILE
+    check_output(path, "--model")
     plan = plan_of(arguments, model.config, max(1, context // arguments.part), "tidal")
     windows = windows_of(tokens, context - 1)[:arguments.texts]
     costs = sum(costs_of_taking_over(model, window, scored, plan, f"text {i} of {len(windows)}, ")
@@ -417,12 +415,11 @@ def measure_layers(arguments, model, tokenizer, tokens, page):
     page.say(f"{len(windows)} texts of {context} tokens, of which the last {scored} count; "
              f"1/{arguments.part} of the positions")
     page.say(f"{'read all':>8} {'KL':>8} {'cache read':>11}  layers")
-    for count in range(1, layers // 2 + 1):
-        total, best = best_layers(costs, count)
+    for number in range(1, layers // 2 + 1):
+        total, best = best_layers(costs, number)
         read = replace(plan, layers=best).share(model.config, context - 1, context)
-        page.say(f"{count:8} {total:8.4f} {read:11.1%}  {listed(best)}")
-    best = best_layers(costs, arguments.count or layers // 3)[1]
-    path = Path(arguments.model) / attend.LAYERS_FILE
+        page.say(f"{number:8} {total:8.4f} {read:11.1%}  {listed(best)}")
+    best = best_layers(costs, count)[1]
     write_json(path, {"layers": best})
     page.say(f"{path}: {listed(best)}")
 
@@ -471,7 +468,7 @@ def make_parser():
         if name != "sizes":
             command.add_model()
             add_quantize(command)
-            attend.add_choices(command)
+            attend.add_layers(command)
         for which, option, default, text, more in OPTIONS:
             if name in which.split():
                 told = listed(default) if isinstance(default, list) else default
@@ -480,46 +477,30 @@ def make_parser():
     return parser
 
 
-def check(arguments, config):
-    """Raise InputError for options that do not fit the model."""
-    longest, layers = config.max_position_embeddings, config.num_hidden_layers
-    context, behind = arguments.context, max(getattr(arguments, "behind", [0]))
-    count, scored = (getattr(arguments, name, None) or 0 for name in ("count", "scored"))
-    require(context <= longest,
-            f"--context {context} does not fit the model's context of {longest}")
-    require(arguments.what != "needle" or context > ROOM,
-            f"--context {context}, expected more than {ROOM}: so many are for the sentence, the "
-            f"question and the answer")
-    require(scored < context - 1,
-            f"--scored {scored}, expected less than the {context} tokens of a text")
-    require(count <= layers, f"--count {count}, expected at most {layers}, the model's layers")
-    require(behind < longest or arguments.model.startswith("random:"),
-            f"--behind {behind} does not fit the model's context of {longest}")
-    plan_of(arguments, config, 1, "tidal").check(config)
-
-
 def main():
     arguments = make_parser().parse_args()
-    what, sparsity = arguments.what, getattr(arguments, "sparsity", 0)
+    what = arguments.what
     if what == "sizes":
         show_sizes(arguments)
         return
     require(what == "speed" or not arguments.model.startswith("random:"),
             f"{arguments.model} has random weights: only its speed can be measured")
-    if what == "layers":
-        check_output(Path(arguments.model) / attend.LAYERS_FILE, "--model")
     page = Page(getattr(arguments, "out", None), what)
     model, tokenizer = load(arguments)
-    arguments.context = getattr(arguments, "context", 0) or model.config.max_position_embeddings
-    check(arguments, model.config)
+    plan_of(arguments, model.config, 1, "tidal").check(model.config)
     tokens = None
     if what != "speed":
+        context = arguments.context or model.config.max_position_embeddings
+        arguments.context = default_context(model, context)
+        scored = getattr(arguments, "scored", 0)
+        require(scored < context - 1,
+                f"--scored {scored}, expected less than the {context} tokens of a text")
         part = "train" if what == "layers" else "held-out"
         tokens, _ = read_tokens(tokenizer, arguments.text, part)
-    thresholds = dict.fromkeys(linear_names(model.config))     # dense, by the same kernels
-    if sparsity:
-        thresholds = load_calibration(model, arguments.model).thresholds(sparsity)
     if what != "layers":
+        thresholds = dict.fromkeys(linear_names(model.config))       # dense, by the same kernels
+        if arguments.sparsity:
+            thresholds = load_calibration(model, arguments.model).thresholds(arguments.sparsity)
         sparsify(model, thresholds | {"lm_head": None})
     COMMANDS[what][0](arguments, model, tokenizer, tokens, page)
 

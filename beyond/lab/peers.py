@@ -17,8 +17,6 @@ Each is written for measuring: it runs dense products with zeros in them, under 
 many of the blocks' weights a decoding step would have to read. A basis of a layer's own is a matrix
 more to read for each change of basis, (hidden, hidden): one a layer for larosa, two for
 wina-turned. A low rank is two narrow matrices more.
-
-The seam: a forward pre-hook of a linear may change what it reads.
 """
 import contextlib
 import functools
@@ -35,16 +33,20 @@ PEERS = ("wina", "cats", "wina-turned", "larosa", "rsparse")
 LOW_RANK = 0.1           # of a linear's weights: what rsparse's low rank has
 
 
-class Reads:
-    """Counts, under hooks, the weights of the blocks' linears that a decoding step would read.
+class Reads(contextlib.ExitStack):
+    """A dense model with a peer's hooks, inside a `with`; counts the weights that it does not read.
 
     mode: "all", or "decode": calls with one token are sparse; prefix: positions that stay dense at
-    the start of a call, with "all".
+    the start of a call, with "all"; more: weights that each token reads beside the linears.
     """
 
-    def __init__(self, mode, prefix):
+    def __init__(self, model, mode, prefix, more=0):
+        super().__init__()
+        self.enter_context(sparse_mode(model, "off"))
         self.mode = mode
         self.prefix = prefix if mode == "all" else 0
+        self.more = more
+        self.total = len(model.model.layers) * sum(linear_sizes(model.config).values())
         self.skipped = {}                # {what it is of: (inputs dropped, seen, weights)}
 
     def is_sparse(self, x):
@@ -59,25 +61,10 @@ class Reads:
         dropped += counted.numel() - counted.sum().item()
         self.skipped[name] = dropped, seen + counted.numel(), size
 
-    def weights(self):
-        """Return how many weights a step did not read."""
-        return sum(dropped / seen * size for dropped, seen, size in self.skipped.values())
-
-
-@contextlib.contextmanager
-def hooked(model, mode, prefix, more, hooks_of):
-    """Run a dense model with a peer's hooks inside a `with`; yield what gives its sparsity.
-
-    hooks_of(reads) yields the handles of the hooks, which tell a Reads what is kept. more: weights
-    that each token reads beside the linears; they are set off. The sparsity is 0.0 if no call was
-    sparse.
-    """
-    reads = Reads(mode, prefix)
-    total = len(model.model.layers) * sum(linear_sizes(model.config).values())
-    with sparse_mode(model, "off"), contextlib.ExitStack() as hooks:
-        for handle in hooks_of(reads):
-            hooks.enter_context(handle)
-        yield lambda: (reads.weights() - more) / total if reads.skipped else 0.0
+    def sparsity(self):
+        """Return the share of the weights not read, `more` set off; 0.0 if no call was sparse."""
+        skipped = sum(dropped / seen * size for dropped, seen, size in self.skipped.values())
+        return (skipped - self.more) / self.total if self.skipped else 0.0
 
 
 def linear_sizes(config):
@@ -91,23 +78,22 @@ def cats_size(config):
     return sizes["mlp.up_proj"] + sizes["mlp.down_proj"]
 
 
+@contextlib.contextmanager
 def cats(thresholds, model, mode, prefix=0):
     """Skip channels of the MLPs with |activation(gate)| up to thresholds (layers,), in a `with`."""
-    size = cats_size(model.config)
-
-    def hooks_of(reads):
-        def drop(mlp, threshold, module, inputs, gate):                    # (B, T, middle)
-            if not reads.is_sparse(gate):
-                return gate
-            keep = kept(mlp.activation(gate), threshold)
-            reads.add(module, keep, size)
-            return gate * keep           # an activation of 0 is 0: the channel's product is gone
+    with Reads(model, mode, prefix) as reads:
         for block, threshold in zip(model.model.layers, thresholds.to(model.device)):
-            hook = functools.partial(drop, block.mlp, threshold)
-            yield block.mlp.gate_proj.register_forward_hook(hook)
-    return hooked(model, mode, prefix, 0, hooks_of)
+            def drop(module, inputs, gate, mlp=block.mlp, threshold=threshold):     # (B, T, middle)
+                if not reads.is_sparse(gate):
+                    return gate
+                keep = kept(mlp.activation(gate), threshold)
+                reads.add(module, keep, cats_size(model.config))
+                return gate * keep       # an activation of 0 is 0: the channel's product is gone
+            reads.enter_context(block.mlp.gate_proj.register_forward_hook(drop))
+        yield reads.sparsity
 
 
+@contextlib.contextmanager
 def turned(bases, weights, share, more, model, mode, prefix=0):
     """Keep the largest entries of linears' inputs in bases of their own, in a `with`.
 
@@ -115,32 +101,28 @@ def turned(bases, weights, share, more, model, mode, prefix=0):
     |x| is multiplied, or {}; share: of each linear's inputs that is dropped, in every token; more:
     weights read beside the linears.
     """
-    def hooks_of(reads):
-        def drop(name, module, inputs):
-            x = inputs[0]
-            if not reads.is_sparse(x):
-                return x
-            basis = bases[name]
-            z = x if basis is None else x @ basis                               # (B, T, in)
-            size = z.abs().float() * weights.get(name, 1.0)
-            dropped = round(share * z.shape[-1])
-            keep = torch.ones_like(z, dtype=torch.bool)
-            keep.scatter_(-1, size.topk(dropped, largest=False).indices, False)
-            reads.add(name, keep, module.in_features * module.out_features)
-            z = z * keep
-            return z if basis is None else z @ basis.T
-        for name in linear_names(model.config):
-            hook = functools.partial(drop, name)
-            yield model.get_submodule(name).register_forward_pre_hook(hook)
-    return hooked(model, mode, prefix, more, hooks_of)
+    with Reads(model, mode, prefix, more) as reads:
+        for name, basis in bases.items():
+            def drop(module, inputs, name=name, basis=basis):
+                x = inputs[0]
+                if not reads.is_sparse(x):
+                    return x
+                z = x if basis is None else x @ basis                           # (B, T, in)
+                size = z.abs().float() * weights.get(name, 1.0)
+                dropped = size.topk(round(share * z.shape[-1]), largest=False).indices
+                keep = torch.ones_like(z, dtype=torch.bool).scatter_(-1, dropped, False)
+                reads.add(name, keep, module.in_features * module.out_features)
+                return z * keep if basis is None else (z * keep) @ basis.T
+            reads.enter_context(model.get_submodule(name).register_forward_pre_hook(drop))
+        yield reads.sparsity
 
 
 def stream_readers(model):
-    """Yield the names of the linears that read one input of the stream, two lists a layer."""
-    for layer in range(len(model.model.layers)):
-        for names in (("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"),
-                      ("mlp.gate_proj", "mlp.up_proj")):
-            yield [f"model.layers.{layer}.{name}" for name in names]
+    """Return [(layer, names of linears that read one input of the stream), ...], two a layer."""
+    readers = (("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"),
+               ("mlp.gate_proj", "mlp.up_proj"))
+    return [(layer, [f"model.layers.{layer}.{name}" for name in names])
+            for layer in range(len(model.model.layers)) for names in readers]
 
 
 @torch.no_grad()
@@ -157,7 +139,7 @@ def column_norms(model, bases):
 def wina_bases(model):
     """Return the bases of wina-turned: the right singular vectors of the k and gate projections."""
     bases = dict.fromkeys(linear_names(model.config))
-    for names in progress(list(stream_readers(model)), "wina, bases"):
+    for _, names in progress(stream_readers(model), "wina, bases"):
         first = model.get_submodule(names[0]).weight.float()                    # (out, in)
         basis = torch.linalg.svd(first).Vh.T.to(model.activation_dtype)
         bases |= dict.fromkeys(names, basis)
@@ -170,16 +152,16 @@ def larosa_bases(model, windows):
     size = model.config.hidden_size
     moments = torch.zeros(model.config.num_hidden_layers, size, size, device=model.device)
     with contextlib.ExitStack() as hooks:
-        for number, names in enumerate(stream_readers(model)):
-            def add(module, inputs, of=moments[number // 2]):
+        for layer, names in stream_readers(model):
+            def add(module, inputs, of=moments[layer]):
                 x = inputs[0][:, SINKS:].flatten(0, 1).float()
                 of += x.T @ x
             hooks.enter_context(model.get_submodule(names[0]).register_forward_pre_hook(add))
         for part in progress(windows.split(BATCH), "larosa, principal directions"):
             model(part, last_only=True)
     bases = dict.fromkeys(linear_names(model.config))
-    for number, names in enumerate(stream_readers(model)):
-        basis = torch.linalg.eigh(moments[number // 2].double()).eigenvectors
+    for layer, names in stream_readers(model):
+        basis = torch.linalg.eigh(moments[layer].double()).eigenvectors
         bases |= dict.fromkeys(names, basis.to(model.device, model.activation_dtype))
     return bases
 
@@ -198,33 +180,32 @@ def low_ranks(model):
 
 
 def weights_of(ranks):
-    """Return how many weights the matrices of `low_ranks` have."""
+    """Return how many weights `low_ranks` has."""
     return sum(part.numel() for pair in ranks.values() for part in pair)
 
 
+@contextlib.contextmanager
 def rsparse(ranks, thresholds, model, mode, prefix=0):
     """Send what thresholds drop through a low rank, in a `with`; ranks: of `low_ranks`."""
-    def hooks_of(reads):
+    with Reads(model, mode, prefix, weights_of(ranks)) as reads:
         dropped = {}
+        for name, (U, V) in ranks.items():
+            def drop(module, inputs, name=name):
+                x = inputs[0]
+                dropped[name] = None
+                if not reads.is_sparse(x):
+                    return x
+                keep = kept(x, thresholds[name].to(x.device))
+                reads.add(name, keep, module.in_features * module.out_features)
+                dropped[name] = x * ~keep
+                return x * keep
 
-        def drop(name, module, inputs):
-            x = inputs[0]
-            dropped[name] = None
-            if not reads.is_sparse(x):
-                return x
-            keep = kept(x, thresholds[name].to(x.device))
-            reads.add(name, keep, module.in_features * module.out_features)
-            dropped[name] = x * ~keep
-            return x * keep
-
-        def add(name, module, inputs, y):
-            U, V = ranks[name]
-            return y if dropped[name] is None else y + dropped[name] @ V @ U
-        for name in linear_names(model.config):
+            def add(module, inputs, y, name=name, U=U, V=V):
+                return y if dropped[name] is None else y + dropped[name] @ V @ U
             linear = model.get_submodule(name)
-            yield linear.register_forward_pre_hook(functools.partial(drop, name))
-            yield linear.register_forward_hook(functools.partial(add, name))
-    return hooked(model, mode, prefix, weights_of(ranks), hooks_of)
+            reads.enter_context(linear.register_forward_pre_hook(drop))
+            reads.enter_context(linear.register_forward_hook(add))
+        yield reads.sparsity
 
 
 def gate_counts(model, windows):
@@ -242,12 +223,12 @@ def peer_maker(name, model, calibration, windows):
     windows (W, T): held-in text, for what is made of text.
     """
     config = model.config
-    sizes = sum(linear_sizes(config).values())             # of a block
+    size = sum(linear_sizes(config).values())              # of a block
     more = 0                             # weights that are read beside the linears
     reach = 1.0                          # the share of the weights that it acts on
     if name == "cats":
         gates = gate_counts(model, windows)
-        reach = cats_size(config) / sizes
+        reach = cats_size(config) / size
 
         def make(share):
             return functools.partial(cats, quantile(gates, share).float())
@@ -259,11 +240,8 @@ def peer_maker(name, model, calibration, windows):
             return functools.partial(rsparse, ranks, calibration.thresholds(share, "uniform"))
     else:
         turns = {"wina": 0, "larosa": 1, "wina-turned": 2}[name]     # of the stream, in a layer
-        bases = dict.fromkeys(linear_names(config))
-        if name == "larosa":
-            bases = larosa_bases(model, windows)
-        elif name == "wina-turned":
-            bases = wina_bases(model)
+        bases = (dict.fromkeys(linear_names(config)) if name == "wina" else wina_bases(model)
+                 if name == "wina-turned" else larosa_bases(model, windows))
         weights = {} if name == "larosa" else column_norms(model, bases)
         more = turns * config.hidden_size ** 2 * config.num_hidden_layers
 
@@ -271,6 +249,6 @@ def peer_maker(name, model, calibration, windows):
             return functools.partial(turned, bases, weights, share, more)
 
     def peer_at(level):                  # what is read beside the linears is dropped in them
-        share = (level + more / (config.num_hidden_layers * sizes)) / reach
+        share = (level + more / (config.num_hidden_layers * size)) / reach
         return make(share) if share < 0.99 else None
     return peer_at

@@ -2,8 +2,7 @@
 
 A product is bound by memory: its limit is the bytes of the weights that it must read over the
 bandwidth. `python kernel.py` times one dtype. Here several are timed, those of 8 and 4 bits
-(codes.py) beside the library's products in bfloat16, for one token and for several, and all of them
-are drawn.
+(codes.py) beside the library's products in bfloat16, and all of them are drawn.
 
 A step of decoding is more than its products: between them lie hundreds of small operations, which
 sparsity does not make faster. `--steps` times a step as the model runs it and as record.py replays
@@ -15,28 +14,59 @@ The seams: a product is a function of x, weight and threshold; a step is make_st
     python -m beyond.lab.timing --steps --model random:llama-3.2-1b                 a step
     python -m beyond.lab.timing --gguf FILE --bits 4                random weights for llama.cpp
 """
-import contextlib
+import collections
+import ctypes
+import functools
+import itertools
 import statistics
 import sys
 import time
 
 import numpy
 import torch
-import torch.nn.functional as F
 
-import kernel
-from beyond import codes, quantize, record
+from beyond import quantize, record
+from beyond.codes import QuantizedWeight, codes_gemv
 from beyond.gguf import gguf_name, package, writing
 from beyond.lab.figures import check_figure, pyplot, save_figure
 from calibrate import load_calibration
 from generate import plain_step
-from kernel import MAX_ROWS, copies_of, kept, median_time, sparse_gemv, threshold_dropping
+from kernel import median_time, threshold_dropping, time_shape
 from model import (PRESETS, Llama, Parser, block_linears, check_output, command_line, find_device,
-                   linear_names, natural, progress, require, share)
+                   linear_names, natural, progress, share)
 from sparsify import sparse_mode, sparsify
 
 BITS = {"int8": 8, "int4": 4}
-GROUP = 128              # channels that share a scale at 4 bits
+
+
+# --------------------------------------------------------------------------------------------------
+# What other measures use, too
+
+def random_codes(inputs, outputs, bits, device, scale=1.0):
+    """Return a QuantizedWeight (inputs, outputs) of random codes, 4 bits in groups of 128."""
+    words = -(-outputs * bits // 512) * 16                 # see codes.pack_codes
+    group = min(128, inputs)
+    codes = torch.randint(-2**31, 2**31, (inputs, words), dtype=torch.int32, device=device)
+    scales = scale * torch.rand(1 if bits == 8 else inputs // group, outputs, device=device)
+    if bits == 8:
+        return QuantizedWeight(codes, scales[0])
+    zeros = torch.randint(16, scales.shape, dtype=torch.uint8, device=device)
+    return QuantizedWeight(codes, scales.bfloat16(), zeros, group)
+
+
+def rate(items):
+    """Return how many items a second come out of an iterator, by the median time between two."""
+    times = [time.perf_counter() for _ in items]
+    return 1 / statistics.median(end - begin for begin, end in itertools.pairwise(times))
+
+
+def load_sparse(arguments, sparsity):
+    """Return the model that options name, made sparse, and print what its times depend on."""
+    model, _ = quantize.load(arguments)
+    thresholds = load_calibration(model, arguments.model).thresholds(sparsity)
+    print(f"{arguments.model}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    return sparsify(model, thresholds | {"lm_head": None})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -51,67 +81,34 @@ def memory_bandwidth(device, size=1 << 30):
     return a.numel() / median_time(lambda i: a.view(torch.float32).amax(), device)
 
 
-def dense_ways(x, weights_t):
-    """Return {name: call(i)}: the library's ways to compute x (B, in) @ weights_t[i] (in, out)."""
-    n = len(weights_t)
-    weights = [w.t().contiguous() for w in weights_t]      # (out, in), as usual
-    ways = {"F.linear": lambda i: F.linear(x, weights[i % n]),
-            "x @ weight_t": lambda i: x @ weights_t[i % n]}
-    if len(x) == 1:
-        ways["torch.mv"] = lambda i: torch.mv(weights[i % n], x[0])
-    return ways
-
-
-def random_codes(inputs, outputs, bits, device):
-    """Return a QuantizedWeight (inputs, outputs) of random codes."""
-    words = codes.words_of(outputs, bits)
-    random = torch.randint(-2**31, 2**31, (inputs, words), dtype=torch.int32, device=device)
-    if bits == 8:
-        return codes.QuantizedWeight(random, torch.rand(outputs, device=device))
-    groups = -(-inputs // GROUP)
-    scales = torch.rand(groups, outputs, device=device).bfloat16()
-    zeros = torch.randint(16, (groups, outputs), dtype=torch.uint8, device=device)
-    return codes.QuantizedWeight(random, scales, zeros, GROUP)
-
-
-def time_product(inputs, outputs, kind, device, levels, rows):
-    """Print, and return, the times of one shape: {"dense" and each of levels: seconds}, and bytes.
+def time_product(inputs, outputs, kind, device, levels, total=512_000_000):
+    """Print, and return, the times of one shape, as kernel.time_shape does, and its bytes.
 
     kind: a dtype of the weight by its name, "int8" or "int4"; the latter stand beside the library's
-    products in bfloat16. rows: of x, which keep the same channels. bytes: of the weight.
+    products in bfloat16. total: bytes of weights, more than any cache holds.
     """
     dtype = getattr(torch, "bfloat16" if kind in BITS else kind)
-    weights = copies_of(inputs, outputs, dtype, device)
-    whole = weights[0].nbytes
-    xs = [torch.randn(1, inputs, device=device) * torch.randn(rows, 1, device=device).sign()
-          for _ in range(8)]                               # each keeps other channels
-    ways = dense_ways(xs[0].to(dtype), weights)
-    ways = {name: median_time(call, device) for name, call in ways.items()}
-    product = sparse_gemv
-    if kind in BITS:
-        product = codes.codes_gemv
-        n = len(weights) * 16 // BITS[kind]                # more than any cache holds
-        del weights
-        weights = [random_codes(inputs, outputs, BITS[kind], device) for _ in range(n)]
+    times = time_shape(inputs, outputs, dtype, device, () if kind in BITS else levels, total=total)
+    if kind not in BITS:
+        return times, inputs * outputs * dtype.itemsize
+    best = min(times.values())
+    weights = [random_codes(inputs, outputs, BITS[kind], device)]
+    size = weights[0].nbytes
+    while len(weights) * size < total:
+        weights.append(random_codes(inputs, outputs, BITS[kind], device))
+    xs = torch.randn(8, 1, inputs, device=device)
     if device.type == "cuda":
-        xs = [x.to(dtype) for x in xs]                     # a model on a CPU gives float32
-    n, size = len(weights), weights[0].nbytes
-    best = min(ways, key=ways.get)
-    seconds = {"dense": ways[best]}
-    listed = ", ".join(f"{name} {taken * 1e3:.3f} ms" for name, taken in ways.items())
-    print(f"\n{inputs} x {outputs} {kind}, {size / 1e6:.0f} MB, {rows} row{'s' * (rows > 1)}; "
-          f"dense in {str(dtype).removeprefix('torch.')}, {whole / 1e6:.0f} MB: {listed}")
-    print(f"{'sparsity':>10} {'ms':>9} {'GB/s':>8} {'share':>7} {'ratio':>8}")
-    rate = whole / ways[best]
-    print(f"{'dense':>10} {ways[best] * 1e3:9.3f} {rate / 1e9:8.1f} {1:7.0%} {1:7.2f}x   {best}")
+        xs = xs.to(dtype)                                  # a model on a CPU gives float32
+    print(f"{kind}, {size / 1e6:.0f} MB")
     for level in levels:
         thresholds = [threshold_dropping(x, level) for x in xs]
-        read = kept(xs[0], thresholds[0]).any(0).float().mean().item() * size
-        taken = median_time(lambda i: product(xs[i % 8], weights[i % n], thresholds[i % 8]), device)
-        seconds[level] = taken
-        print(f"{level:10.0%} {taken * 1e3:9.3f} {read / taken / 1e9:8.1f} "
-              f"{read / taken / rate:7.0%} {ways[best] / taken:7.2f}x", flush=True)
-    return seconds, size
+        name = f"ours, {level:.0%}"
+        times[name] = median_time(lambda i: codes_gemv(xs[i % 8], weights[i % len(weights)],
+                                                       thresholds[i % 8]), device)
+        read = size * (1 - round(level * inputs) / inputs)
+        print(f"{name:>12} {times[name] * 1e3:9.3f} {read / times[name] / 1e9:7.1f} "
+              f"{best / times[name]:6.2f}x", flush=True)
+    return times, size
 
 
 def draw_speed(timed, levels, bandwidth, path):
@@ -125,11 +122,11 @@ def draw_speed(timed, levels, bandwidth, path):
     figure, axes = plt.subplots(1, len(kinds), figsize=(max(4, 2.6 * len(kinds)), 3), sharey=True,
                                 layout="constrained", squeeze=False)
     dropped = [100 * level for level in levels]
-    for (kind, inputs, outputs), (seconds, size) in timed.items():
+    for (kind, inputs, outputs), (times, size) in timed.items():
         axis = axes[0, kinds.index(kind)]
-        dense = seconds["dense"]
-        line, = axis.plot(dropped, [dense / seconds[level] for level in levels], marker="o", ms=3,
-                          lw=1.2, label=f"{inputs} x {outputs}")
+        dense = min(seconds for name, seconds in times.items() if not name.startswith("ours"))
+        ratios = [dense / times[f"ours, {level:.0%}"] for level in levels]
+        line, = axis.plot(dropped, ratios, marker="o", ms=3, lw=1.2, label=f"{inputs} x {outputs}")
         limit = [dense * bandwidth / size / (1 - level) for level in levels]
         axis.plot(dropped, limit, ls=":", lw=1, color=line.get_color())
     for kind, axis in zip(kinds, axes[0]):
@@ -151,19 +148,14 @@ ROUNDS = 23
 WARM_UP = 3              # of them, which set things up
 
 
-@contextlib.contextmanager
-def noting_products(calls):
-    """Note in the list `calls`, inside a `with`, the C functions of all products and arguments."""
-    before = dict(kernel.C_CALLS)
-    for name, c_call in before.items():
-        def note(*arguments, c_call=c_call):
-            calls.append(c_call(*arguments))
-            return calls[-1]
-        kernel.C_CALLS[name] = note
-    try:
-        yield
-    finally:
-        kernel.C_CALLS.update(before)
+def products_of(step):
+    """Return a function that does the products of a step alone; None if it is not recorded."""
+    functions = record.c_functions()
+    product = functions and ctypes.cast(functions.product, ctypes.c_void_p).value
+    calls = [call for tape in getattr(step, "tapes", {}).values() for run in tape.notes
+             if not callable(run) for call in run if call.function == product]
+    array = (record.Call * len(calls))(*calls)
+    return functools.partial(functions.replay, array, len(calls)) if calls else None
 
 
 @torch.no_grad()
@@ -176,10 +168,7 @@ def time_steps(model, behind):
     """
     cache = model.make_cache(1, behind + 1)
     prompt = torch.ones(1, behind, dtype=torch.int64, device=model.device)
-    token = prompt[:, :1]
-    steps = {}
-    products = {"off": [], "decode": []}
-    times = {}
+    times = collections.defaultdict(list)
 
     def timed(name, mode, call, used=behind):
         cache.used = used
@@ -187,26 +176,23 @@ def time_steps(model, behind):
         call()
         if model.device.type == "cuda":
             torch.cuda.synchronize()
-        times.setdefault((name, mode), []).append(time.perf_counter() - began)
+        times[name, mode].append(time.perf_counter() - began)
 
-    def replay(calls):
-        for function, arguments in calls:
-            function(*arguments)
-
+    calls = {}
     with sparse_mode(model, "off"):
         for _ in progress(range(WARM_UP + 3), "timing prompts"):
             timed("prompt", "off", lambda: model(prompt, cache, last_only=True), used=0)
+    for mode in ("off", "decode"):
+        with sparse_mode(model, mode):
+            step = record.make_step(model, cache)
+        calls["recorded", mode] = functools.partial(step, prompt[:, :1])
+        calls["not recorded", mode] = functools.partial(plain_step(model, cache), prompt[:, :1])
+        calls["products", mode] = products_of(step)
     for _ in progress(range(ROUNDS), "timing steps"):
-        for mode, calls in products.items():
+        for (name, mode), call in calls.items():
             with sparse_mode(model, mode):
-                if mode not in steps:
-                    cache.used = behind
-                    with noting_products(calls):
-                        steps[mode] = record.make_step(model, cache)
-                timed("recorded", mode, lambda: steps[mode](token))
-                timed("not recorded", mode, lambda: plain_step(model, cache)(token))
-                if calls:
-                    timed("products", mode, lambda: replay(calls))
+                if call:
+                    timed(name, mode, call)
     return {key: statistics.median(seconds[WARM_UP:]) for key, seconds in times.items()}
 
 
@@ -255,12 +241,10 @@ def time_products():
                         help="of the weights (default: float32 bfloat16)")
     parser.add_argument("--sparsity", nargs="+", type=share, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
                         help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
-    parser.add_argument("--rows", nargs="+", type=int, choices=range(1, MAX_ROWS + 1), default=[1],
-                        help="tokens at a time, which drop the same channels (default: 1)")
     parser.add_device()
     parser.add_argument("--figure", metavar="FILE",
-                        help="draw the ratios, and what the bandwidth allows, as a PNG; of several "
-                             "--rows the first (default: no figure)")
+                        help="draw the ratios, and what the bandwidth allows, as a PNG "
+                             "(default: no figure)")
     parser.add_argument("--gguf", metavar="FILE",
                         help="instead: write random weights of the --shapes for llama.cpp, to time "
                              "it beside ours (default: no)")
@@ -270,23 +254,22 @@ def time_products():
     preset = PRESETS[arguments.shapes or ("llama-3.2-1b" if arguments.gguf else "llama-2-7b")]
     if arguments.gguf:
         check_output(arguments.gguf, "--gguf")
-        write_gguf(arguments.gguf, preset, arguments.bits)
-        return
+        return write_gguf(arguments.gguf, preset, arguments.bits)
     if arguments.figure:
         check_figure(arguments.figure)
     device = find_device(arguments.device)
-    gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     bandwidth = memory_bandwidth(device)
-    print(f"{name}, torch {torch.__version__}. Random weights, more than a cache holds.\n"
-          f"GB/s: bytes of kept weights over time; share: of the best dense way's GB/s.\n"
-          f"memory bandwidth: {bandwidth / 1e9:.1f} GB/s")
+    print(f"{name}, torch {torch.__version__}. Random weights, more than a cache holds. "
+          f"memory bandwidth: {bandwidth / 1e9:.1f} GB/s\n"
+          f"GB/s: bytes of kept weights over time. ratio: to the fastest of PyTorch's ways")
     timed = {}
-    for kind in arguments.dtype:
-        for inputs, outputs in sorted({shape[::-1] for shape in block_linears(preset).values()}):
-            for rows in arguments.rows:
-                result = time_product(inputs, outputs, kind, device, arguments.sparsity, rows)
-                timed.setdefault((kind, inputs, outputs), result)
+    shapes = sorted({shape[::-1] for shape in block_linears(preset).values()})
+    for kind, (inputs, outputs) in itertools.product(arguments.dtype, shapes):
+        timed[kind, inputs, outputs] = time_product(inputs, outputs, kind, device,
+                                                    arguments.sparsity)
     if arguments.figure:
         draw_speed(timed, arguments.sparsity, bandwidth, arguments.figure)
 
@@ -303,12 +286,7 @@ def show_steps():
     parser.add_argument("--behind", type=natural, default=16, metavar="N",
                         help="how many tokens a step looks back at (default: 16)")
     arguments = parser.parse_args()
-    model, _ = quantize.load(arguments)
-    thresholds = load_calibration(model, arguments.model).thresholds(arguments.sparsity)
-    sparsify(model, thresholds | {"lm_head": None})
-    times = time_steps(model, arguments.behind)
-    print(f"{arguments.model}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    times = time_steps(load_sparse(arguments, arguments.sparsity), arguments.behind)
     print(f"{f'ms a step, behind {arguments.behind} tokens':28} {'dense':>8} "
           f"{f'{arguments.sparsity:.0%} sparse':>12}")
     for name in ("recorded", "not recorded"):
@@ -321,10 +299,7 @@ def show_steps():
 
 
 def main():
-    if "--steps" in sys.argv[1:]:
-        show_steps()
-    else:
-        time_products()
+    show_steps() if "--steps" in sys.argv[1:] else time_products()
 
 
 if __name__ == "__main__":

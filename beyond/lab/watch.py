@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from beyond.folders import load_model
-from beyond.lab.figures import check_figure, pyplot, refuse_beside, save_figure
+from beyond.lab.figures import check_figure, pyplot, save_figure
 from calibrate import load_calibration
 from generate import PROMPT, StreamDecoder, check_prompt, first_difference, generate, plain_step
 from model import Parser, command_line, natural, read_tokens, require, share
@@ -58,16 +58,15 @@ def watch(model, prompt, ids):
     log_p = {}                                                                  # (N, vocab) each
     with contextlib.ExitStack() as hooks:
         for block, of in zip(model.model.layers, skipped.T):
-            size = sum(linear.in_features * linear.out_features for linear in linears_of(block))
-            for linear in linears_of(block):
-                if getattr(linear, "state", None) is None:
-                    continue             # dense
-
-                def see(linear, inputs, of=of, size=size):
+            linears = linears_of(block)
+            whole = sum(linear.weight.numel() for linear in linears)
+            for linear in linears:
+                def see(linear, inputs, of=of, share=linear.weight.numel() / whole):
                     if linear.state.is_sparse():
-                        dropped = (~linear.keep(inputs[0])[0, behind]).double().mean(-1)    # (N,)
-                        of += dropped.cpu() * linear.in_features * linear.out_features / size
-                hooks.enter_context(linear.register_forward_pre_hook(see))
+                        dropped = ~linear.keep(inputs[0])[0, behind]            # (N, in)
+                        of += share * dropped.double().mean(-1).cpu()
+                if getattr(linear, "state", None):
+                    hooks.enter_context(linear.register_forward_pre_hook(see))
         for mode in ("off", "all"):
             with sparse_mode(model, mode, dense_prefix=len(prompt)):
                 log_p[mode] = model(tokens)[0, behind].log_softmax(-1).cpu()
@@ -96,10 +95,9 @@ def draw(watched, rows, parting, title, path):
     rows: {name: labels of tokens}, first the text that was watched. parting: how many tokens the
     greedy texts, "dense" and "sparse", have in common.
     """
-    plt = pyplot()
     count = len(watched.kl)
     shown = rows if count <= MOST_LABELS else {}           # else only their numbers fit
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         2 + len(shown), sharex=True, figsize=(9, 4.2 + 0.8 * len(shown)), layout="constrained",
         height_ratios=[1.4, 2.8] + [0.8] * len(shown))
     for same, colour, label in ((True, "tab:blue", "the likeliest next token is the same"),
@@ -136,39 +134,38 @@ def draw(watched, rows, parting, title, path):
 def main():
     parser = Parser(description="Draws what sparsity skips and changes, token by token.")
     parser.add_model()
-    parser.add_argument("--prompt", help="text to continue (default: the beginning of a class)")
-    parser.add_argument("--text", metavar="FILE",
-                        help=f"watch UTF-8 text, its first {PROMPT_TOKENS} tokens the prompt "
-                             f"(default: what the dense model writes)")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--prompt", default=PROMPT,
+                       help="text to continue (default: the beginning of a class)")
+    begin.add_argument("--text", metavar="FILE",
+                       help=f"watch UTF-8 text, its first {PROMPT_TOKENS} tokens the prompt "
+                            f"(default: what the dense model writes)")
     parser.add_argument("--tokens", type=natural, default=48,
                         help="how many after the prompt, at most (default: 48)")
     parser.add_argument("--sparsity", type=share, default=0.5, metavar="S",
                         help="share of the blocks' weights to skip (default: 0.5)")
-    parser.add_argument("--calibration", metavar="FILE",
-                        help="(default: calibration.safetensors in the checkpoint folder)")
+    parser.add_calibration()
     parser.add_argument("--allocation", help="how the sparsity is shared out (default: the best "
                                              "that the calibration holds)")
     parser.add_argument("--figure", required=True, metavar="FILE",
                         help="the PNG to write (no default: it is needed)")
     arguments = parser.parse_args()
-    refuse_beside(arguments, {"text": ("prompt",)})
     check_figure(arguments.figure)
     require(not arguments.model.startswith("random:"),
             f"{arguments.model} has random weights: there is no text to watch")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
     calibration = load_calibration(model, arguments.model, arguments.calibration)
     thresholds = calibration.thresholds(arguments.sparsity, arguments.allocation)
+    prompt = tokenizer.encode(arguments.prompt)
+    texts = {}
     if arguments.text:
         ids = read_tokens(tokenizer, arguments.text, "held-out")[0].tolist()
         require(len(ids) > PROMPT_TOKENS, f"{arguments.text} has {len(ids)} tokens, expected more "
                                           f"than the {PROMPT_TOKENS} of the prompt")
         ids = ids[:min(PROMPT_TOKENS + arguments.tokens, model.config.max_position_embeddings)]
-        texts = {"text": ids[PROMPT_TOKENS:]}
         prompt = ids[:PROMPT_TOKENS]
+        texts = {"text": ids[PROMPT_TOKENS:]}
         arguments.tokens = len(texts["text"])
-    else:
-        texts = {}
-        prompt = tokenizer.encode(PROMPT if arguments.prompt is None else arguments.prompt)
     sparsify(model, thresholds)
     for name, mode in (("dense", "off"), ("sparse", "decode")):
         with sparse_mode(model, mode):

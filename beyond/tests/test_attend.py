@@ -3,7 +3,6 @@ import functools
 import itertools
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,29 +10,25 @@ import torch
 import torch.nn.functional as F
 
 from beyond import __main__ as beyond
-from beyond import attend, drafts, record
+from beyond import attend, record
 from beyond.attend import Plan, read_less
 from beyond.lab import longtext
-from beyond.tests.conftest import random_llama
-from generate import StaticCache, generate, plain_step
-from model import DEMO, InputError, linear_names, load_tokenizer
+from beyond.tests import conftest
+from beyond.tests.conftest import close, refused, tokens_like
+from generate import StaticCache, plain_step
+from model import DEMO, load_tokenizer
 from model import attend as whole_attention
 from sparsify import sparsify
 
 needs_c = pytest.mark.skipif(record.c_functions() is None, reason="no C compiler")
+PROMPT = Path(attend.__file__).read_text()[:600]
 
 
-def tiny_model(dtype=torch.float64, seed=0, **changes):
+def tiny_model(dtype=torch.float64, **changes):
     """Return a small Llama with three query heads on each of two key-value heads, sparse at 0."""
-    shape = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=5, num_attention_heads=6,
-                 num_key_value_heads=2, head_dim=8, vocab_size=31, max_position_embeddings=256)
-    model = random_llama(dtype, seed, **shape | changes)
-    return sparsify(model, dict.fromkeys([*linear_names(model.config), "lm_head"], 0.0))
-
-
-def tokens_of(model, length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    shape = dict(hidden_size=48, num_hidden_layers=5, num_attention_heads=6, head_dim=8,
+                 vocab_size=31, max_position_embeddings=256)
+    return sparsify(conftest.tiny_model(dtype, threshold=0.0, **shape | changes), {"lm_head": 0.0})
 
 
 def random_qkv(S, D=8):
@@ -59,16 +54,14 @@ def test_the_first_and_the_last_positions_are_always_read(K, first, recent):
 
 
 @pytest.mark.parametrize("by", attend.SCORES)
-@pytest.mark.parametrize("over", ["sum", "max"])
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("shows", [None, (0, 90), (0, 61), (30, 61), (50, 61)])
-def test_the_positions_with_the_largest_scores_are_chosen_and_attended_to(by, over, shared, shows):
+def test_the_positions_with_the_largest_scores_are_chosen_and_attended_to(by, shows):
     """By hand: scores, the K largest of them, and attention head by head."""
     K = 20
     q, k, v = random_qkv(90)
     shown = list(range(*(shows or (0, 90))))
     mask = None if shows is None else mask_of(90, *shows)
-    positions = attend.choose(q, k, mask, Plan(K, (), by, over, shared), by)
+    positions = attend.choose(q, k, mask, Plan(K, (), by), by)
     products = torch.einsum("hd,hsd->hs", q[0, :, 0], k[0].repeat_interleave(3, 0))
     scores = {"tidal": products, "window": torch.arange(90.0).expand(6, 90)}.get(by)
     if by == "pages":                    # a page whose last positions are not there ends earlier
@@ -79,21 +72,18 @@ def test_the_positions_with_the_largest_scores_are_chosen_and_attended_to(by, ov
         scores = torch.cat(bounds, 1).repeat_interleave(16, 1)
         assert (products[:, shown] <= scores[:, shown] + 1e-9).all()
     first, recent = attend.always_read(K)
-    unread = torch.ones(2, 90, dtype=torch.bool).scatter_(1, positions[0].expand(2, -1), False)
+    always = {s for s in shown if s < first or s > shown[-1] - recent}
+    rest = sorted(set(shown) - always, key=lambda s: -scores.sum(0)[s])
+    expected = sorted(always | set(rest[:K - len(always)]))
+    chosen = positions.flatten().tolist()
+    assert len(set(chosen)) == K and sorted({*chosen} & {*shown}) == expected
     known = v.clone()
-    k[0, unread] = v[0, unread] = float("nan")             # nothing else is read
+    unread = [s for s in range(90) if s not in chosen]
+    k[:, :, unread] = v[:, :, unread] = float("nan")       # nothing else is read
     y = attend.attend_to(whole_attention, q, k, v, mask, positions)
     for h in range(6):
-        g = h // 3
-        group = scores if shared else scores[3 * g:3 * g + 3]
-        row = group.sum(0) if over == "sum" else group.amax(0)
-        always = {s for s in shown if s < first or s > shown[-1] - recent}
-        rest = sorted(set(shown) - always, key=lambda s: -row[s])
-        chosen = positions[0, min(g, positions.shape[1] - 1)]
-        expected = sorted(always | set(rest[:K - len(always)]))
-        assert len(chosen.unique()) == K and sorted({*chosen.tolist()} & {*shown}) == expected
         weights = (products[h, expected] * 8 ** -0.5).softmax(-1)
-        assert torch.allclose(y[0, h, 0], weights @ known[0, g, expected], atol=1e-12)
+        assert torch.allclose(y[0, h, 0], weights @ known[0, h // 3, expected], atol=1e-12)
 
 
 def choose_and_attend(q, k, v, mask, plan):
@@ -103,47 +93,46 @@ def choose_and_attend(q, k, v, mask, plan):
 
 @needs_c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shared, threads", [(False, 1), (True, 1), (False, 5), (True, 5)])
+@pytest.mark.parametrize("threads", [1, 5])
 @pytest.mark.parametrize("first, end", [(0, 300), (0, 290), (100, 250), (200, 240)])
-def test_c_does_what_pytorch_does(monkeypatch, dtype, shared, threads, first, end):
+def test_c_does_what_pytorch_does(monkeypatch, dtype, threads, first, end):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     q, k, v = random_qkv(300, D=136)                       # as much as is shared by threads
     q, k, v = q.float(), k.to(dtype), v.to(dtype)
     mask = mask_of(300, first, end)
-    plan = Plan(100, (), shared=shared)
+    plan = Plan(100, ())
     expected, exact = choose_and_attend(q.double(), k.double(), v.double(), mask, plan)
     k[:, :, end:] = v[:, :, end:] = float("nan")           # positions to come are not read
     tape = record.Tape([q, k, v, mask])
-    with tape, torch.no_grad():
+    with tape:
         positions, y = choose_and_attend(q, k, v, mask, plan)
     tape.finish(y)
     assert tape.notes and not any(map(callable, tape.notes))
     positions.zero_()
     y.zero_()
     tape.replay()
-    for row, others in zip(positions[0].tolist(), expected[0].tolist()):
-        assert row == sorted(row)
-        assert {*row} & {*range(first, end)} == {*others} & {*range(first, end)}
-    assert (y - exact).norm() <= 1e-5 * exact.norm()
+    row = positions.flatten().tolist()
+    assert row == sorted(row)
+    seen = {*range(first, end)}
+    assert {*row} & seen == {*expected.flatten().tolist()} & seen
+    assert close(y, exact)
     k[0, 1, end - 90, 3] = float("nan")                    # NaN scores highest, and shows
     tape.replay()
     assert y[0, 3:].isnan().all() == (end - 90 >= first)
-    assert end - 90 < first or end - 90 in positions[0, -1]
+    assert end - 90 < first or end - 90 in positions
 
 
 # --------------------------------------------------------------------------------------------------
 # In the model
 
-PLANS = [Plan(20, (0, 1, 3)), Plan(20, (0, 2), over="max"), Plan(20, (1,), shared=False),
-         Plan(20, (0,), by="window"), Plan(32, (0, 1), by="pages"), Plan(1, (2,)), Plan(20, ()),
-         Plan(20, (3,), by="pages", over="max", shared=False)]
+PLANS = [Plan(20, (0, 1, 3)), Plan(20, (1,)), Plan(20, (0,), by="window"),
+         Plan(32, (0, 1), by="pages"), Plan(1, (2,)), Plan(20, ())]
 
 
-@torch.no_grad()
 def by_masks(model, tokens, plan, past):
     """Return the logits after each of tokens (1, N) from `past` on, all tokens at once.
 
-    Each of them sees what it would choose, in a mask (G, N, N), those before `past` all.
+    Each of them sees what it would choose, in a mask (N, N), those before `past` all.
     """
     N = tokens.shape[1]
     sees = torch.ones(N, N, dtype=torch.bool).tril().triu(1 - (model.config.sliding_window or N))
@@ -153,19 +142,13 @@ def by_masks(model, tokens, plan, past):
         nonlocal chosen
         own = plan.by if plan.chooses(layer) else "window" if chosen is None else None
         if own and (plan.chooses(layer) or layer not in plan.layers):
-            chosen = longtext.choices(q, k, sees, plan, own)
-            chosen[:, :past] = sees[:past]
-        seen = sees.expand(2, N, N) if layer in plan.layers else chosen
-        return longtext.masked(whole_attention, q, k, v, seen)
+            chosen = longtext.choices(q, k, sees, plan, own).reshape(-1, N, N)[0]
+            chosen[:past] = sees[:past]
+        return whole_attention(q, k, v, sees if layer in plan.layers else chosen)
 
-    blocks = model.model.layers
-    own = [block.self_attn.attend for block in blocks]
-    for layer, block in enumerate(blocks):
+    for layer, block in enumerate(model.model.layers):
         block.self_attn.attend = functools.partial(attention, layer)
-    logits = model(tokens)[0, past:]
-    for block, attend in zip(blocks, own):
-        block.self_attn.attend = attend
-    return logits
+    return model(tokens)[0, past:]
 
 
 def static_step(model, cache, numbers=False):
@@ -182,7 +165,6 @@ def static_step(model, cache, numbers=False):
     return step
 
 
-@torch.no_grad()
 def steps(model, tokens, past, make_step=plain_step):
     """Return the logits after each of tokens (B, N) from `past` on, one by one."""
     cache = model.make_cache(len(tokens), 100)
@@ -191,29 +173,25 @@ def steps(model, tokens, past, make_step=plain_step):
     return torch.cat([step(tokens[:, t:t + 1])[:, 0].clone() for t in range(past, tokens.shape[1])])
 
 
-added_mask = functools.partial(static_step, numbers=True)
-
-
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("make_step, window", [
-    (plain_step, None), (plain_step, 26), (static_step, 26), (added_mask, None),
-    pytest.param(record.make_step, None, marks=needs_c),
-    pytest.param(record.make_step, 26, marks=needs_c)])
-def test_a_step_reads_what_was_planned(plan, make_step, window):
+@pytest.mark.parametrize("window", [None, 26])
+def test_a_step_reads_what_was_planned(plan, window):
     """The first steps see less than K positions, the last ones more."""
-    dtype = torch.float32 if make_step is record.make_step else torch.float64
-    model = tiny_model(dtype, sliding_window=window)
-    tokens = tokens_of(model, 44)
-    whole = steps(model, tokens, 16)
-    expected = by_masks(model, tokens, plan, 16)
-    read_less(model, Plan(12, (0, 2)))                     # the second plan counts
-    reading = read_less(model, plan)
-    ours = steps(model, tokens, 16, make_step)
-    assert (ours - expected).norm() <= 1e-5 * expected.norm()
-    assert ((ours - whole)[-8:].norm() > 0.01 * whole[-8:].norm()) == (
-        plan.positions < (window or 44))
-    reading.active = False
-    assert (steps(model, tokens, 16, make_step) - whole).norm() <= 1e-5 * whole.norm()
+    graph_step = functools.partial(static_step, numbers=window is None)
+    for dtype, kinds in ((torch.float64, (plain_step, graph_step)),
+                         (torch.float32, (record.make_step,))):
+        model = tiny_model(dtype, sliding_window=window)
+        tokens = tokens_like(model, 1, 44)
+        whole = steps(model, tokens, 16)
+        expected = by_masks(tiny_model(dtype, sliding_window=window), tokens, plan, 16)
+        for make_step in kinds:
+            read_less(model, Plan(12, (0, 2)))             # the second plan counts
+            reading = read_less(model, plan)
+            ours = steps(model, tokens, 16, make_step)
+            assert close(ours, expected)
+            assert close(ours[-8:], whole[-8:], 0.01) == (plan.positions >= (window or 44))
+            reading.active = False
+            assert close(steps(model, tokens, 16, make_step), whole)
 
 
 @needs_c
@@ -221,17 +199,17 @@ def test_all_of_a_recorded_step_is_c():
     """The operations of the chapter, too: Python is left for the embedding and the angles."""
     model = tiny_model(torch.bfloat16)
     numbers = []
-    for plan in (None, Plan(20, (0, 1, 3)), Plan(20, (0, 3), shared=False)):
+    for plan in (None, Plan(20, (0, 1, 3))):
         if plan:
             read_less(model, plan)
         tape, = record.make_step(model, model.make_cache(1, 100)).tapes.values()
         numbers.append(sum(map(callable, tape.notes)))
-    assert numbers[0] == numbers[1] == numbers[2]
+    assert numbers[0] == numbers[1]
 
 
 def test_texts_side_by_side_choose_for_themselves():
     model = tiny_model()
-    tokens = torch.cat((tokens_of(model, 50), tokens_of(model, 50, seed=1)))
+    tokens = tokens_like(model, 2, 50)
     for plan in PLANS:
         read_less(model, plan)
         alone = torch.cat([steps(model, text[None], 49) for text in tokens])
@@ -255,64 +233,36 @@ def test_another_attention_is_followed_or_left_alone(capsys):
     def recent(q, k, v, mask):
         return whole_attention(q, k * torch.arange(k.shape[2])[:, None] / k.shape[2], v, mask)
 
-    plan = Plan(20, (0, 1))
     for attention, stays in ((half, False), (recent, True)):
         model = tiny_model()
         model.model.layers[2].self_attn.attend = attention
-        tokens = tokens_of(model, 60)
+        tokens = tokens_like(model, 1, 60)
         whole = steps(model, tokens, 30)
-        reading = read_less(model, plan)
+        reading = read_less(model, Plan(20, (0, 1)))
         said = capsys.readouterr().err
         assert torch.equal(steps(model, tokens, 30), whole) == stays
         assert (reading.plan.share(model.config, 30, 60) == 1) == stays
         assert said.count("attend.py steps aside") == said.count("of layer 2 depends") == stays
 
 
-# --------------------------------------------------------------------------------------------------
-# Texts
-
-@pytest.mark.parametrize("make_step", [plain_step, record.make_step])
-@pytest.mark.parametrize("draft, draft_tokens", [("sparse", 1), ("sparse", 3), ("sparse", None),
-                                                 ("recycle", 3), ("a model", 3)])
-def test_speculation_loses_nothing(monkeypatch, draft, draft_tokens, make_step):
-    model = tiny_model(torch.float32)
-    prompt = tokens_of(model, 50)[0].tolist()
-    text = list(generate(model, prompt, 40))
-    reading = read_less(model, Plan(16, (0, 3)))
-    reading.active = False
-    chosen = []
-    choose = attend.choose
-    monkeypatch.setattr(attend, "choose", lambda *each: chosen.append(each) or choose(*each))
-    run = drafts.speculate(model, prompt, 40, tiny_model(seed=1) if draft == "a model" else draft,
-                           dict.fromkeys(linear_names(model.config), 0.2), draft_tokens,
-                           kind=attend.Speculation, make_step=make_step)
-    assert list(run) == text
-    assert bool(chosen) == (draft == "sparse")             # its guesses alone read less
-    assert not reading.active
-
-
-def command(monkeypatch, capsys, *options, main=beyond.main):
-    """Return what python -m beyond, or another `main`, prints with options."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, options), "--device", "cpu"])
-    main()
-    return capsys.readouterr().out
-
-
-PROMPT = Path(attend.__file__).read_text()[:600]
-
-
-def test_the_command_line(monkeypatch, capsys):
-    run = functools.partial(command, monkeypatch, capsys, "--prompt", PROMPT, "--max-new-tokens",
-                            16, "--temperature", 0)
-    whole, compared = run("--sparsity", 0), run("--attend", 64)
+def test_the_command_line(run, monkeypatch):
+    write = functools.partial(run, beyond, "--prompt", PROMPT, "--max-new-tokens", 16,
+                              "--temperature", 0, "--device", "cpu")
+    whole, compared = write("--sparsity", 0), write("--attend", 64)
     texts = [out.split("--- ")[1].split("\n", 1)[1] for out in (whole, compared)]
     assert texts[0] == texts[1]                            # the dense text reads everything
     assert "--- 50% sparse, 64 positions: 16 tokens" in compared
     for by in attend.SCORES:
-        out = run("--sparsity", 0, "--attend", 32, "--attend-by", by, "--attend-layers", 0, 2)
+        out = write("--sparsity", 0, "--attend", 32, "--attend-by", by, "--attend-layers", 0, 2)
         assert 0.2 < float(out.split("% of the cache read")[0].split()[-1]) / 100 < 0.7
-    drafted = run("--draft", "sparse", "--attend", 32, "--compare")
-    assert "the same text, all 16 tokens" in drafted and "of the cache read by the draft" in drafted
+    chosen = []
+    choose = attend.choose
+    monkeypatch.setattr(attend, "choose", lambda *each: chosen.append(each) or choose(*each))
+    for more in ([], ["--draft-tokens", 1], ["--draft-tokens", 3, "--dtype", "float32"]):
+        drafted = write("--draft", "sparse", "--attend", 32, "--compare", *more)
+        assert "the same text, all 16 tokens" in drafted   # speculation loses nothing
+        assert "of the cache read by the draft" in drafted and chosen
+        chosen.clear()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,12 +283,11 @@ def test_the_best_layers_are_those_of_all_choices():
         assert total == pytest.approx(paid(layers)) == pytest.approx(every)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("scored", [20, 1])
 def test_what_it_costs_to_take_over_is_what_steps_lose(scored):
     """The costs, found for many tokens at once, are those of tokens that are read one by one."""
     model = tiny_model()
-    tokens = tokens_of(model, 60)[0]
+    tokens = tokens_like(model, 60)
     costs = longtext.costs_of_taking_over(model, tokens, scored, Plan(16, ()))
     expected = model(tokens[None])[0, -scored:].log_softmax(-1)
     for layers in ((0, 1, 2, 3), (0, 1, 3, 4), (1, 2, 3, 4)):
@@ -350,10 +299,9 @@ def test_what_it_costs_to_take_over_is_what_steps_lose(scored):
     assert all(costs[i, layer] == float("inf") for layer in range(5) for i in range(layer + 1, 6))
 
 
-@torch.no_grad()
 def test_losses_are_those_of_the_whole_text():
     model = tiny_model()
-    tokens = tokens_of(model, 61)[0]
+    tokens = tokens_like(model, 61)
     cache = longtext.behind(model, tokens[:40], 20)
     setting = longtext.Setting("dense", "whole", 1, Plan(256, ()))
     losses = longtext.losses_behind(model, cache, 40, tokens[40:], setting)
@@ -365,75 +313,45 @@ def test_a_needle_is_hidden_at_the_end_of_a_line():
     tokenizer = load_tokenizer(DEMO)
     lines = "one two\nthree four\nfive six seven\neight\n" * 5
     text = torch.tensor(tokenizer.encode(lines, bos=False))
+    sentence = "\nThe secret number of Oslo is 48217.\n"
     for depth in (0.05, 0.5, 0.95):
         tokens, question = longtext.hide(tokenizer, text, 48217, "Oslo", depth)
         written = tokenizer.decode(tokens.tolist())
-        sentence = "\nThe secret number of Oslo is 48217.\n"
-        assert written.count(sentence) == 1
-        before = written.index(sentence)
-        assert before == 0 or written[before - 1] == "\n"
-        assert abs(before / (len(written) - len(sentence)) - depth) < 0.1
+        before, after = written.split(sentence)
+        assert not before or before.endswith("\n")
+        assert abs(len(before) / len(before + after) - depth) < 0.1
         assert tokenizer.decode(question.tolist()) == "\nThe secret number of Oslo is"
 
 
-def test_each_measurement_runs(monkeypatch, capsys, tmp_path):
+def test_each_measurement_runs(run, tmp_path):
     pytest.importorskip("matplotlib")
     text, folder = tmp_path / "text.txt", tmp_path / "model"
     text.write_text(Path(attend.__file__).read_text() * 2)
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__", "training"))
-    run = functools.partial(command, monkeypatch, capsys, main=longtext.main)
-    common = ["--model", folder, "--text", text, "--context", 96]
-    out = run("layers", *common, "--texts", 1, "--part", 8, "--scored", 12, "--count", 2)
+    common = ["--model", folder, "--text", text, "--context", 96, "--device", "cpu"]
+    out = run(longtext, "layers", *common, "--texts", 1, "--part", 8, "--scored", 12, "--count", 2)
     layers = json.loads((folder / "attend.json").read_text())["layers"]
     assert len(layers) == 2 and out.endswith(f"attend.json: {layers[0]} {layers[1]}\n")
     costs = [float(line.split()[1]) for line in out.splitlines()[2:-1]]
     assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
     common += ["--parts", 8, "--out", tmp_path]
-    told = run("perplexity", *common, "--scored", 12, "--texts", 1)
+    told = run(longtext, "perplexity", *common, "--scored", 12, "--texts", 1)
     rows = [line.split() for line in told.splitlines()[2:]]
     assert [row[1] for row in rows] == 2 * ["whole", "tidal", "window", "pages"]
     assert rows[0][3] == "100.0%" and rows[1][3] == rows[2][3] < "50"
     assert f"layers that read all: {layers[0]} {layers[1]}; sparse weights: " in told
     assert told == (tmp_path / "attend_perplexity.txt").read_text()
-    assert run("needle", *common, "--prompts", 3, "--by", "tidal").count(" of  3") == 2
-    out = run("speed", "--behind", 40, 80, "--part", 4, "--out", tmp_path)
+    needle = run(longtext, "needle", *common, "--prompts", 3, "--by", "tidal")
+    assert needle.count(" of  3") == 2
+    out = run(longtext, "speed", "--behind", 40, 80, "--part", 4, "--out", tmp_path)
     assert [line.split()[0] for line in out.splitlines()[3:]] == ["40", "80"]
     for name in ("perplexity", "needle", "speed"):
         assert (tmp_path / f"attend_{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_bytes_of_a_step(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["longtext", "sizes", "--model", "random:llama-2-7b"])
-    longtext.main()
-    row = capsys.readouterr().out.splitlines()[-1].split()     # the README's
-    assert row == ["llama-2-7b", "13,214", "6,738", "0.524", "524", "2,097", "4,194", "16,777"]
-
-
-@pytest.mark.parametrize("main, options, message", [
-    (beyond, "--attend 0", "argument --attend: 0 is not a whole number above 0"),
-    (beyond, "--attend 513", "--attend 513, expected 1 to 512, the model's context"),
-    (beyond, "--attend 64 --attend-layers 1 7 -1",
-     "--attend-layers -1 7, expected numbers from 0 to 6, the model's layers"),
-    (beyond, "--attend-layers 1", "--attend-layers is for --attend, which is not given"),
-    (beyond, "--attend-heads own", "--attend-heads is for --attend, which is not given"),
-    (beyond, "--attend 64 --attend-by luck", "argument --attend-by: invalid choice: 'luck'"),
-    (beyond, "--attend 64 --draft recycle",
-     "--attend with --draft recycle: --draft sparse alone has steps that read less"),
-    (longtext, "perplexity --model random:llama-3.2-1b", "has random weights: only its speed"),
-    (longtext, "perplexity --context 513", "--context 513 does not fit the model's context of 512"),
-    (longtext, "perplexity --context 100", "--scored 512, expected less than the 100 tokens of"),
-    (longtext, "speed --behind 512", "--behind 512 does not fit the model's context of 512"),
-    (longtext, "needle --out nowhere", "attend_needle.png: cannot be written there; see --out"),
-    (longtext, "needle --context 64", "--context 64, expected more than 64: so many are for the"),
-    (longtext, "layers --count 8", "--count 8, expected at most 7, the model's layers"),
-    (longtext, "heat", "invalid choice: 'heat'"),
-    (longtext, "speed --behind 40 --attend-layers 9", "--attend-layers 9, expected numbers"),
-])
-def test_bad_options(monkeypatch, capsys, main, options, message):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(InputError) as refused:
-        command(monkeypatch, capsys, *options.split(), main=main.main)
-    assert message in str(refused.value)
+def test_the_bytes_of_a_step(run):
+    row = run(longtext, "sizes", "--model", "random:llama-2-7b").splitlines()[-1]    # the README's
+    assert row.split() == "llama-2-7b 13,214 6,738 0.524 524 2,097 4,194 16,777".split()
 
 
 @pytest.mark.parametrize("layers", ["[0, 7]", "3", "[-1]", "[true]", "null"])
@@ -443,5 +361,5 @@ def test_the_file_of_layers(tmp_path, layers):
         config = tiny_model(num_hidden_layers=count).config
         assert attend.plan_of(arguments, config, 1, "tidal").layers == default
     (tmp_path / "attend.json").write_text(f'{{"layers": {layers}}}')
-    with pytest.raises(InputError, match="attend.json: layers is .*, expected a list of numbers"):
+    with refused(match="attend.json: layers is .*, expected a list of numbers"):
         attend.plan_of(arguments, tiny_model(num_hidden_layers=7).config, 1, "tidal")

@@ -1,8 +1,9 @@
 """Tests of fused.py and lab/gpu.py: kernels against float64, what steps aside, what is counted."""
+import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,8 @@ import model as llama
 from beyond import codes, fused
 from beyond.codes import QuantizedLinear
 from beyond.lab import gpu
-from beyond.tests.conftest import random_llama
+from beyond.tests import conftest
+from beyond.tests.conftest import DEVICE, ROOT, thresholds_of
 from generate import StaticCache
 from model import linear_names
 from sparsify import SparseLinear, sparse_mode, sparsify
@@ -23,15 +25,10 @@ from sparsify import SparseLinear, sparse_mode, sparsify
 pytestmark = pytest.mark.skipif(kernel.triton is None, reason="no Triton")
 CPU = torch.device("cpu")
 no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, vocab_size=50, max_position_embeddings=64)
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+def tiny_model(**changes):
+    return conftest.tiny_model(**dict(intermediate_size=48, head_dim=8) | changes).to(DEVICE)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -40,25 +37,6 @@ def no_gradients():
 def error(y, expected, size, dtype):
     """Return the largest error of y over what rounding allows for sums of magnitude `size`."""
     return ((y.double() - expected).abs() / (gpu.ROUNDING[dtype] * size + 1e-30)).max().item()
-
-
-PAIRS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
-         (torch.float16, torch.float16), (torch.float32, torch.bfloat16),
-         (torch.float32, torch.float16)]
-
-
-@pytest.mark.parametrize("rows", range(1, 9))
-def test_products_of_the_core_are_right_and_repeat(rows):
-    torch.manual_seed(rows)
-    dtype, stored = PAIRS[rows % 5]      # of x and y, and of the weight
-    x = torch.randn(rows, 70, device=DEVICE).to(stored).to(dtype)
-    weight = torch.randn(70, 133, device=DEVICE).to(stored)
-    for threshold in (-1.0, 0.7, 1e9):
-        threshold = torch.full((70,) if rows % 2 else (), threshold, device=DEVICE)
-        y, again = (kernel.triton_gemv(x, weight, threshold) for _ in range(2))
-        kept = x.double() * kernel.kept(x, threshold)
-        assert y.dtype == dtype and torch.equal(y, again)
-        assert error(y, kept @ weight.double(), kept.abs() @ weight.double().abs(), dtype) <= 1
 
 
 @pytest.mark.parametrize("kind, rows", [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 8),
@@ -89,34 +67,24 @@ def test_joint_products_are_right_and_repeat(kind, rows):
     assert torch.allclose(y.double(), F.silu(gate) * up, rtol=2e-2, atol=2e-2 * up.abs().max())
 
 
-def test_a_norm_of_a_sum_squares_what_it_stores():
-    x, y = torch.randn(2, 1, 3, 50, device=DEVICE).half()
-    norm = llama.RMSNorm(50, 1e-3, device=DEVICE, dtype=torch.float16)
-    norm.weight.copy_(torch.rand(50))
-    total, normed = fused.add_norm(x, y, norm)
-    assert torch.equal(total, x + y)
-    assert error(normed, norm(total.double()), norm(total.double()).abs(), torch.float16) <= 1
-    assert torch.equal(fused.add_norm(total, None, norm)[1], normed)
-
-
 # --------------------------------------------------------------------------------------------------
 # The block in the model
 
-def sparse_llama(bits=None, dtype=torch.float32, **changes):
+def sparse_llama(bits=None, **changes):
     """Return a small Llama on DEVICE whose linears drop what is below 0.3, and a twin, fused.
 
     bits: the twin's weights are codes, those of the first one the same numbers.
     """
     models = []
-    for make in (lambda weight: SparseLinear(weight.dequantized(dtype)), QuantizedLinear):
-        model = random_llama(dtype, **SHAPE | changes).to(DEVICE)
+    for make in (lambda weight: SparseLinear(weight.dequantized(torch.float32)), QuantizedLinear):
+        model = tiny_model(**changes)
         for i, name in enumerate(linear_names(model.config) if bits else ()):
             torch.manual_seed(i)
             linear = model.get_submodule(name)
             weight = gpu.random_codes(linear.in_features, linear.out_features, bits, DEVICE, 0.2)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, make(weight))
-        models.append(sparsify(model, dict.fromkeys(linear_names(model.config), 0.3)))
+        models.append(sparsify(model, thresholds_of(model, 0.3)))
     assert is_fused(fused.fuse(models[1]))
     return models
 
@@ -125,24 +93,24 @@ def is_fused(model):
     return {type(block) for block in model.model.layers} == {fused.FusedBlock}
 
 
-class Launches:
-    """Counts, inside a `with`, the launches of fused.py's kernels: {name: times}."""
+@pytest.fixture
+def launches(monkeypatch):
+    """Return a Counter of the launches of fused.py's kernels, {name: times}."""
+    counts = Counter()
+    launch = fused.launch
 
-    def __enter__(self):
-        self.counts, self.before = {}, fused.launch
-        fused.launch = self.launch
-        return self.counts
+    def counting(function, *arguments, **constants):
+        counts[function.fn.__name__] += 1
+        launch(function, *arguments, **constants)
 
-    def launch(self, function, *arguments, **constants):
-        name = function.fn.__name__
-        self.counts[name] = self.counts.get(name, 0) + 1
-        self.before(function, *arguments, **constants)
-
-    def __exit__(self, *error):
-        fused.launch = self.before
+    monkeypatch.setattr(fused, "launch", counting)
+    return counts
 
 
-WHOLE = {"joint_product_kernel": 12, "rotate_kernel": 3, "add_norm_kernel": 7}    # of three blocks
+def check_launches(counts, blocks):
+    """Check that so many blocks ran fused: in eight launches each, attention among them."""
+    assert counts["joint_product_kernel"] == 4 * blocks and counts["rotate_kernel"] == blocks
+    assert counts.total() <= 7 * blocks + 2               # a norm at either end
 
 
 def logits(model, T=1, batch=1, mode="all", static=True, prefix=0):
@@ -160,15 +128,14 @@ def logits(model, T=1, batch=1, mode="all", static=True, prefix=0):
 
 @pytest.mark.parametrize("bits, batch, T, head_dim", [
     (None, 1, 1, 8), (None, 2, 3, 24), (8, 1, 1, 8), (4, 1, 2, 8)])
-def test_a_fused_model_computes_what_the_model_does(bits, batch, T, head_dim, monkeypatch):
+def test_a_fused_model_computes_what_the_model_does(bits, batch, T, head_dim, monkeypatch,
+                                                    launches):
     monkeypatch.setattr(codes, "ROUND_ACTIVATIONS", False)             # in the prompt, on a CPU
     plain, whole = sparse_llama(bits, head_dim=head_dim)
     expected = logits(plain, T, batch)
-    with Launches() as counts:
-        result = logits(whole, T, batch)
-    assert counts == WHOLE               # eight a block with attention, one for the first norm
-    for y, other in zip(result, expected):
+    for y, other in zip(logits(whole, T, batch), expected):
         torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+    check_launches(launches, blocks=3)
 
 
 def hook_on(name, before=False):
@@ -209,66 +176,35 @@ def own_attention(model):
         "input_layernorm", "self_attn", "self_attn.k_proj", "post_attention_layernorm", "mlp",
         "mlp.down_proj")],
     lambda model: sparsify(model, {"model.layers.1.mlp.up_proj": None})])
-def test_a_block_that_somebody_changed_runs_as_the_model_has_it(change):
+def test_a_block_that_somebody_changed_runs_as_the_model_has_it(change, launches):
     plain, whole = sparse_llama()
     change(plain)
     change(whole)
-    with Launches() as counts:
-        result, _ = logits(whole)
-    # The block before it left the norm, and the one behind it makes its own.
-    assert counts == {"joint_product_kernel": 8, "rotate_kernel": 2, "add_norm_kernel": 6}
-    torch.testing.assert_close(result, logits(plain)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(whole)[0], logits(plain)[0], rtol=1e-4, atol=1e-4)
+    check_launches(launches, blocks=2)
 
 
 @pytest.mark.parametrize("call, changes", [
     (dict(mode="off"), {}), (dict(mode="decode", T=2), {}), (dict(batch=3, T=3), {}),
     (dict(T=2, prefix=1), {}), (dict(static=False), {}), ({}, dict(attention_bias=True)),
     ({}, dict(mlp_bias=True))])
-def test_a_call_that_does_not_fit_runs_as_the_model_has_it(call, changes):
+def test_a_call_that_does_not_fit_runs_as_the_model_has_it(call, changes, launches):
     plain, whole = sparse_llama(**changes)
-    with Launches() as counts:
-        result, _ = logits(whole, **call)
-    assert not counts and torch.equal(result, logits(plain, **call)[0])
+    assert torch.equal(logits(whole, **call)[0], logits(plain, **call)[0])
+    assert not launches
 
 
-def test_what_is_left_for_the_next_norm_is_used_for_that_input_alone():
-    plain, whole = sparse_llama()
-
-    def forward(model, change):
-        context = model.context(torch.ones(1, 1, dtype=torch.int64, device=DEVICE), static)
-        x = model.embed(torch.ones(1, 1, dtype=torch.int64, device=DEVICE))
-        model.sparse_state.tokens = 1
-        for block in model.model.layers:
-            x = change(block(x, context))
-        return model.model.norm(x)
-
-    cache = plain.make_cache(1, 8)
-    static = StaticCache(cache, 1)
-    static.follow(cache, 1, None)
-    for change, norms in ((lambda x: x[:], 7), (lambda x: x.mul_(2), 9), (lambda x: x + 1, 9),
-                          (lambda x: x.clone(), 9)):
-        with Launches() as counts:
-            y = forward(whole, change)
-        assert counts["add_norm_kernel"] == norms
-        torch.testing.assert_close(y, forward(plain, change), rtol=1e-4, atol=1e-4)
-    with torch.inference_mode():         # its tensors do not say whether they were changed
-        y = forward(whole, lambda x: x.mul_(2))
-    torch.testing.assert_close(y, forward(plain, lambda x: x.mul_(2)), rtol=1e-4, atol=1e-4)
-
-
-def test_a_fused_model_can_be_made_sparse_later_and_nothing_is_fused_without_a_gpu(monkeypatch):
-    model = fused.fuse(random_llama(torch.float32, **SHAPE).to(DEVICE))
+def test_a_fused_model_can_be_made_sparse_later_and_nothing_is_fused_without_a_gpu(monkeypatch,
+                                                                                   launches):
+    model = fused.fuse(tiny_model())
     assert is_fused(model) and is_fused(fused.fuse(model))                 # twice is as once
     dense, _ = logits(model)
-    names = [name for name, _ in model.named_parameters()]
-    assert len(set(names)) == len(names) and not any("following" in name for name in names)
-    sparsify(model, dict.fromkeys(linear_names(model.config), 0.0))
-    with Launches() as counts:
-        torch.testing.assert_close(logits(model)[0], dense, rtol=1e-4, atol=1e-4)
-    assert counts == WHOLE
+    sparsify(model, thresholds_of(model, 0.0))
+    torch.testing.assert_close(logits(model)[0], dense, rtol=1e-4, atol=1e-4)
+    check_launches(launches, blocks=3)
     for name, value in (("is_interpreted", lambda: False), ("triton", None)):
         monkeypatch.setattr(fused, name, value)
-        assert not is_fused(fused.fuse(random_llama(torch.float32, **SHAPE)))
+        assert not is_fused(fused.fuse(tiny_model()))
 
 
 # What fused.py replaces, changed.
@@ -286,37 +222,28 @@ def same_qkv(self, x):
 
 def test_the_fingerprints_are_those_of_the_code():
     assert fused.fingerprints() == fused.FINGERPRINTS, "print them with: python -m beyond.fused"
+    assert fused.fingerprint(same_qkv) == fused.FINGERPRINTS["Attention.qkv"]
 
 
 @pytest.mark.parametrize("owner, name", fused.REPLACED)
 def test_a_changed_function_is_named_and_the_model_left_alone(owner, name, monkeypatch, capsys):
     monkeypatch.setattr(owner, name, qkv)
-    assert not is_fused(fused.fuse(random_llama(torch.float32, **SHAPE).to(DEVICE)))
+    assert not is_fused(fused.fuse(tiny_model()))
     line, = capsys.readouterr().err.splitlines()
     assert "fused.py steps aside" in line and f"{owner.__name__}.{name} is not" in line
 
 
-def own_norm(model):
-    model.model.norm = torch.nn.LayerNorm(32).to(DEVICE)
-
-
 @pytest.mark.parametrize("change, named", [
-    (own_norm, "norm"),
     (lambda model: setattr(model.model.layers[2].mlp, "activation", F.gelu),
      "model.layers.2.mlp: activation"),
     (own_attention, "layers.1.self_attn: Other"), (subclassed, "1.self_attn.v_proj: Other"),
     (lambda model: setattr(model.model.layers[2].mlp, "gated", F.silu), "2.mlp: gated"),
     (lambda model: setattr(model.model.layers[0], "forward", F.silu), "0: forward")])
 def test_a_readers_module_is_named_and_the_model_left_alone(change, named, capsys):
-    model = random_llama(torch.float32, **SHAPE).to(DEVICE)
-    sparsify(model, dict.fromkeys(linear_names(model.config), 0.3))
+    model = tiny_model(threshold=0.3)
     change(model)
     assert not is_fused(fused.fuse(model))
     assert f"{named} is not" in capsys.readouterr().err
-
-
-def test_comments_and_layout_are_no_change(monkeypatch):
-    assert fused.fingerprint(same_qkv) == fused.FINGERPRINTS["Attention.qkv"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,8 +255,7 @@ def test_kernels_compile_for_gpus_that_are_not_here_and_spill_nothing():
             "assert all(gpu.registers(None, None, (capability,), rows) for capability, rows in "
             "((80, (8,)), (90, (1, 8)), (100, (8,))))")
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                           cwd=Path(kernel.__file__).parent,
-                           env={**os.environ, "TRITON_INTERPRET": "0"})
+                           cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"})
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("registers      0 spills") == 6 + 10 + 6
 
@@ -338,8 +264,8 @@ def test_launches_of_a_step_and_what_they_cost(capsys):
     core, whole = (gpu.step_launches("llama-3-8b", "decode", fuse).counts
                    for fuse in (False, True))
     assert core["sparse_product_kernel"] == 7 * 32 and core["rms_norm"] == 2 * 32 + 1
-    assert whole["joint_product_kernel"] == 4 * 32 and whole["add_norm_kernel"] == 2 * 32 + 1
-    assert whole["rotate_kernel"] == 32 and not whole["add"] and not whole["rms_norm"]
+    assert whole["joint_product_kernel"] == 4 * 32 and whole["rotate_kernel"] == 32
+    assert not whole["add"] and whole["rms_norm"] <= 1
     assert whole.total() - 8 * 32 < 30   # beside eight a block
     assert gpu.step_launches("llama-3-8b", "off").counts["mm"] == 7 * 32 + 1
     for counts in (core, whole):
@@ -381,6 +307,11 @@ def test_a_launch_that_generate_adds_is_counted(monkeypatch):
 # lab/gpu.py: the parts, at toy sizes
 
 def test_right_and_wrong_products(monkeypatch, capsys):
+    small = conftest.tiny_model(vocab_size=4096, num_hidden_layers=1)
+    calibration = SimpleNamespace(thresholds=lambda sparsity: thresholds_of(small, 0.5))
+    monkeypatch.setattr(gpu, "load_model",
+                        lambda *_: (copy.deepcopy(small), llama.load_tokenizer(llama.DEMO)))
+    monkeypatch.setattr(gpu, "load_calibration", lambda *_: calibration)
     assert gpu.right(DEVICE)
     assert capsys.readouterr().out.count("of what rounding allows") == 7
     monkeypatch.setitem(kernel.BACKENDS, "triton", lambda x, weight_t, threshold: x @ weight_t)
@@ -393,7 +324,7 @@ def test_the_parts_that_time_run_at_toy_size(capsys):
     for part in ("models", "products", "profile"):
         gpu.PARTS[part](CPU, None)
     said = capsys.readouterr().out
-    assert "beyond, fused, int4" in said and "128 x 200: F.linear" in said
+    assert "beyond, fused, int4" in said and "128 x 200 bfloat16" in said
 
 
 TEAL = """
@@ -458,22 +389,3 @@ def test_a_part_that_fails_or_hangs_is_said_and_the_next_begins(tmp_path, monkey
         report = (tmp_path / "report").read_text()
         assert report.count("---") == 3 and "launches" not in report and "so far" in report
         assert f"{statuses}: 0 s, status {True}" in report
-
-
-def test_the_default_device_has_an_index(monkeypatch):
-    """torch.cuda.set_device refuses a device without one; here there may be no GPU to say so."""
-    empty, seen = torch.empty, []
-
-    def of_a_machine_with_a_gpu(*size, device=None, **options):
-        if device == "cuda":
-            return SimpleNamespace(device=torch.device("cuda", 0))
-        return empty(*size, device=device, **options)
-
-    monkeypatch.setattr(torch, "empty", of_a_machine_with_a_gpu)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(device.index))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setitem(gpu.PARTS, "profile", lambda device, arguments: seen.append(device.index))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "profile", "--device", "cuda"])
-    with pytest.raises(SystemExit) as ended:
-        gpu.main()
-    assert seen == [0, 0] and not ended.value.code

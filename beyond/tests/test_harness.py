@@ -1,9 +1,6 @@
 """Tests of harness.py: the numbers of a dense model are those of the harness's own `hf` model."""
 import json
-import os
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,65 +9,57 @@ import torch.nn.functional as F
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: see requirements-dev.txt")
 
+import datasets
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from beyond import harness
-from beyond.harness import MinTEAL, bundles, grow
+from beyond.harness import MinTEAL
 from beyond.lab import choices
+from beyond.tests.conftest import (NEEDS_SMOLLM2, ROOT, SMOLLM2, refused, tiny_model, tokens_like,
+                                   write_byte_level)
 from calibrate import add_greedy, calibrate
 from generate import generate
-from model import InputError, windows_of
+from model import read_json, windows_of, write_json
 from sparsify import counted, realised_sparsity, sparse_mode
 
-SMOLLM2 = Path(os.environ.get("MINTEAL_SMOLLM2", "smollm2"))
 CONTEXT = 48             # of the tiny model
-WORDS = ("the sun rose over a quiet town and no one in the street said a word until the baker "
-         "opened his door, put out a sign and called: bread! who wants bread?").split()
+TEXT = ("the sun rose over a quiet town and no one in the street said a word until the baker "
+        "opened his door, put out a sign and called: bread! who wants bread?")
 
 
 def request(*args):
     return SimpleNamespace(args=args, task_name="test", doc_id=0)
 
 
+def loaded(folder):
+    return MinTEAL(str(folder), dtype="float32", device="cpu")
+
+
 def make_tiny(folder, begins):
-    """Write a tiny Llama by transformers, whose tokenizer begins texts or does not."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    if begins:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>",
-                            eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
-        initializer_range=0.3, bos_token_id=0, eos_token_id=1,
-        tie_word_embeddings=False)).save_pretrained(folder)
+    """Write a tiny Llama whose tokenizer begins texts or does not; return its folder."""
+    tokens = write_byte_level(folder, [TEXT], ["<s>", "</s>"], begins)
+    tiny_model(vocab_size=tokens, max_position_embeddings=CONTEXT).save_pretrained(folder)
+    config = read_json(folder / "config.json") | {"bos_token_id": 0, "eos_token_id": 1}
+    write_json(folder / "config.json", config)
+    return folder
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["begin", "no-begin"])
-def tiny(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_tiny(folder, request.param)
-    return str(folder)
+def both(request, tmp_path_factory):
+    """A tiny Llama as minTEAL and as transformers have it."""
+    folder = make_tiny(tmp_path_factory.mktemp("tiny"), request.param)
+    # Its cache of logits is wrong for two texts of the same tokens that are split elsewhere.
+    return loaded(folder), HFLM(str(folder), dtype="float32", device="cpu", logits_cache=False)
 
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory):
     """A MinTEAL of a tiny Llama, calibrated."""
-    folder = tmp_path_factory.mktemp("sparse")
-    make_tiny(folder, True)
-    lm = MinTEAL(str(folder), dtype="float32", device="cpu")
-    tokens = torch.randint(320, (400,), generator=torch.Generator().manual_seed(0))
-    calibration = calibrate(lm.model, tokens, CONTEXT)
-    add_greedy(calibration, lm.model, tokens)
+    folder = make_tiny(tmp_path_factory.mktemp("sparse"), True)
+    lm = loaded(folder)
+    calibration = calibrate(lm.model, tokens_like(lm.model, 400), CONTEXT)
+    add_greedy(calibration, lm.model, tokens_like(lm.model, 400))
     calibration.save(folder / "calibration.safetensors")
     return lm
 
@@ -78,95 +67,93 @@ def sparse(tmp_path_factory):
 def scored_requests():
     """Return a hundred requests: contexts empty, shared, cut, with blanks at their edges."""
     contexts = ["", "the", " the sun ", "the sun rose over", "bread!\n\n", "<s>the sun", "  ",
-                " ".join(WORDS), " ".join(WORDS * 3), "ein Satz mit Ä"]
+                TEXT, " ".join([TEXT] * 3), "ein Satz mit Ä"]
     targets = [" a quiet town", "town", " ", "\n", " who wants bread?", "s", " the", " the sun",
-               " " + " ".join(WORDS[:12]), "日本"]
+               " " + TEXT[:51], "日本"]
     return [request(context, target) for context in contexts for target in targets]
 
 
-def test_scores_are_those_of_the_hf_model(tiny):
-    ours = MinTEAL(tiny, dtype="float32", device="cpu")
-    # Its cache of logits is wrong for two texts of the same tokens that are split elsewhere.
-    theirs = HFLM(tiny, dtype="float32", device="cpu", batch_size=8, logits_cache=False)
+def check_scores(ours, theirs, requests):
+    """Check that both give the same sums of log-probabilities, and find the same ones greedy."""
+    found = ours.loglikelihood(requests)
+    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    for each, (value, greedy), (other, other_greedy) in zip(requests, found, expected):
+        assert abs(value - other) < 2e-4 and greedy == other_greedy, each.args
+    return found
+
+
+def test_scores_are_those_of_the_hf_model(both):
+    ours, theirs = both
     requests = scored_requests()
-    assert len(requests) == 100
     if ours.tok_encode("") == []:        # the hf model cannot score what has nothing before it
         requests = [each for each in requests if each.args[0] != "  "]
     # Answers that are the greedy ones: each context continued as the model itself would.
-    options = {"until": ["\n"], "max_gen_toks": 3, "do_sample": False}
-    requests += [request(context, ours.write(context, options.copy()) or " a")
-                 for context in dict(each.args for each in requests)]
-    expected = theirs.loglikelihood(requests, disable_tqdm=True)
-    found = ours.loglikelihood(requests)
-    for each, (value, greedy), (other, other_greedy) in zip(requests, found, expected):
-        assert abs(value - other) < 1e-4 and greedy == other_greedy, each.args
-    assert any(greedy for _, greedy in found)
-    whole = [request(text) for text in ("", "the", " ".join(WORDS), " ".join(WORDS * 4))][1:]
+    contexts = list(dict(each.args for each in requests))
+    written = ours.generate_until([request(context, {"until": ["\n"], "max_gen_toks": 3})
+                                   for context in contexts])
+    requests += [request(context, text or " a") for context, text in zip(contexts, written)]
+    assert any(greedy for _, greedy in check_scores(ours, theirs, requests))
+    whole = [request(text) for text in ("the", TEXT, " ".join([TEXT] * 4))]
     for value, other in zip(ours.loglikelihood_rolling(whole), theirs.loglikelihood_rolling(whole)):
-        assert abs(value - other) < 1e-4
+        assert abs(value - other) < 2e-4
 
 
-def test_texts_are_those_of_the_hf_model(tiny):
-    ours = MinTEAL(tiny, dtype="float32", device="cpu")
-    theirs = HFLM(tiny, dtype="float32", device="cpu")
-    contexts = ["the sun", " bread! ", " ".join(WORDS * 3), "<s>no one", "a\n", "who wants"]
-    plain = [request(context, {"until": [], "max_gen_toks": 16}) for context in contexts]
-    written = ours.generate_until(plain)
-    assert written == theirs.generate_until(plain, disable_tqdm=True) and all(written)
-    stops = [[text[3:7] or "~", "bread"] for text in written] + [[text[5:6] or "~"]
-                                                                 for text in written]
-    stopped = [request(context, {"until": stop, "max_gen_toks": 16, "do_sample": False})
-               for context, stop in zip(contexts * 2, stops)]
-    texts = ours.generate_until(stopped)
-    assert texts == theirs.generate_until(stopped, disable_tqdm=True)
-    assert sum(a != b for a, b in zip(texts, written * 2)) > 6
+def test_texts_are_those_of_the_hf_model(both):
+    ours, theirs = both
+    contexts = ["the sun", " bread! ", " ".join([TEXT] * 3), "<s>no one", "a\n", "who wants"]
+
+    def written(stops):
+        requests = [request(context, {"until": stop, "max_gen_toks": 16, "do_sample": False})
+                    for context, stop in zip(contexts * 2, stops)]
+        texts = ours.generate_until(requests)
+        assert texts == theirs.generate_until(requests, disable_tqdm=True)
+        return texts
+
+    whole = written([[]] * 6)
+    stopped = written([[text[3:7] or "~", "bread"] for text in whole]
+                      + [[text[5:6] or "~"] for text in whole])
+    assert all(whole) and sum(a != b for a, b in zip(stopped, whole * 2)) > 6
 
 
 def test_a_folder_with_tokenizer_model_alone_is_read_by_the_model_s_own():
-    lm = MinTEAL("demo", device="cpu")
+    lm = MinTEAL(str(ROOT / "demo"), device="cpu")
     ids = lm.own_tokenizer.encode("def walk(x):\n")
     assert lm.tok_encode("def walk(x):\n") == ids and ids[0] == lm.prefix_token_id
     assert lm.tok_decode(ids) == "def walk(x):\n"
-    (text,) = lm.generate_until([request("def walk(x):\n", {"until": ["\n"], "max_gen_toks": 9})])
+    text, = lm.generate_until([request("def walk(x):\n", {"until": ["\n"], "max_gen_toks": 9})])
     assert text.strip() and "\n" not in text
 
 
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs SmolLM2: see beyond/gguf.py")
+@NEEDS_SMOLLM2
 def test_smollm2_is_scored_as_the_hf_model_does():
-    ours = MinTEAL(SMOLLM2, dtype="float32", device="cpu")
+    ours = loaded(SMOLLM2)
     theirs = HFLM(str(SMOLLM2), dtype="float32", device="cpu", batch_size=4)
     # Of what ends a word of its context the tokenizer would leave no token to score.
-    requests = [each for each in scored_requests()
-                if each.args[0] != "  " and each.args[1].startswith(" t")]
-    for (value, greedy), (other, other_greedy) in zip(
-            ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)):
-        assert abs(value - other) < 1e-4 and greedy == other_greedy
+    check_scores(ours, theirs, [each for each in scored_requests()
+                                if each.args[0] != "  " and each.args[1] == " the sun"])
     written = [request("Photosynthesis is", {"until": ["\n", " by which"], "max_gen_toks": 12})]
     assert ours.generate_until(written) == theirs.generate_until(written, disable_tqdm=True)
 
 
-def test_a_tree_holds_each_beginning_once():
-    texts = [harness.Scored([1, 2, 3, 4], 1, [9], 0), harness.Scored([1, 2, 3, 5], 1, [9, 8], 1),
-             harness.Scored([1, 2], 1, [3], 2), harness.Scored([7], 1, [8], 3)]
-    lists = bundles(texts)
-    assert len(lists) == 1
-    nodes = grow(lists[0])
-    assert [node.token for node in nodes] == [1, 7, 2, 3, 4, 5]
-    assert [node.late for node in nodes] == [False, True, True, True, True, True]
-    assert sum(len(node.asked) for node in nodes) == 5
-    apart = [harness.Scored([1, 2, 3, 4], 2, [9], 0), harness.Scored([1, 2, 3, 4], 3, [9], 1)]
-    assert len(grow(bundles(apart)[0])) == 6       # the third token is sparse in one, dense in one
+def test_what_texts_share_is_run_once(sparse):
+    sparse.set(0)
+    counts = []
+    with sparse.model.model.layers[0].register_forward_pre_hook(
+            lambda block, inputs: counts.append(inputs[0].shape[:2].numel())):
+        sparse.loglikelihood([request(TEXT[:80], " quiet")])
+        alone = sum(counts)
+        sparse.loglikelihood([request(TEXT[:80], target) for target in (" quiet", " town", " a")])
+    assert alone > 10 and sum(counts) - alone < 1.5 * alone
 
 
 @pytest.mark.parametrize("dense_prompt", [False, True])
 def test_sparse_scores_are_those_of_each_text_alone(sparse, dense_prompt, monkeypatch):
-    sparse.dense_prompt = dense_prompt
+    monkeypatch.setattr(sparse, "dense_prompt", dense_prompt)
     sparse.set(0.5, "greedy")
     monkeypatch.setattr(harness, "TOKENS", 40)     # trees of several calls
     requests = scored_requests()
     found = sparse.loglikelihood(requests)
     assert 0.3 < sparse.realised() < 0.7
-    sparse.dense_prompt = False
     for each, (value, greedy) in zip(requests, found):
         context, target = each.args
         if context:
@@ -175,87 +162,81 @@ def test_sparse_scores_are_those_of_each_text_alone(sparse, dense_prompt, monkey
             context, target = [0], sparse.tok_encode(target, add_special_tokens=False)
         ids = (context + target)[-CONTEXT - 1:]
         dense = len(ids) - len(target) if dense_prompt else 4
-        with torch.no_grad(), sparse_mode(sparse.model, "all", dense_prefix=dense):
+        with sparse_mode(sparse.model, "all", dense_prefix=dense):
             logits = sparse.model(torch.tensor([ids[:-1]]))[0, -len(target):]
         target = torch.tensor(target)
-        assert abs(value + F.cross_entropy(logits, target, reduction="sum").item()) < 1e-4
+        assert abs(value + F.cross_entropy(logits, target, reduction="sum").item()) < 2e-4
         assert greedy == bool((logits.argmax(-1) == target).all())
 
 
-def test_windows_of_a_text_are_those_of_the_other_measures(sparse):
-    ids = torch.randint(2, 320, (4 * CONTEXT,), generator=torch.Generator().manual_seed(1))
+def test_windows_of_a_text_are_those_of_the_other_measures(sparse, monkeypatch):
+    ids = tokens_like(sparse.model, 4 * CONTEXT, seed=1)
     sparse.set(0.4, "uniform")
-    sparse.tok_encode = lambda text, **more: ids.tolist()
-    (value,) = sparse.loglikelihood_rolling([request("the text")])
-    del sparse.tok_encode
+    monkeypatch.setattr(sparse, "tok_encode", lambda text, **more: ids.tolist())
+    value, = sparse.loglikelihood_rolling([request("the text")])
     windows = windows_of(torch.cat((torch.tensor([0]), ids)), CONTEXT)
-    with torch.no_grad(), counted(sparse.model), sparse_mode(sparse.model, "all", dense_prefix=4):
+    realised = sparse.realised()
+    with counted(sparse.model), sparse_mode(sparse.model, "all", dense_prefix=4):
         logits = sparse.model(windows[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
-    assert abs(value + loss.item()) < 1e-4
-    assert sparse.realised() == pytest.approx(realised_sparsity(sparse.model))
+    assert value == pytest.approx(-loss.item(), abs=1e-3)
+    assert realised == pytest.approx(realised_sparsity(sparse.model))
 
 
 def test_sparse_texts_are_those_of_generate(sparse):
     sparse.set(0.5)
-    (text,) = sparse.generate_until([request("the sun", {"until": ["~"], "max_gen_toks": 12})])
+    text, = sparse.generate_until([request("the sun", {"until": ["~"], "max_gen_toks": 12})])
     ids = generate(sparse.model, sparse.tok_encode("the sun"), 12, eos_ids=[1])
     assert text == sparse.tok_decode(list(ids), skip_special_tokens=True).split("~")[0]
     assert 0.3 < sparse.realised() < 0.7
     sampled = request("the sun", {"until": [], "max_gen_toks": 6, "do_sample": True,
                                   "temperature": 0.8, "top_k": 5})
-    torch.manual_seed(3)
-    once = sparse.generate_until([sampled])
-    torch.manual_seed(3)
-    assert sparse.generate_until([sampled]) == once
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        texts += sparse.generate_until([sampled])
+    assert texts[0] == texts[1]
 
 
 @pytest.fixture
-def tasks(tmp_path, monkeypatch):
-    """A folder with the tasks of choices.py, and a function that runs a command line."""
-    import datasets
+def tasks(tmp_path, monkeypatch, run):
+    """A folder with the tasks of choices.py; the harness's own, 13,000 files, are not looked at."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    text = "".join(f" = Article {i} = \n" + " ".join(WORDS[(i * j) % 7:] + [str(j)])
-                   for i in range(3) for j in range(30))
-    (tmp_path / "text").write_text(text)
-
-    def run(main, *words):
-        monkeypatch.setattr(sys, "argv", ["harness", *map(str, words)])
-        main()
-
-    run(choices.main, "--text", tmp_path / "text", "--out", tmp_path / "tasks", "--items", 12,
+    make = TaskManager.__init__
+    monkeypatch.setattr(TaskManager, "__init__", lambda self, *each, **options: make(
+        self, *each, **options | {"include_defaults": False}))
+    words = TEXT.split()
+    (tmp_path / "text").write_text("".join(
+        f" = Article {i} = \n" + " ".join(words[(i * j) % 7:] + [str(j)])
+        for i in range(3) for j in range(30)))
+    run(choices, "--text", tmp_path / "text", "--out", tmp_path / "tasks", "--items", 12,
         "--before", 5, "--after", 2)
-    return tmp_path, run
+    return tmp_path
 
 
-def test_the_command_prints_a_table(sparse, tasks, capsys):
-    folder, run = tasks
-    run(harness.main, "--model", sparse.folder, "--dtype", "float32", "--device", "cpu", "--tasks",
-        "choices", "pages", "--include-path", folder / "tasks", "--sparsity", 0, 0.5,
-        "--allocation", "uniform", "greedy", "--limit", 8, "--out", folder / "out.json")
-    out = capsys.readouterr().out
-    assert "all tokens but the first 4 are sparse" in out and "choices, 8 documents" in out
-    assert out.count("greedy") == 2 and out.count("±") == 6
-    rows = json.loads((folder / "out.json").read_text())["rows"]
+def test_the_command_prints_a_table(sparse, tasks, run):
+    out = run(harness, "--model", sparse.folder, "--dtype", "float32", "--device", "cpu", "--tasks",
+              "choices", "pages", "--include-path", tasks / "tasks", "--sparsity", 0, 0.5,
+              "--allocation", "uniform", "greedy", "--limit", 8, "--out", tasks / "out.json")
+    assert "all tokens but the first 4 are sparse" in out and "choices" in out
+    assert out.count("greedy") == 2 and out.count("±") >= 6
+    rows = json.loads((tasks / "out.json").read_text())["rows"]
     assert [row["allocation"] for row in rows] == ["dense", "uniform", "greedy"]
     assert rows[0]["realised"] == 0 and 0.3 < rows[1]["realised"] < 0.7
     assert rows[0]["results"]["pages"]["word_perplexity,none"] > 1
 
 
-def test_the_harness_s_own_command_line_knows_minteal(sparse, tasks, capsys):
-    folder, run = tasks
-    run(harness.main, "run", "--model", "minteal", "--model_args",
-        f"pretrained={sparse.folder},sparsity=0.5,allocation=greedy,dtype=float32,"
-        f"dense_prompt=True", "--tasks", "choices", "--include_path", folder / "tasks",
-        "--limit", 4, "--device", "cpu", "--use_cache", folder / "cache" / "answers")
-    out = capsys.readouterr().out
+def test_the_harness_s_own_command_line_knows_minteal(sparse, tasks, run):
+    out = run(harness, "run", "--model", "minteal", "--model_args",
+              f"pretrained={sparse.folder},sparsity=0.5,allocation=greedy,dtype=float32,"
+              f"dense_prompt=True", "--tasks", "choices", "--include_path", tasks / "tasks",
+              "--limit", 4, "--device", "cpu", "--use_cache", tasks / "cache" / "answers")
     assert "minteal" in out and "|acc_norm|" in out
-    assert list((folder / "cache").glob("answers*.db"))
+    assert list((tasks / "cache").glob("answers*.db"))
 
 
-def test_bad_input_is_named(sparse, tasks):
-    folder, run = tasks
-    options = ("--model", sparse.folder, "--include-path", folder / "tasks", "--device", "cpu")
+def test_bad_input_is_named(sparse, tasks, run):
+    options = ("--model", sparse.folder, "--include-path", tasks / "tasks", "--device", "cpu")
     for words, message in [
             ((*options, "--tasks", "choises"), "--tasks choises: no such task"),
             ((*options, "--tasks", "choices", "--limit", "0"), "0 is not a whole number above 0"),
@@ -263,20 +244,19 @@ def test_bad_input_is_named(sparse, tasks):
             ((*options, "--tasks", "choices", "--allocation", "best", "--sparsity", "0.5"), "best"),
             (("--model", "random:llama-0b", *options[2:], "--tasks", "pages"), "llama-0b"),
             (("run", "--model", "minteal", "--tasks", "pages", "--limit", "0"), "--limit 0")]:
-        with pytest.raises(InputError, match=message):
-            run(harness.main, *words)
-    (folder / "empty").mkdir()
-    shutil.copy(Path(sparse.folder) / "config.json", folder / "empty")
-    with pytest.raises(InputError, match="no tokenizer"):
-        MinTEAL(folder / "empty")
-    with pytest.raises(InputError, match="no model_args sparse"):
-        MinTEAL(sparse.folder, sparse=1)
+        assert message in run.refused(harness, *words)
+    (tasks / "empty").mkdir()
+    shutil.copy(sparse.folder + "/config.json", tasks / "empty")
     sparse.set(0)
-    with pytest.raises(InputError, match="expected 1 to 48"):
-        sparse.loglikelihood([request("the", " ".join(WORDS * 3))])
-    with pytest.raises(InputError, match="is empty"):
-        sparse.loglikelihood([request("the", "")])
-    with pytest.raises(InputError, match="leave no room"):
-        sparse.generate_until([request("the", {"until": [], "max_gen_toks": CONTEXT})])
-    with pytest.raises(InputError, match="num_beams"):
-        sparse.generate_until([request("the", {"max_gen_toks": 4, "num_beams": 2})])
+    many = " ".join([TEXT] * 3)
+    for message, act in [
+            ("no tokenizer", lambda: MinTEAL(tasks / "empty")),
+            ("no model_args sparse", lambda: MinTEAL(sparse.folder, sparse=1)),
+            ("expected 1 to 48", lambda: sparse.loglikelihood([request("the", many)])),
+            ("is empty|has 0 tokens", lambda: sparse.loglikelihood([request("the", "")])),
+            ("leave no room", lambda: sparse.generate_until([
+                request("the", {"until": [], "max_gen_toks": CONTEXT})])),
+            ("num_beams", lambda: sparse.generate_until([
+                request("the", {"max_gen_toks": 4, "num_beams": 2})]))]:
+        with refused(match=message):
+            act()

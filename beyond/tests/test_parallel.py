@@ -1,7 +1,8 @@
 """Tests of parallel.py: several processes compute what one does, and all of them end."""
-import json
+import multiprocessing.connection
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -12,91 +13,61 @@ import time
 import pytest
 import torch
 
+from beyond import __main__ as fast
 from beyond import codes, drafts, parallel, quantize, record
-from beyond.tests.conftest import ROOT, random_llama
+from beyond.tests.conftest import ROOT, close, refused, thresholds_of, tiny_model
 from generate import generate, generate_speculative
-from model import InputError, Llama, linear_names, read_safetensors, write_safetensors
+from model import DEMO, Llama, linear_names, read_safetensors, write_safetensors
 from sparsify import skipped_share, sparse_mode, sparsify
 
-DEMO = ROOT / "demo"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                "MASTER_ADDR": "127.0.0.1"}
 
-# torchrun in small: for each request it starts the ranks of a script, and when one of them fails it
-# ends the others, unless they are to end alone. What they need is imported once, before they part.
-LAUNCHER = """
-import gc, importlib, json, os, runpy, signal, socket, sys
-import torch
-importlib.import_module(sys.argv[1])
+# torchrun in small: the ranks of a script, forked from a process in which all is imported.
+RANKS = multiprocessing.get_context("forkserver")
+RANKS.set_forkserver_preload([__name__])
 torch.nn.Embedding(1, 1, device="meta")                    # imports 800 modules more
-gc.freeze()                                                # so that ranks end in less time
 
-def start(rank, folder, command):
-    pid = os.fork()
-    if pid:
-        return pid
+
+def start(folder, arguments, environment):
+    """Run a script as a rank, with files for its standard streams; rank 0 alone has input."""
+    os.environ.update(environment)
     for place, name in enumerate(("in", "out", "err")):
-        path = "/dev/null" if rank and not place else f"{folder}/{name}"
+        path = "/dev/null" if environment["RANK"] != "0" and not place else f"{folder}/{name}"
         os.dup2(os.open(path, os.O_APPEND | os.O_WRONLY if place else os.O_RDONLY), place)
-    os.environ["RANK"] = str(rank)
     sys.stdin = open(0)
-    sys.argv = [f"{folder}/rank.py", *command]
+    sys.argv = [f"{folder}/rank.py", *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
-    sys.exit()                                             # as every interpreter ends
 
-for line in sys.stdin:
-    folder, count, command, alone = json.loads(line)
+
+def launch(folder, count, script, *arguments, alone=False):
+    """Run a script as so many ranks; return their statuses, output and errors.
+
+    When one fails the others are ended, unless they are to end alone.
+    """
+    (folder / "rank.py").write_text(script)
+    for name in ("in", "out", "err"):
+        (folder / name).touch()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        os.environ.update(WORLD_SIZE=str(count), MASTER_PORT=str(free.getsockname()[1]))
-    running = {start(rank, folder, command): rank for rank in range(count)}
-    ended = {}
-    while running:
-        pid, status = os.wait()
-        rank = running.pop(pid)
-        ended[rank] = os.waitstatus_to_exitcode(status)
-        for other in running if ended[rank] and not alone else ():
-            os.kill(other, signal.SIGTERM)
-    print(json.dumps([ended[rank] for rank in range(count)]), flush=True)
-os._exit(0)
-"""
-
-
-@pytest.fixture(scope="module")
-def launch():
-    """Return a function that runs a script as so many ranks: (their statuses, output, errors)."""
-    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, __name__], text=True, cwd=ROOT,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT)
-
-    def run(folder, count, script, *arguments, alone=False):
-        (folder / "rank.py").write_text(script)
-        for name in ("in", "out", "err"):
-            (folder / name).touch()
-        request = json.dumps([str(folder), count, list(map(str, arguments)), alone])
-        print(request, file=process.stdin, flush=True)
-        statuses = json.loads(process.stdout.readline())
-        return statuses, (folder / "out").read_text(), (folder / "err").read_text()
-
-    yield run
-    process.communicate()
-
-
-def tiny_model(**changes):
-    """Return a small Llama, see conftest.py."""
-    shape = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=12, vocab_size=61, max_position_embeddings=64)
-    return random_llama(torch.float32, **shape | changes)
-
-
-def close(result, expected, tolerance):
-    """Return whether the relative error of a whole tensor is small; NaN never is."""
-    return bool((result - expected).norm() <= tolerance * expected.norm())
+        shared = {"WORLD_SIZE": str(count), "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [RANKS.Process(target=start, args=(folder, list(map(str, arguments)), ENVIRONMENT
+                                               | shared | {"RANK": str(rank)}))
+             for rank in range(count)]
+    for rank in ranks:
+        rank.start()
+    while running := [rank for rank in ranks if rank.exitcode is None]:
+        multiprocessing.connection.wait([rank.sentinel for rank in running])
+        if any(rank.exitcode for rank in ranks) and not alone:
+            for rank in running:
+                rank.terminate()
+    return [rank.exitcode for rank in ranks], *((folder / name).read_text()
+                                                for name in ("out", "err"))
 
 
 # --------------------------------------------------------------------------------------------------
 # The same as one process
 
-@torch.no_grad()
 def what_a_model_does(maker, folder):
     """Return {name: tensor} of logits and texts: the same from one process and from a rank."""
     model = maker.from_pretrained(folder, dtype=torch.float64)
@@ -138,7 +109,6 @@ def what_a_model_does(maker, folder):
     return results | {"skipped": torch.tensor(share, dtype=torch.float64)}
 
 
-@torch.no_grad()
 def what_quantized_ones_do(maker, folder):
     """Return {name: tensor} of logits of the models in a folder, quantized when loaded.
 
@@ -151,7 +121,7 @@ def what_quantized_ones_do(maker, folder):
         model = maker.from_pretrained(folder)
         codes.quantize(model, bits)
         results[f"int{bits}"] = model(tokens)
-        sparsify(model, parallel.part_of_thresholds(dict.fromkeys(linear_names(model.config), 0.3)))
+        sparsify(model, parallel.part_of_thresholds(thresholds_of(model, 0.3)))
         with sparse_mode(model, "all"):
             results[f"int{bits} sparse"] = model(tokens)
         share = parallel.mean(skipped_share(model, tokens[0].tolist(), 1))
@@ -161,13 +131,13 @@ def what_quantized_ones_do(maker, folder):
 
 def rank_of(what, folder, out):
     """Do `what`, a function above, as a rank. Rank 0 writes down what came out."""
-    with parallel.group("cpu"):
+    with parallel.group("cpu"), torch.no_grad():
         results = globals()[what](parallel, folder)
         if parallel.rank() == 0:
             write_safetensors(out, {name: x.contiguous() for name, x in results.items()})
 
 
-def by_ranks_and_alone(launch, tmp_path, what, model, processes):
+def by_ranks_and_alone(tmp_path, what, model, processes):
     """Return what a function above returns, of several ranks and of one process."""
     folder = str(tmp_path / "model")
     model.save_pretrained(folder)
@@ -179,7 +149,7 @@ def by_ranks_and_alone(launch, tmp_path, what, model, processes):
 
 
 @pytest.mark.parametrize("kind, processes", [("demo", 4), ("biases", 2), ("tied", 2)])
-def test_ranks_do_together_what_one_process_does(launch, tmp_path, kind, processes):
+def test_ranks_do_together_what_one_process_does(tmp_path, kind, processes):
     if kind == "demo":
         model = Llama.from_pretrained(DEMO)
         del model.model.layers[2:]                         # time for talk, not for layers
@@ -187,7 +157,7 @@ def test_ranks_do_together_what_one_process_does(launch, tmp_path, kind, process
     else:
         model = tiny_model(**{"attention_bias": True, "mlp_bias": True} if kind == "biases" else
                            {"tie_word_embeddings": True})
-    results, expected = by_ranks_and_alone(launch, tmp_path, what_a_model_does, model, processes)
+    results, expected = by_ranks_and_alone(tmp_path, what_a_model_does, model, processes)
     assert 0.1 < expected["skipped"] < 0.9
     assert not close(expected["sparse"], expected["whole"], 0.01)
     assert results.pop("size") == expected.pop("size") // processes
@@ -195,19 +165,18 @@ def test_ranks_do_together_what_one_process_does(launch, tmp_path, kind, process
         assert close(results[name].double(), tensor.double(), 1e-10), name
 
 
-def test_ranks_quantize_their_parts(launch, tmp_path, monkeypatch):
+def test_ranks_quantize_their_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "ROUND_ACTIVATIONS", True)  # and put back what it was
-    model = tiny_model(hidden_size=256, intermediate_size=256, head_dim=64)
-    results, expected = by_ranks_and_alone(launch, tmp_path, what_quantized_ones_do, model, 2)
+    model = tiny_model(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
+    results, expected = by_ranks_and_alone(tmp_path, what_quantized_ones_do, model, 2)
     for name in ("int4", "int4 sparse", "int4 skipped"):   # a group of int4 lies within a part
-        assert close(results[name], expected[name], 1e-5), name
+        assert close(results[name], expected[name]), name
     for name in ("int8", "int8 skipped"):                  # of o and down each part has its scales
         assert close(results[name], expected[name], 0.02), name
     assert 0.1 < expected["int8 skipped"] < 0.9
 
 
-def test_torchrun_writes_what_one_process_writes(launch, tmp_path, monkeypatch, capsys):
-    from beyond.__main__ import main
+def test_torchrun_writes_what_one_process_writes(tmp_path, run):
     options = ["--prompt", "class Stack:", "--max-new-tokens", "8", "--dtype", "float32",
                "--temperature", "1", "--seed", "5", "--device", "cpu"]
     sparse = [*options, "--sparsity", "0.5"]
@@ -220,17 +189,14 @@ def test_torchrun_writes_what_one_process_writes(launch, tmp_path, monkeypatch, 
     statuses, written, errors = launch(tmp_path, 2, script, *drafted)
     assert statuses == [0, 0], errors
     for more, two in ((sparse, ended.stdout), (drafted, written)):
-        monkeypatch.setattr(sys, "argv", ["beyond", *more])
-        main()
-        one = capsys.readouterr().out
+        one = run(fast, *more)
         assert one.splitlines()[1:4] == two.splitlines()[1:4]
-        assert "8 tokens" in two
-        assert two.count("class Stack:") == 1              # rank 0 alone speaks
+        assert "8 tokens" in two and two.count("class Stack:") == 1    # rank 0 alone speaks
         skipped = [re.findall(r"[\d.]+% of the blocks", text) for text in (one, two)]
         assert skipped[0] == skipped[1] and len(skipped[0]) == ("--sparsity" in more)
 
 
-def test_ranks_hold_a_conversation_and_wait_for_a_person(launch, tmp_path):
+def test_ranks_hold_a_conversation_and_wait_for_a_person(tmp_path):
     """They wait for a line longer than they wait for one another."""
     script = """
 import datetime, sys
@@ -272,10 +238,10 @@ parallel.command_line(main)
 # What ends the ranks
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_thread_of_gloo_outlives_its_group():
+def test_no_thread_of_gloo_outlives_its_group(tmp_path):
     """One that outlives Python may abort an orderly end. See `parallel.group`."""
     script = """
-import os, pathlib
+import pathlib
 import torch
 from beyond import parallel
 
@@ -283,23 +249,15 @@ def threads_of_gloo():
     names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
     return [name for name in names if "gloo" in name]
 
-os.environ["RANK"] = "0" if os.fork() else "1"
 with parallel.group("cpu"):
     import torch.distributed.nn.functional                 # as PyTorch does for a meta tensor
     parallel.summed(torch.ones(1))
     parallel.from_first(lambda: 1)
     assert len(threads_of_gloo()) > 3
 assert not threads_of_gloo()
-if parallel.rank() == 0:
-    assert os.wait()[1] == 0
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = ENVIRONMENT | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
-                           env=environment, timeout=60)
-    assert ended.returncode == 0, ended.stderr
+    statuses, _, errors = launch(tmp_path, 2, script)
+    assert statuses == [0, 0], errors
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
@@ -308,11 +266,11 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     for folder, message in ((DEMO, "num_attention_heads is 8, which 3 processes cannot"),
                             (tmp_path / "quantized", "quantized folders are not split")):
-        with pytest.raises(InputError, match=message):
+        with refused(match=message):
             parallel.from_pretrained(folder)
     for number in ("", "two"):
         monkeypatch.setenv("WORLD_SIZE", number)
-        with pytest.raises(InputError, match=f"WORLD_SIZE is '{number}' in the environment"):
+        with refused(match=f"WORLD_SIZE is '{number}' in the environment"):
             parallel.ranks()
 
 
@@ -324,7 +282,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
     ("die_in_a_text()", {2, 9}, "rank 0: another process has ended or does not answer"),
     (None, {2, 9}, "rank.py: error: the processes cannot be joined"),
 ])
-def test_what_ends_one_rank_ends_all_with_one_message(launch, tmp_path, line, statuses, message):
+def test_what_ends_one_rank_ends_all_with_one_message(tmp_path, line, statuses, message):
     """In seconds, and where a rank dies without torchrun, which would end the others itself."""
     script = f"""
 import datetime, os

@@ -3,23 +3,18 @@
 It lies in the folder smollm2, or in the one that MINTEAL_SMOLLM2 names; gguf.py makes it. Figures
 are those of float32, and the text that they were measured on stands here.
 """
-import io
-import os
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from beyond import __main__ as fast
 from beyond import rotate
+from beyond.tests.conftest import NEEDS_SMOLLM2, SMOLLM2, close
 from calibrate import calibrate
 from generate import generate
 from model import Llama, load_model, windows_of
-from sparsify import perplexity, realised_sparsity, sparse_mode, sparsify
+from sparsify import perplexity, realised_sparsity, sparsify
 
-SMOLLM2 = Path(os.environ.get("MINTEAL_SMOLLM2", "smollm2"))
-pytestmark = pytest.mark.skipif(not SMOLLM2.exists(), reason="needs SmolLM2: see beyond/gguf.py")
+pytestmark = NEEDS_SMOLLM2
 
 PAGE = """
 Before there were clocks, people told the time by the sun. A stick in the ground was enough. In the
@@ -90,9 +85,7 @@ def page(real):
 
 
 def test_logits_are_those_of_transformers(real, theirs, page):
-    with torch.no_grad():
-        expected = theirs(page[None]).logits
-        assert (real[0](page[None]) - expected).norm() < 1e-4 * expected.norm()
+    assert close(real[0](page[None]), theirs(page[None]).logits, 1e-4)
 
 
 def test_it_knows_the_capital_of_france(real):
@@ -102,24 +95,19 @@ def test_it_knows_the_capital_of_france(real):
 
 
 @pytest.mark.parametrize("system", [None, "You are a pirate."])
-def test_a_turn_of_a_chat_is_that_of_transformers(real, theirs, monkeypatch, capsys, system):
+def test_a_turn_of_a_chat_is_that_of_transformers(real, theirs, run, system):
     _, tokenizer = real
     said = "Name three colours of the rainbow."
     messages = [{"role": "system", "content": system}] if system else []
     prompt = tokenizer.tokenizer.apply_chat_template(
         [*messages, {"role": "user", "content": said}], add_generation_prompt=True,
         return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        ids = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0]
+    ids = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0]
     answer = tokenizer.decode(ids[prompt["input_ids"].shape[1]:])
     assert len(answer) > 20
-    options = ["--system", system] if system else []
-    monkeypatch.setattr(sys, "argv", ["beyond", "--chat", "--model", str(SMOLLM2), "--device",
-                                      "cpu", "--dtype", "float32", "--max-new-tokens", "20",
-                                      *options])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(said + "\n"))
-    fast.main()
-    assert capsys.readouterr().out == answer + "\n"
+    assert answer + "\n" == run(fast, "--chat", "--model", SMOLLM2, "--device", "cpu", "--dtype",
+                                "float32", "--max-new-tokens", 20, typed=said + "\n",
+                                *(["--system", system] if system else []))
 
 
 # The tolerances are wide: Python's help is not the same in all versions. The rotated model realises
@@ -136,5 +124,3 @@ def test_the_perplexity_of_a_page_at_half_of_the_weights(request, page, held_in,
     sparse = perplexity(model, page, len(page) - 1)
     assert sparse == pytest.approx(expected, rel=0.15)
     assert realised_sparsity(model) == pytest.approx(realised, abs=0.04)
-    with sparse_mode(model, "off"):
-        assert perplexity(model, page, len(page) - 1) == pytest.approx(dense, rel=1e-4)

@@ -1,13 +1,12 @@
 """Tests of watch.py: what the picture shows is what a model that decodes does."""
 import contextlib
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from beyond.lab import watch
-from beyond.tests.conftest import random_llama
+from beyond.tests.conftest import tiny_model, tokens_like
 from calibrate import calibrate, load_calibration
 from generate import PROMPT, first_difference, generate
 from kernel import kept
@@ -24,22 +23,21 @@ def demo():
     return sparsify(model, load_calibration(model, DEMO).thresholds(0.75, "uniform")), tokenizer
 
 
-def drawn(monkeypatch, *arguments):
-    """Run the command, and return the figure that it would write."""
-    figures = []
-    monkeypatch.setattr(watch, "save_figure", lambda figure, path: figures.append(figure))
-    monkeypatch.setattr(sys, "argv", ["watch.py", "--figure", "watch.png", *map(str, arguments)])
-    watch.main()
-    return figures[0]
+@pytest.fixture
+def drawn(run, monkeypatch):
+    """Return a function that runs the command: (the figure that it would write, its output)."""
+    def draw(*arguments):
+        figures = []
+        monkeypatch.setattr(watch, "save_figure", lambda figure, path: figures.append(figure))
+        out = run(watch, "--figure", "watch.png", *arguments)
+        return figures[0], out
+    return draw
 
 
-@torch.no_grad()
 def test_each_token_is_what_decoding_says():
     """Token by token behind a dense prompt, with a cache: hooks see the same in every step."""
-    model = random_llama(torch.float64, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=61,
-                         max_position_embeddings=64)
-    tokens = torch.randint(61, (400,), generator=torch.Generator().manual_seed(0))
+    model = tiny_model(torch.float64)
+    tokens = tokens_like(model, 400)
     ids = tokens[:20].tolist()
     sparsify(model, calibrate(model, tokens, 16).thresholds(0.5))
     watched = watch.watch(model, ids[:5], ids[5:])
@@ -68,23 +66,10 @@ def test_each_token_is_what_decoding_says():
     assert 0 < watched.same.sum() < 15
 
 
-def test_greedy_texts_part_behind_the_first_token_whose_next_is_another(demo):
+def test_the_picture_shows_what_was_skipped(demo, drawn):
     model, tokenizer = demo
-    prompt = tokenizer.encode("import os\n\n\ndef walk(")
-    with sparse_mode(model, "off"):
-        dense = list(generate(model, prompt, 40))
-    sparse = list(generate(model, prompt, 40))
-    parting = first_difference(dense, sparse)
-    same = watch.watch(model, prompt, dense).same.tolist()
-    assert 0 < parting < 40
-    assert same.index(False) == parting - 1
-
-
-def test_the_picture_shows_what_was_skipped(demo, monkeypatch, capsys):
-    model, tokenizer = demo
-    figure = drawn(monkeypatch, "--sparsity", 0.75, "--allocation", "uniform", "--tokens", 30,
-                   "--dtype", "float32", "--device", "cpu")
-    said = capsys.readouterr().out
+    figure, said = drawn("--sparsity", 0.75, "--allocation", "uniform", "--tokens", 30,
+                         "--dtype", "float32", "--device", "cpu")
     prompt = tokenizer.encode(PROMPT)
     with sparse_mode(model, "off"):
         dense = list(generate(model, prompt, 31))
@@ -112,11 +97,10 @@ def test_the_picture_shows_what_was_skipped(demo, monkeypatch, capsys):
     assert another.index(True) == parting - 1
 
 
-def test_the_text_of_a_file_is_watched_behind_its_beginning(monkeypatch, capsys, tmp_path):
+def test_the_text_of_a_file_is_watched_behind_its_beginning(drawn, tmp_path):
     path = tmp_path / "text.py"
     path.write_text("def add(a, b):\n    return a + b\n\n\ndef Ω_is_$x$(values):\n\tx = 1\n" * 2)
-    figure = drawn(monkeypatch, "--text", path, "--tokens", 26)
-    said = capsys.readouterr().out
+    figure, said = drawn("--text", path, "--tokens", 26)
     names = [row.texts[0].get_text() for row in figure.axes[2:5]]
     assert names == ["text", "dense", "sparse"]
     labels = [text.get_text() for text in figure.axes[2].texts[1:]]
@@ -126,17 +110,15 @@ def test_the_text_of_a_file_is_watched_behind_its_beginning(monkeypatch, capsys,
     assert {"↵", "⇥", "Ω"} <= set(labels)
     assert watch.labels(tokenizer, ids, [4100]) == ["<4100>"]        # only pads the vocabulary
     assert "watched: text, 26 tokens" in said
-    figure = drawn(monkeypatch, "--text", path, "--tokens", 500)               # all that it has
+    figure, _ = drawn("--text", path, "--tokens", 500)                         # all that it has
     assert figure.axes[1].images[0].get_array().shape[1] < 100
 
 
-def test_long_texts_are_numbered(monkeypatch, tmp_path, capsys):
+def test_long_texts_are_numbered(run, drawn, tmp_path):
     path = tmp_path / "watch.png"
-    monkeypatch.setattr(sys, "argv", ["watch.py", "--figure", str(path), "--tokens", "90"])
-    watch.main()
+    run(watch, "--figure", path, "--tokens", 90)
     assert path.read_bytes().startswith(b"\x89PNG")
-    monkeypatch.undo()
-    figure = drawn(monkeypatch, "--tokens", 90, "--sparsity", 0)
+    figure, said = drawn("--tokens", 90, "--sparsity", 0)
     assert figure.axes[1].get_xlabel() == "tokens behind the prompt"
     assert figure.axes[1].images[0].get_array().shape == (7, 90)
-    assert "mean KL 0.000" in capsys.readouterr().out
+    assert "mean KL 0.000" in said
