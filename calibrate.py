@@ -121,6 +121,11 @@ class Calibration:
         """The names of the allocations, the default first."""
         return list(reversed(self.tables))
 
+    @property
+    def config(self):
+        """A Config of the model's shapes, which are all that is asked of it."""
+        return Config(max_position_embeddings=0, **self.shapes)
+
     def shares(self, sparsity, allocation=None):
         """Return the share (layers, 7) of each linear's inputs that an allocation drops."""
         require(0 <= sparsity < 1, f"sparsity is {sparsity}, expected at least 0 and below 1")
@@ -143,13 +148,12 @@ class Calibration:
     def thresholds_at(self, shares):
         """Return the thresholds that drop given shares (layers, 7) of the inputs of each linear."""
         values = quantile(self.counts[:, list(SITE_OF.values())], shares).float()
-        names = linear_names(Config(max_position_embeddings=0, **self.shapes))
-        return dict(zip(names, values.flatten()))
+        return dict(zip(linear_names(self.config), values.flatten()))
 
     def weight_shares(self):
         """Return the shares (7,) of a block's weights that its linears hold, float64."""
-        shapes = block_linears(Config(max_position_embeddings=0, **self.shapes)).values()
-        sizes = torch.tensor(list(shapes), dtype=torch.float64).prod(1)
+        shapes = list(block_linears(self.config).values())
+        sizes = torch.tensor(shapes, dtype=torch.float64).prod(1)
         return sizes / sizes.sum()
 
     def check(self, model, name="this calibration"):

@@ -122,8 +122,8 @@ def dense(x, weight_t):
     processor cannot multiply the weight's dtype.
     """
     rows = x.numel() // x.shape[-1]
-    few = MAX_ROWS if can_multiply(weight_t.dtype) else 6 * MAX_ROWS
-    if rows > few or x.requires_grad or not fits_c(weight_t):
+    few = rows <= MAX_ROWS or rows <= 6 * MAX_ROWS and not can_multiply(weight_t.dtype)
+    if not few or x.requires_grad or not fits_c(weight_t):
         return matmul(x, weight_t)
     if rows <= MAX_ROWS:
         return sparse_gemv(x, weight_t, KEEP_ALL, "c")

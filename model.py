@@ -384,22 +384,31 @@ class Llama(nn.Module):
 def fill(model, folder, device="cpu", dtype=None):
     """Put the tensors of a checkpoint folder into a Llama on the meta device, and return it.
 
-    A parameter is copied as `dtype` (None: the checkpoint's), and must be finite.
+    dtype: of the parameters; None: the checkpoint's.
     """
     dtype = dtype or checkpoint_dtype(folder)
     for path, tensors in checked_shards(folder, model):
         for name, tensor in tensors.items():
-            parent, leaf = name.rsplit(".", 1)
-            module = model.get_submodule(parent)
-            if isinstance(getattr(module, leaf), nn.Parameter):     # beyond/quantize.py has buffers
-                tensor = tensor.to(device, dtype, copy=True)
-                require(bool(torch.stack(tensor.aminmax()).isfinite().all()),
-                        f"{path}: tensor {name} holds NaN or numbers beyond {dtype}")
-                tensor = nn.Parameter(tensor, requires_grad=False)
-            setattr(module, leaf, tensor.to(device))
+            put(model, name, tensor, path, device, dtype)
     if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):  # unquantized
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
+
+
+def put(model, name, tensor, path, device, dtype):
+    """Make a tensor of the file `path` the one that a model has by a name.
+
+    A parameter is copied as `dtype`, and must be finite; a buffer (beyond/: quantized) stays as it
+    is stored.
+    """
+    parent, leaf = name.rsplit(".", 1)
+    module = model.get_submodule(parent)
+    if isinstance(getattr(module, leaf), nn.Parameter):
+        tensor = tensor.to(device, dtype, copy=True)
+        require(bool(torch.stack(tensor.aminmax()).isfinite().all()),
+                f"{path}: tensor {name} holds NaN or numbers beyond {dtype}")
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, tensor.to(device))
 
 
 def check_tokens(tokens, config):

@@ -46,8 +46,7 @@ from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS,
                        check_dense, histogram, make_parser, output_of, quantile, some_windows,
                        write_calibration)
 from kernel import kept
-from model import (check_output, command_line, default_context, linear_names, progress, require,
-                   windows_of)
+from model import (command_line, default_context, linear_names, progress, require, windows_of)
 
 # Where a table is filled in. The shares of a level have it as their mean, and so have those on the
 # line between two levels.
@@ -375,7 +374,6 @@ def main():
     require(arguments.out or not arguments.quantize,
             "--quantize needs --out: calibration.safetensors in the folder is that of the weights "
             "as they are")
-    check_output(path, "--out")
     model, tokenizer = load(arguments)
 
     def add(calibration, tokens):

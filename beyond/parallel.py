@@ -42,12 +42,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional           # noqa: F401 (before there is a group: see there)
-from torch import nn
 
 import model as core
 from beyond import folders
 from model import (EMBEDDING, HEAD, Head, InputError, Llama, checked_shards, checkpoint_dtype,
-                   find_device, preset_config, require)
+                   find_device, preset_config, put, require)
 
 BY_OUTPUT = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
 BY_INPUT = {"o_proj", "down_proj"}
@@ -249,16 +248,10 @@ def from_pretrained(folder, device="cpu", dtype=None):
     dtype = dtype or checkpoint_dtype(folder)
     model = empty_part(config, folder)
     for path, tensors in checked_shards(folder, Llama.shapes(config)):
-        for name in list(tensors):       # each is forgotten before the next is read
-            tensor = tensors.pop(name)
+        for name, tensor in tensors.items():
             tied = name == EMBEDDING and config.tie_word_embeddings
             for place in (name, HEAD) if tied else (name,):
-                part = part_of(place, tensor)
-                part = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
-                require(bool(torch.stack(part.aminmax()).isfinite().all()),
-                        f"{path}: tensor {name} holds NaN or numbers beyond {dtype}")
-                module, leaf = place.rsplit(".", 1)
-                setattr(model.get_submodule(module), leaf, nn.Parameter(part, requires_grad=False))
+                put(model, place, part_of(place, tensor), path, device, dtype)
     return model.eval()
 
 

@@ -22,7 +22,6 @@ to FOLDER/attend_NAME.txt, with a figure beside it.
 import functools
 import math
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +33,7 @@ from beyond import attend, record
 from beyond.attend import Plan, plan_of, read_less
 from beyond.folders import read_config
 from beyond.lab.figures import check_figure, pyplot, save_figure
+from beyond.lab.timing import ROUNDS, WARM_UP, circumstances, seconds_of
 from beyond.quantize import add_quantize, load
 from calibrate import load_calibration
 from model import (Parser, block_linears, check_output, command_line, default_context, linear_names,
@@ -46,8 +46,6 @@ QUESTION = "The secret number of {} is"
 PLACES = ("Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Quito", "Riga", "Accra", "Hanoi", "Turin")
 ANSWER = 8               # tokens in which a number of five digits has room
 ROOM = 64                # tokens in which a sentence with one, a question and an answer have room
-ROUNDS = 23              # of timed steps
-WARM_UP = 3              # of them, which set things up
 
 
 class Setting(NamedTuple):
@@ -296,11 +294,8 @@ def time_behind(model, used, plan):
                 cache.used = used
                 if name not in steps:
                     steps[name] = record.make_step(model, cache)
-                began = time.perf_counter()
-                steps[name](token)
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[name].append(1e3 * (time.perf_counter() - began))
+                seconds = seconds_of(lambda: steps[name](token), model.device)
+                times[name].append(1e3 * seconds)
     return {name: statistics.median(times[name][WARM_UP:]) for name in WAYS}
 
 
@@ -311,8 +306,7 @@ def measure_speed(arguments, model, tokenizer, tokens, page):
             f"--behind {max(arguments.behind)} does not fit the model's context of {longest}")
     plans = {used: plan_of(arguments, model.config, max(1, used // arguments.part), "tidal")
              for used in arguments.behind}
-    page.say(f"{arguments.model}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
-             f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    page.say(circumstances(arguments.model, model))
     page.say(f"weights: {arguments.sparsity:.0%} skipped; cache: 1/{arguments.part} of the "
              f"positions, layers that read all: {listed(plans[arguments.behind[0]].layers)}")
     page.say(f"{'ms a step':>10}" + "".join(f"{name:>9}" for name in WAYS)

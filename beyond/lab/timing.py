@@ -60,12 +60,26 @@ def rate(items):
     return 1 / statistics.median(end - begin for begin, end in itertools.pairwise(times))
 
 
+def seconds_of(call, device):
+    """Return the seconds that a call takes, on a GPU to the end of what it launches."""
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def circumstances(name, model):
+    """Return what the times of a model depend on, as text."""
+    return (f"{name}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+
+
 def load_sparse(arguments, sparsity):
     """Return the model that options name, made sparse, and print what its times depend on."""
     model, _ = quantize.load(arguments)
     thresholds = load_calibration(model, arguments.model).thresholds(sparsity)
-    print(f"{arguments.model}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(circumstances(arguments.model, model))
     return sparsify(model, thresholds | {"lm_head": None})
 
 
@@ -172,11 +186,7 @@ def time_steps(model, behind):
 
     def timed(name, mode, call, used=behind):
         cache.used = used
-        began = time.perf_counter()
-        call()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        times[name, mode].append(time.perf_counter() - began)
+        times[name, mode].append(seconds_of(call, model.device))
 
     calls = {}
     with sparse_mode(model, "off"):

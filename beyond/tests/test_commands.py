@@ -87,7 +87,7 @@ def test_bad_input_on_the_command_line(run, monkeypatch, command):
 def test_help_names_the_default_of_each_option(run, name):
     _, options = run(module_of(name), "--help").split("options:")
     described = re.split(r"\n  (?=-)", options)[2:]        # after --help
-    assert all("default" in option or "--import-teal" in option for option in described)
+    assert all("default" in option for option in described)
 
 
 def test_a_new_folder_takes_the_place_of_nothing(run, tmp_path):

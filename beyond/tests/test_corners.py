@@ -27,8 +27,8 @@ from generate import StaticCache, generate_speculative, plain_step
 from model import (DEMO, Config, Llama, linear_names, load_tokenizer, read_header, read_safetensors,
                    write_safetensors)
 from sparsify import sparse_mode, sparsify
-from test_all import (DEVICE, distance, greedy, no_gradients, read_by_transformers,     # noqa: F401
-                      read_config, reference, refused, stepwise, tiny_model, tokens_of)
+from test_all import (DEVICE, distance, greedy, read_by_transformers, read_config, reference,
+                      refused, stepwise, tiny_model, tokens_of)
 
 COMPILER = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
 
