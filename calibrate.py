@@ -34,25 +34,28 @@ import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from kernel import kept
 from model import (Config, InputError, Parser, block_linears, check_output, check_tokens,
-                   command_line, default_context, linear_names, load_model, progress, read_header,
-                   read_safetensors, read_tokens, require, windows_of, write_safetensors)
+                   command_line, default_context, linear_names, load_model, progress,
+                   read_safetensors, read_tokens, require, write_safetensors)
 
 import torch
 
-SITES = ("attention in", "attention out", "MLP in", "MLP middle")
-SITE_OF = {                  # where each of the seven linears of a block reads
-    "self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 1,
-    "mlp.gate_proj": 2, "mlp.up_proj": 2, "mlp.down_proj": 3,
+SITES = {                                # where the seven linears of a block read
+    "attention in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention out": ("self_attn.o_proj",),
+    "MLP in": ("mlp.gate_proj", "mlp.up_proj"),
+    "MLP middle": ("mlp.down_proj",),
 }
-LINEARS = tuple(SITE_OF)
+SITE_OF = {linear: i for i, linears in enumerate(SITES.values()) for linear in linears}
+LINEARS = tuple(SITE_OF)                 # in the order of model.block_linears
 SINKS = 4                                # tokens left out at the start of each window
 BATCH = 4                                # windows that run together
 TOKENS = 16_000                          # that the commands take if they are not told
 FORMAT = "minTEAL calibration 3"         # what the file says it is
+SHAPES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "head_dim", "vocab_size")     # of a Config, that a file is for
 
 # Magnitudes are counted on a logarithmic scale that needs no look at the data first: 32 bins an
 # octave, 2.2 % wide, from 2^-20 (what is smaller falls into bin 0, zeros too) to 2^12.
@@ -84,47 +87,35 @@ def quantile(counts, share):
 # --------------------------------------------------------------------------------------------------
 # The calibration of a model
 
-class Table(NamedTuple):
-    """An allocation: the share of its inputs that each linear drops, at some levels of sparsity."""
-    levels: torch.Tensor             # (L,) rising, above 0 and below 1; may be empty
-    shares: torch.Tensor             # (L, layers, 7)
+def shares_at(table, sparsity):
+    """Return the shares (...) float64 of a table (levels (L,), shares (L, ...)) at a sparsity.
 
-    def at(self, sparsity):
-        """Return the shares (layers, 7), float64, at a model-wide sparsity in [0, 1).
-
-        They are linear between levels, of which two are implied: 0, where nothing is dropped, and
-        1, where all is. So a table without levels is the uniform allocation.
-        """
-        zeros = torch.zeros(1, *self.shares.shape[1:])
-        levels = torch.cat((torch.zeros(1), self.levels, torch.ones(1))).double()
-        shares = torch.cat((zeros, self.shares, zeros + 1)).double()
-        after = int(torch.searchsorted(levels, sparsity, right=True))
-        fraction = (sparsity - levels[after - 1]) / (levels[after] - levels[after - 1])
-        return shares[after - 1] + fraction * (shares[after] - shares[after - 1])
-
-
-def uniform_table(layers):
-    """Return the Table of the uniform allocation."""
-    return Table(torch.zeros(0), torch.zeros(0, layers, len(LINEARS)))
+    They are linear between levels, of which two are implied: 0, where nothing is dropped, and 1,
+    where all is. So a table without levels is the uniform allocation.
+    """
+    levels, shares = table
+    zeros = torch.zeros(1, *shares.shape[1:])
+    levels = torch.cat((torch.zeros(1), levels, torch.ones(1))).double()
+    shares = torch.cat((zeros, shares, zeros + 1)).double()
+    after = int(torch.searchsorted(levels, sparsity, right=True))
+    fraction = (sparsity - levels[after - 1]) / (levels[after] - levels[after - 1])
+    return shares[after - 1] + fraction * (shares[after] - shares[after - 1])
 
 
 @dataclass
 class Calibration:
     """The distributions of a model's activations; they give thresholds for any sparsity."""
-    shapes: dict                     # of the model: see shapes_of
+    config: Config                   # of the model: its SHAPES
     source: str                      # the text that was run
     counts: torch.Tensor             # (layers, 4, BINS) int64, the distributions of |x| by site
-    tables: dict[str, Table]         # by name of the allocation; the last one is the default
+    tables: dict[str, tuple]         # {allocation: (levels, shares)}, of which the last is default
+    # levels: (L,), of the model-wide sparsity, rising, above 0 and below 1; may be empty
+    # shares: (L, layers, 7), of its inputs that each linear drops at a level
 
     @property
     def allocations(self):
         """The names of the allocations, the default first."""
         return list(reversed(self.tables))
-
-    @property
-    def config(self):
-        """A Config of the model's shapes, which are all that is asked of it."""
-        return Config(max_position_embeddings=0, **self.shapes)
 
     def shares(self, sparsity, allocation=None):
         """Return the share (layers, 7) of each linear's inputs that an allocation drops."""
@@ -134,7 +125,7 @@ class Calibration:
                 f"allocation {allocation!r} is not in this calibration, which holds "
                 f"{', '.join(self.allocations)}; greedy is made by python calibrate.py --greedy, "
                 f"others by python -m beyond.allocate")
-        return self.tables[allocation].at(sparsity)
+        return shares_at(self.tables[allocation], sparsity)
 
     def thresholds(self, sparsity, allocation=None):
         """Return {linear: tensor () float32}: thresholds for a model-wide sparsity.
@@ -143,10 +134,7 @@ class Calibration:
         or None for the first. The share realised differs by a point or so, as inputs dropped in one
         layer change those of the next.
         """
-        return self.thresholds_at(self.shares(sparsity, allocation))
-
-    def thresholds_at(self, shares):
-        """Return the thresholds that drop given shares (layers, 7) of the inputs of each linear."""
+        shares = self.shares(sparsity, allocation)
         values = quantile(self.counts[:, list(SITE_OF.values())], shares).float()
         return dict(zip(linear_names(self.config), values.flatten()))
 
@@ -156,120 +144,83 @@ class Calibration:
         sizes = torch.tensor(shapes, dtype=torch.float64).prod(1)
         return sizes / sizes.sum()
 
-    def check(self, model, name="this calibration"):
-        """Raise InputError if this, called `name`, was made for a model of another shape."""
-        for key, value in shapes_of(model.config).items():
-            require(self.shapes.get(key) == value,
-                    f"{name} was made for another model: {key} is {self.shapes.get(key)} in it, "
-                    f"{value} in the model; calibrate.py makes one")
-
     def save(self, path):
         """Write the calibration as a safetensors file."""
         tensors = {"distributions input": self.counts}
-        for name, table in self.tables.items():
-            tensors[f"levels {name}"] = table.levels.double()
-            tensors[f"shares {name}"] = table.shares.double()
+        for name, (levels, shares) in self.tables.items():
+            tensors[f"levels {name}"] = levels.double()
+            tensors[f"shares {name}"] = shares.double()
         write_safetensors(path, tensors, {
-            "format": FORMAT, "source": self.source, "shapes": json.dumps(self.shapes),
+            "format": FORMAT, "source": self.source,
+            "shapes": json.dumps({key: getattr(self.config, key) for key in SHAPES}),
             "tables": json.dumps(dict.fromkeys(self.tables, ""))})
 
     @staticmethod
     def load(path):
         """Return what `save` wrote; raises InputError for anything else."""
-        metadata, tensors = read_header(path)[1], read_safetensors(path)
+        metadata = {}
+        tensors = read_safetensors(path, metadata)
         try:
             require(metadata.get("format") == FORMAT,
                     f"format is {metadata.get('format')!r}, expected {FORMAT!r}")
             # A kind other than "" is an earlier version's, whose shares mean something else.
-            tables = {name: Table(tensors[f"levels {name}"], tensors[f"shares {name}"])
+            tables = {name: (tensors[f"levels {name}"], tensors[f"shares {name}"])
                       for name, kind in json.loads(metadata["tables"]).items() if not kind}
-            calibration = Calibration(json.loads(metadata["shapes"]), metadata["source"],
-                                      tensors["distributions input"].long(), tables)
-            layers = calibration.shapes["num_hidden_layers"]
-            require(calibration.counts.shape == (layers, len(SITES), BINS)
-                    and (calibration.counts.sum(-1) > 0).all() and tables, "distributions")
+            config = Config(max_position_embeddings=0, **json.loads(metadata["shapes"]))
+            counts = tensors["distributions input"].long()
+            layers = config.num_hidden_layers
+            require(counts.shape == (layers, len(SITES), BINS) and tables, "distributions")
             for name, (levels, shares) in tables.items():
-                rising = torch.cat((torch.zeros(1), levels, torch.ones(1))).diff() > 0
-                require(rising.all() and ((shares >= 0) & (shares < 1)).all()
-                        and shares.shape == (len(levels), layers, len(LINEARS)), name)
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                require(shares.shape == (len(levels), layers, len(LINEARS)), name)
+            return Calibration(config, metadata["source"], counts, tables)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a calibration of this version, or damaged: {error}; "
                              f"make one with: python calibrate.py --model FOLDER") from None
-        return calibration
-
-
-def shapes_of(config):
-    """Return the numbers of a Config that a calibration depends on: all that shapes depend on."""
-    return {key: getattr(config, key) for key in (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "num_attention_heads",
-        "num_key_value_heads", "vocab_size")}
 
 
 # --------------------------------------------------------------------------------------------------
 # Making one
 
 @torch.no_grad()
-def count(model, windows, watched, label):
-    """Return the counts (watched, BINS) int64 of windows (W, T + 1), run through the dense model.
-
-    watched: a list of (module, function(input, output) -> values (B, T, ...)), of which `calibrate`
-    takes the inputs. Their magnitudes are counted, except at the first tokens of a window.
-    """
-    counts = torch.zeros(len(watched), BINS, dtype=torch.int64)
-    hooks = contextlib.ExitStack()       # a handle is a context manager, which takes its hook away
-    for (module, values), row in zip(watched, counts):
-        def add(module, inputs, output, values=values, row=row):     # those of this turn
-            row += histogram(values(inputs[0], output)[:, SINKS:]).to(row.device)
-        hooks.enter_context(module.register_forward_hook(add))
-    with hooks:
-        for part in progress(windows.split(BATCH), label):
-            model(part[:, :-1].to(model.device), last_only=True)
-    return counts
-
-
 def calibrate(model, tokens, context=None, source="unknown text"):
     """Return the Calibration of a dense model on `tokens` (N,) int64, with the uniform allocation.
 
-    context: tokens a window; None: the model's own, at most 2048. Memory does not grow with the
-    number of tokens.
+    context: tokens a window; None: the model's own, at most 2048. A short text is one window.
+    Memory does not grow with the number of tokens.
     """
     check_dense(model)
     check_tokens(tokens, model.config)
-    context = context or default_context(model)
+    context = min(context or default_context(model), len(tokens))
     require(context > SINKS, f"a window of {context} tokens leaves none after the first {SINKS}")
-    windows = windows_of(tokens, context)
-    watched = [(block.get_submodule(linear), lambda x, y: x) for block in model.model.layers
-               for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj",
-                              "mlp.down_proj")]                      # SITES, in order
-    counts = count(model, windows, watched, "calibrating")
-    return Calibration(shapes_of(model.config), f"{len(windows) * context:,} tokens of {source}",
-                       counts.view(-1, len(SITES), BINS),
-                       {"uniform": uniform_table(len(model.model.layers))})
+    windows = tokens.unfold(0, context, context)
+    counts = {block.get_submodule(first): torch.zeros(BINS, dtype=torch.int64)
+              for block in model.model.layers for first, *_ in SITES.values()}
 
+    def add(linear, inputs):
+        counts[linear] += histogram(inputs[0][:, SINKS:]).cpu()
 
-def evenly(windows, number):
-    """Return `number` of windows (W, ...), evenly apart; all of them if there are no more."""
-    return windows[torch.linspace(0, len(windows) - 1, min(number, len(windows))).round().long()]
+    with contextlib.ExitStack() as hooks:                  # takes them away again
+        for linear in counts:
+            hooks.enter_context(linear.register_forward_pre_hook(add))
+        for part in progress(windows.split(BATCH), "calibrating"):
+            model(part.to(model.device), last_only=True)
+    layers = len(model.model.layers)
+    return Calibration(model.config, f"{windows.numel():,} tokens of {source}",
+                       torch.stack(list(counts.values())).view(layers, len(SITES), BINS),
+                       {"uniform": (torch.zeros(0), torch.zeros(0, layers, len(LINEARS)))})
 
 
 def some_windows(model, tokens, number, length):
-    """Return at most `number` windows (W, T) of tokens (N,), evenly apart, on the model's device.
+    """Return at most `number` windows (W, T) of tokens (N,), on the model's device.
 
-    T is `length`, or less where the model's context or the text is shorter: no token is a target.
+    T is `length`, or less where the model's context or the text is shorter. The windows lie evenly
+    apart: a text may keep to one subject for thousands of tokens.
     """
-    length = min(length, default_context(model), len(tokens) - 1)
-    return evenly(windows_of(tokens, length), number)[:, :-1].to(model.device)
-
-
-def spread(tokens, number, length):
-    """Return at most `number` of tokens (N,), in stretches of `length` that lie evenly apart.
-
-    A text may keep to one subject for thousands of tokens, whose activations are not the whole's.
-    """
-    if number <= length or len(tokens) <= number:
-        return tokens[:number]
-    stretches = evenly(windows_of(tokens, length), number // length)
-    return torch.cat((stretches[:, :-1].flatten(), stretches[-1, -1:]))         # and a last target
+    length = min(length, model.config.max_position_embeddings, len(tokens))
+    require(length, "the text has no tokens")
+    windows = tokens.unfold(0, length, length)
+    places = torch.linspace(0, len(windows) - 1, min(number, len(windows))).round().long()
+    return windows[places].to(model.device)
 
 
 def check_dense(model):
@@ -278,18 +229,17 @@ def check_dense(model):
             "a calibration needs the dense model: this one was made sparse")
 
 
-STEP = 0.01              # share of a block's weights that one step of its greedy path drops
-END = 0.9                # share of a block's weights that is dropped where its path ends
+STEPS = 90               # of a block's greedy path; each drops one percent of the block's weights
 GREEDY = (2, 256)        # windows, and tokens of each at most, on which errors are measured
 
 
 @torch.no_grad()
 def greedy_path(block, x, context, counts, weight_shares):
-    """Return the path (steps, 7) of the shares that a block's linears drop, from none to END.
+    """Return the path (STEPS + 1, 7) of the shares that a block's linears drop, from none on.
 
     x: (B, T, hidden), inputs of the block in the dense model; context: of these; counts: (4, BINS),
-    the block's distributions; weight_shares: (7,). In each step one linear drops STEP more of the
-    block's weights: the one by which the error of the block's output grows least.
+    the block's distributions; weight_shares: (7,). In each step one linear drops a percent more of
+    the block's weights: the one by which the error of the block's output grows least.
 
     TEAL measures in every step what each of the seven would add. That changes slowly, so here an
     older measurement stands until it is the smallest, and is then repeated. Once the smallest is
@@ -308,16 +258,17 @@ def greedy_path(block, x, context, counts, weight_shares):
         thresholds.copy_(quantile(counts, shares))
         return (block(x, context)[:, late].float() - exact).square().sum()
 
-    step = STEP / weight_shares                                      # (7,), of a linear's inputs
+    step = 0.01 / weight_shares                                      # (7,), of a linear's inputs
     path = [torch.zeros(len(LINEARS), dtype=torch.float64)]
     error = 0.0                                                      # squared, of the path so far
     added = torch.zeros(len(LINEARS))                                # to it, by one more step
     with contextlib.ExitStack() as hooks:
         for linear in linears:
             hooks.enter_context(linear.register_forward_pre_hook(drop))
-        while path[-1] @ weight_shares < END - STEP / 2 and (path[-1] + step < 1).any():
+        for _ in range(STEPS):
             options = path[-1] + torch.diag(step)                    # row i: linear i drops more
-            added[options.diag() >= 1] = float("inf")                # a linear that cannot
+            # No linear with under a percent left. Never all seven: a tenth is left in the end.
+            added[options.diag() >= 1] = float("inf")
             measured = set()                                         # in this step
             while (best := int(added.argmin())) not in measured:
                 added[best] = error_of(options[best]) - error
@@ -325,18 +276,6 @@ def greedy_path(block, x, context, counts, weight_shares):
             path.append(options[best])
             error += added[best]
     return torch.stack(path)
-
-
-def table_of(paths, weight_shares):
-    """Return the Table of a path (steps, 7) for each block, at each percent that all of them reach.
-
-    weight_shares: (7,), of the block's weights. A path is a Table, too: its steps are its levels.
-    """
-    tables = [Table(path[1:] @ weight_shares, path[1:]) for path in paths]
-    levels = torch.arange(1, 100, dtype=torch.float64) / 100
-    levels = levels[levels < min(table.levels[-1] for table in tables) + 1e-9]  # 1e-9: rounding
-    return Table(levels, torch.stack([torch.stack([table.at(level) for table in tables])
-                                      for level in levels]))         # (L, layers, 7)
 
 
 @torch.no_grad()
@@ -347,12 +286,15 @@ def add_greedy(calibration, model, tokens):
     weight_shares = calibration.weight_shares()
     x = model.embed(windows)                               # the input of each block in turn
     context = model.context(windows)
-    paths = []
+    tables = []              # of each block: its path, and the levels that the steps of it reach
     for block, counts in progress(list(zip(model.model.layers, calibration.counts)),
                                   "greedy allocation, blocks"):
-        paths.append(greedy_path(block, x, context, counts, weight_shares))
+        path = greedy_path(block, x, context, counts, weight_shares)
+        tables.append((path[1:] @ weight_shares, path[1:]))
         x = block(x, context)
-    calibration.tables["greedy"] = table_of(paths, weight_shares)
+    levels = torch.arange(1, STEPS + 1, dtype=torch.float64) / 100
+    shares = [torch.stack([shares_at(table, level) for table in tables]) for level in levels]
+    calibration.tables["greedy"] = levels, torch.stack(shares)       # (L, layers, 7)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,13 +306,16 @@ def load_calibration(model, name, path=None):
     """
     if path is None and str(name).startswith("random:"):
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(model.config.vocab_size, (129,), generator=generator)
+        tokens = torch.randint(model.config.vocab_size, (128,), generator=generator)
         return calibrate(model, tokens, 128, "random tokens")
     path = Path(path or Path(name) / "calibration.safetensors")
     require(path.exists(), f"{path}: no calibration; make one with: python calibrate.py --model "
                            f"{name}")
     calibration = Calibration.load(path)
-    calibration.check(model, path)
+    for key in SHAPES:
+        found, expected = (getattr(each.config, key) for each in (calibration, model))
+        require(found == expected, f"{path} was made for another model: {key} is {found} in it, "
+                                   f"{expected} in the model; calibrate.py makes one")
     return calibration
 
 
@@ -397,22 +342,17 @@ def output_of(arguments):
     return path
 
 
-def write_calibration(arguments, path, model, tokenizer, add=None):
-    """Calibrate a model as the command line asks for, write the calibration, and print what it is.
-
-    add(calibration, tokens (N,)): what python -m beyond.allocate adds to it first.
-    """
+def calibration_for(arguments, model, tokenizer):
+    """Return the calibration that a command line asks for, and the tokens (N,) it was made of."""
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
-    context = default_context(model, arguments.context)
     # From the first half, if it is long enough: beyond/rotate.py learns from the second.
-    tokens = spread(tokens[:max(arguments.tokens, len(tokens) // 2)], arguments.tokens, context)
+    tokens = tokens[:max(arguments.tokens, len(tokens) // 2)]
+    context = min(default_context(model, arguments.context), arguments.tokens)
+    tokens = some_windows(model, tokens, arguments.tokens // context, context).flatten()
     calibration = calibrate(model, tokens, context, source)
     if arguments.greedy:
         add_greedy(calibration, model, tokens)
-    if add:
-        add(calibration, tokens)
-    calibration.save(path)
-    print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
+    return calibration, tokens
 
 
 def main():
@@ -425,7 +365,9 @@ def main():
             f"{arguments.import_teal}")
     path = output_of(arguments)
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
-    write_calibration(arguments, path, model, tokenizer)
+    calibration, _ = calibration_for(arguments, model, tokenizer)
+    calibration.save(path)
+    print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
 
 
 if __name__ == "__main__":

@@ -120,12 +120,12 @@ SMALL_CACHE = 1 << 19    # numbers of a layer's keys; attention to fewer ends be
 
 
 def plain_step(model, cache, most=1):
-    """Return a step that runs the model. most: tokens of a step; other kinds prepare for them.
+    """Return a step that runs the model. most: of tokens in a step, for which GraphStep prepares.
 
-    Where other work takes a core, threads wait long for each other. So on a CPU whatever is small
-    runs on one thread; a product of our kernel, the head's, too, decides how many it uses.
+    On a CPU threads that share a core with other work wait long for each other, so PyTorch's small
+    operations run on one. The kernel in C chooses for itself.
     """
-    ours = cache.keys.device.type == "cpu" and isinstance(model.lm_head, SparseLinear)
+    ours = kernel.best_backend(cache.keys) == "c" and isinstance(model.lm_head, SparseLinear)
 
     def step(tokens):
         threads = torch.get_num_threads()
@@ -142,35 +142,33 @@ def plain_step(model, cache, most=1):
 class StaticCache(KVCache):
     """What a captured or recorded step of T tokens sees of a cache: the same memory every time.
 
-    `follow` overwrites what changes from step to step: the positions of the tokens (T,), the slots
-    of the cache they go to (T,), and the mask of what they see in the whole cache (T, room).
+    `follow` overwrites what changes from step to step: the slots of the cache that the tokens go
+    to, which are their positions (T,), and the mask of what they see in the cache (T, room).
     """
 
     def __init__(self, cache, T):
         self.keys, self.values, self.length = cache.keys, cache.values, cache.length
         device, room = cache.keys.device, cache.keys.shape[3]
-        self.positions, self.slots = torch.zeros(2, T, dtype=torch.int64, device=device)
-        self.mask = torch.zeros(T, room, dtype=torch.bool, device=device)
         self.all_slots = torch.arange(room, device=device)
+        self.slots = self.all_slots[:T].clone()
+        self.mask = torch.zeros(T, room, dtype=torch.bool, device=device)
         self.numbers = None              # on a GPU those of a mask: 0, -infinity
         if kernel.best_backend(cache.keys) == "triton":
             self.numbers = cache.keys.new_zeros(()), cache.keys.new_full((), float("-inf"))
 
     def follow(self, cache, T, window):
         """Make the next step one of T tokens that follow what `cache` holds."""
-        positions, mask = cache.look(T, window)
-        end = cache.used + T
-        self.positions.copy_(positions)
-        self.slots.copy_(self.all_slots[cache.used:end])
+        slots, mask = cache.look(T, window)
+        self.slots.copy_(slots)
         torch.le(self.all_slots, self.slots[:, None], out=self.mask)
         if mask is not None:             # not all before a token: a window cuts
-            self.mask[:, :end] = mask
+            self.mask[:, :cache.used + T] = mask
 
     def look(self, T, window):
         if self.numbers is None:
-            return self.positions, self.mask
+            return self.slots, self.mask
         # On a GPU attention adds the mask as numbers: made here, once for all layers.
-        return self.positions, torch.where(self.mask, *self.numbers)
+        return self.slots, torch.where(self.mask, *self.numbers)
 
     def append(self, layer, k, v):
         keys, values = self.keys[layer], self.values[layer]
@@ -206,8 +204,9 @@ class GraphStep:
         key = T, state and (state.mode, state.dense_prefix), id(state)    # sparsify makes a new one
         with torch.cuda.device_of(tokens):
             if key not in self.graphs:
-                self.graphs[key] = self.capture(tokens, StaticCache(self.cache, T), window)
-            graph, input_tokens, static, logits = self.graphs[key]
+                captured = self.capture(tokens, StaticCache(self.cache, T), window)
+                self.graphs[key] = *captured, state        # which lives as long as its id is a key
+            graph, input_tokens, static, logits, _ = self.graphs[key]
             input_tokens.copy_(tokens)
             static.follow(self.cache, T, window)
             graph.replay()
@@ -227,9 +226,9 @@ class GraphStep:
 
 
 def fast_step(model, cache, most=1):
-    """Return the fastest step of this file, compiled or captured: a GraphStep, or a plain one."""
-    kind = GraphStep if kernel.best_backend(cache.keys) == "triton" else plain_step
-    return kind(model, cache, most)
+    """Return the fastest step of this file: a GraphStep with Triton, else a plain one."""
+    on_gpu = kernel.best_backend(cache.keys) == "triton"
+    return (GraphStep if on_gpu else plain_step)(model, cache, most)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,9 +272,31 @@ def check_prompt(model, prompt_ids, max_new_tokens):
     prompt = torch.as_tensor(list(prompt_ids), dtype=torch.int64)
     require(len(prompt), "the prompt is empty: it needs at least one token")
     require(len(prompt) < context, f"the prompt has {len(prompt)} tokens, the model's context "
-                                   f"holds {context} with at least one new one")
+                                   f"holds {context}, one of them new")
     check_tokens(prompt, model.config)
     return prompt[None].to(model.device), min(len(prompt) + max_new_tokens, context)
+
+
+def stream(tokens, decode, ids):
+    """Yield the text that each of `tokens` completes, "" inside a character; at the end the rest.
+
+    decode: of a tokenizer. ids: the prompt's; each token is appended to them. A character may be
+    spread over several tokens, and what a token stands for (a blank or none) may depend on those
+    before it. So pending tokens are decoded after the last ones that were shown.
+    """
+    start, shown = max(0, len(ids) - 8), len(ids)          # ids[start:shown]: decoded before others
+    while decode(ids[start:]).startswith("\ufffd"):        # cut inside a character
+        start += 1
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids[start:])[len(decode(ids[start:shown])):]
+        whole = not text.endswith("\ufffd")                # no unfinished character
+        yield text if whole else ""
+        if whole:
+            start = shown if text else start               # ids[start:shown] has some text
+            shown = len(ids)
+    if shown < len(ids):
+        yield text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,10 +322,7 @@ class ModelDraft:
         self.mode = functools.partial(sparse_mode, model, "all", thresholds)
 
     def guess(self, ids, n):
-        """Return up to n guesses at what follows `ids`, fewer where the cache ends, and their q.
-
-        q: (n, vocab), the distributions that they were drawn from; None if greedy.
-        """
+        """Return at most n guesses at what follows `ids`, and q (n, vocab), None if greedy."""
         self.cache.used = min(self.cache.used, len(ids) - 1)
         tokens = torch.tensor([ids[self.cache.used:]], device=self.model.device)
         guesses, q = [], []
@@ -326,13 +344,9 @@ class Statistics:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
-    @property
-    def tokens_a_pass(self):
-        return self.tokens / max(1, self.passes)
-
     def __str__(self):
-        return (f"{self.tokens_a_pass:.2f} tokens a pass in {self.passes} passes, drafts "
-                f"{self.draft_seconds:.2f} s, verify passes {self.verify_seconds:.2f} s")
+        return (f"{self.tokens / max(1, self.passes):.2f} tokens a pass in {self.passes} passes, "
+                f"drafts {self.draft_seconds:.2f} s, verify passes {self.verify_seconds:.2f} s")
 
     def record(self, guesses, accepted, draft_seconds, verify_seconds):
         """Count a pass. beyond/drafts.py counts guesses, and how many were accepted, too."""
@@ -394,10 +408,9 @@ class Speculation(Iterator):
                  make_step=fast_step, **more):
         self.sampling = Sampling(temperature, top_k, top_p, **more)
         self.prompt, length = check_prompt(model, prompt_ids, max_new_tokens)
-        require(draft_tokens is None or draft_tokens >= 1,
-                f"draft_tokens is {draft_tokens}, expected at least 1")
+        self.draft_tokens = DRAFT_TOKENS if draft_tokens is None else draft_tokens
+        require(self.draft_tokens >= 1, f"draft_tokens is {draft_tokens}, expected at least 1")
         self.model, self.make_step, self.eos_ids = model, make_step, eos_ids
-        self.draft_tokens = draft_tokens or DRAFT_TOKENS
         self.generator = random_source(model, seed)
         self.cache = model.make_cache(1, length)
         self.draft = self.make_draft(draft, draft_thresholds)
@@ -408,21 +421,20 @@ class Speculation(Iterator):
 
     def make_draft(self, draft, thresholds):
         """Return the object that guesses for an argument `draft`; InputError if there is none."""
+        if hasattr(draft, "guess"):
+            return draft
         model, cache = self.model, self.cache
         if isinstance(draft, Llama):
-            ours, theirs = model.config.vocab_size, draft.config.vocab_size
-            require(ours == theirs, f"the draft model has {theirs} tokens, the model {ours}")
-            require(draft.device == model.device,
-                    f"the draft model is on {draft.device}, the model on {model.device}")
+            ours, theirs = (f"{each.config.vocab_size} tokens, on {each.device}"
+                            for each in (model, draft))
+            require(ours == theirs, f"the draft model has {theirs}; the model has {ours}")
             cache = draft.make_cache(1, min(cache.length, draft.config.max_position_embeddings))
             model, thresholds = draft, None
-        elif draft == "sparse":
+        else:
+            require(draft == "sparse", f'draft is "sparse", a Llama, or an object with '
+                                       f'guess(ids, n), not {draft!r}')
             require(hasattr(model, "sparse_state"),
                     'draft "sparse" needs a model made sparse: sparsify(model, thresholds)')
-        else:
-            require(hasattr(draft, "guess"),
-                    f'draft is "sparse", a Llama, or an object with guess(ids, n), not {draft!r}')
-            return draft
         return ModelDraft(model, cache, self.sampling, self.generator, self.make_step, thresholds)
 
     def __next__(self):
@@ -430,10 +442,11 @@ class Speculation(Iterator):
 
     @torch.no_grad()
     def run(self):
+        """Draft, verify, accept, to the end of the text."""
         ids = self.prompt[0].tolist()
         with sparse_mode(self.model, *self.verifier):
             logits = checked(self.read_prompt(), len(ids) - 1)                  # (1, vocab)
-        written = [self.sampling.choose(logits, self.generator)[0].item()]
+        written = verdict(logits, [], None, self.sampling, self.generator)
         while True:
             for token in written:
                 if token in self.eos_ids:
@@ -443,7 +456,22 @@ class Speculation(Iterator):
                 yield token
                 if len(ids) == self.cache.length:
                     return
-            written = self.round(ids)
+            began = time.perf_counter()
+            start = len(ids) - 1                           # all but the last are in the cache
+            # The last token that is wanted comes from the verifier.
+            guesses, q = self.draft.guess(ids, min(self.size(), self.cache.length - len(ids) - 1))
+            drafted = time.perf_counter()
+            self.cache.used = start
+            logits = self.verify([ids[-1], *guesses])
+            written = verdict(logits, guesses, q, self.sampling, self.generator)
+            checked(logits[:len(written)], start)          # logits after a wrong guess are unused
+            self.cache.used = start + len(written)
+            self.statistics.record(len(guesses), len(written) - 1, drafted - began,
+                                   time.perf_counter() - drafted)
+
+    def size(self):
+        """Return how many guesses the next pass is to have."""
+        return self.draft_tokens
 
     def read_prompt(self):
         """Run the prompt through the verifier, and return its last logits (1, vocab)."""
@@ -454,78 +482,8 @@ class Speculation(Iterator):
         with sparse_mode(self.model, *self.verifier):
             return self.step(torch.tensor([tokens], device=self.model.device))[0]
 
-    def round(self, ids):
-        """Draft, verify, accept: return the tokens that follow `ids`, at least one."""
-        began = time.perf_counter()
-        start = len(ids) - 1                               # all but the last are in the cache
-        # The last token that is wanted comes from the verifier.
-        guesses, q = self.draft.guess(ids, min(self.draft_tokens, self.cache.length - len(ids) - 1))
-        drafted = time.perf_counter()
-        self.cache.used = start
-        logits = self.verify([ids[-1], *guesses])
-        written = verdict(logits, guesses, q, self.sampling, self.generator)
-        checked(logits[:len(written)], start)              # logits after a wrong guess are unused
-        self.cache.used = start + len(written)
-        self.statistics.record(len(guesses), len(written) - 1, drafted - began,
-                               time.perf_counter() - drafted)
-        return written
-
 
 generate_speculative = Speculation       # beside `generate` it is called as a function
-
-
-# --------------------------------------------------------------------------------------------------
-# Text as it comes
-
-class StreamDecoder:
-    """Turns tokens into text as they come, whole characters only.
-
-    A character may be spread over several tokens, and what a token stands for (a blank or none) may
-    depend on those before it. So pending tokens are decoded after the last ones that were shown.
-    """
-
-    def __init__(self, tokenizer, prompt_ids=()):
-        self.tokenizer = tokenizer
-        self.shown = list(prompt_ids)[-8:]
-        while tokenizer.decode(self.shown).startswith("\ufffd"):          # cut inside a character
-            del self.shown[0]
-        self.pending = []
-
-    def add(self, token):
-        """Return the text that `token` completes; "" while a character is unfinished."""
-        self.pending.append(token)
-        text = self.end()
-        if text.endswith("\ufffd"):
-            return ""
-        self.shown = self.pending if text else self.shown + self.pending    # never without text
-        self.pending = []
-        return text
-
-    def end(self):
-        """Return the text of the pending tokens, where an unfinished character is U+FFFD."""
-        before = self.tokenizer.decode(self.shown)
-        return self.tokenizer.decode(self.shown + self.pending)[len(before):]
-
-
-def stream(tokens, decoder=None, show=lambda text: None):
-    """Show the text of an iterator's tokens as they come, to its end or Ctrl-C, and measure.
-
-    Returns (ids, seconds to the first token, tokens a second after it, whether by Ctrl-C).
-    """
-    ids, first, interrupted = [], None, False
-    began = time.perf_counter()
-    try:
-        for token in tokens:
-            first = first or time.perf_counter()
-            ids.append(token)
-            show(decoder.add(token) if decoder else f" {token}")
-    except KeyboardInterrupt:
-        interrupted = True
-    ended = time.perf_counter()
-    show((decoder.end() if decoder else "") + "\n[interrupted]" * interrupted)
-    first = first or ended
-    rate = (len(ids) - 1) / (ended - first) if len(ids) > 1 else 0.0
-    return ids, first - began, rate, interrupted
 
 
 # --------------------------------------------------------------------------------------------------
@@ -570,122 +528,114 @@ def settle(arguments):
             "--draft-sparsity is for --draft sparse")
     require(draft or not (arguments.compare or arguments.draft_tokens),
             "--compare and --draft-tokens are for --draft")
-    require(not (draft and arguments.model.startswith("random:")) or draft.startswith("random:"),
+    require(arguments.draft_sparsity != 0, "--draft-sparsity is 0: there is nothing to skip")
+    random = arguments.model.startswith("random:")
+    require(not random or not draft or draft.startswith("random:"),
             f"--draft {draft} with random weights says nothing; python -m beyond.lab.costs shows "
             f"what it costs")
-    if arguments.draft_sparsity is None:
-        arguments.draft_sparsity = 0.75
-    if arguments.sparsity is None:       # without --draft: dense and sparse, compared
-        arguments.sparsity = 0.0 if draft else 0.5
-        arguments.compare = arguments.compare or not draft
-    if arguments.compare and arguments.seed is None:
-        arguments.seed = 0
-    demo = arguments.model == str(DEMO) and arguments.prompt is None and not draft
-    if arguments.temperature is None and demo:
-        arguments.temperature = 1.0
-        arguments.top_p = 0.9 if arguments.top_p is None else arguments.top_p
-    arguments.temperature = arguments.temperature or 0.0
+    arguments.compare = arguments.compare or (arguments.sparsity is None and not draft)
+    demo = (arguments.model == str(DEMO)
+            and not draft and arguments.prompt is None and arguments.temperature is None)
+    for name, value in {"sparsity": 0.0 if draft else 0.5, "draft_sparsity": 0.75,
+                        "temperature": float(demo), "top_p": 0.9 if demo else None,
+                        "seed": 0 if arguments.compare else None}.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     arguments.sampling = Sampling(**{each.name: getattr(arguments, each.name)
                                      for each in fields(Sampling)})
     return arguments
 
 
+def load_draft(arguments, tokenizer, load=load_model):
+    """Return what --draft names: None, "sparse", or a model, which needs the model's tokenizer."""
+    name = str(DEMO) if arguments.draft == "demo" else arguments.draft
+    if name in (None, "sparse"):
+        return name
+    draft, own = load(name, arguments.device, arguments.dtype)
+    ours, theirs = (each and each.pieces() for each in (tokenizer, own))
+    require(ours == theirs, f"--draft {name}: its tokenizer is not the model's")
+    return sparsify(draft, dict.fromkeys([*linear_names(draft.config), "lm_head"]))
+
+
 class Writer:
     """What `python generate.py` does with a model: a class, as python -m beyond overrides parts."""
 
-    OWN_DRAFTS = ("sparse",)             # drafts that are no folder
-    load_model = staticmethod(load_model)
     skipped_share = staticmethod(skipped_share)
     speculate = generate_speculative
 
-    def __init__(self, arguments, model, tokenizer, make_step=fast_step):
-        self.arguments, self.model, self.tokenizer = arguments, model, tokenizer
+    def __init__(self, arguments, model, tokenizer, draft=None, make_step=fast_step):
+        self.arguments, self.model, self.tokenizer, self.draft = arguments, model, tokenizer, draft
         self.settings = vars(arguments.sampling) | {
             "seed": arguments.seed, "eos_ids": tokenizer.eos_ids if tokenizer else (),
             "make_step": make_step}
-        self.draft = arguments.draft
-        if self.draft and self.draft not in self.OWN_DRAFTS:
-            self.draft = self.load_draft(str(DEMO) if self.draft == "demo" else self.draft)
-
-    def load_draft(self, name):
-        """Return the draft model `name`, which needs the tokenizer of the model."""
-        draft, tokenizer = self.load_model(name, self.arguments.device, self.arguments.dtype)
-        ours, theirs = (each and each.pieces() for each in (self.tokenizer, tokenizer))
-        require(ours == theirs, f"--draft {name}: its tokenizer is not the model's")
-        return sparsify(draft, dict.fromkeys([*linear_names(draft.config), "lm_head"]))
-
-    @functools.cached_property
-    def calibration(self):
-        return load_calibration(self.model, self.arguments.model, self.arguments.calibration)
-
-    def thresholds(self, sparsity):
-        """Return the thresholds of a sparsity. At 0 all are None: dense, but by our kernel."""
-        if not sparsity:
-            return dict.fromkeys(linear_names(self.model.config))
-        return self.calibration.thresholds(sparsity, self.arguments.allocation)
 
     def prepare(self):
         """Make the model as sparse as the command line says; the paper leaves the head dense."""
-        sparsity = self.arguments.sparsity
-        if self.draft == "sparse":       # while it verifies it is dense
-            sparsity = sparsity or self.arguments.draft_sparsity
-        sparsify(self.model, self.thresholds(sparsity) | {"lm_head": None})
+        arguments = self.arguments
+        thresholds = dict.fromkeys([*linear_names(self.model.config), "lm_head"])       # dense
+        # A draft "sparse" is sparse with these; while it verifies it is dense.
+        sparsity = arguments.sparsity or arguments.draft_sparsity * (self.draft == "sparse")
+        if sparsity:
+            calibration = load_calibration(self.model, arguments.model, arguments.calibration)
+            thresholds |= calibration.thresholds(sparsity, arguments.allocation)
+        sparsify(self.model, thresholds)
 
     def baseline(self):
         """Return the context in which a text is written to be compared with."""
         return sparse_mode(self.model, "off")
 
-    def text(self, prompt, speculative=False, tokens=None):
-        """Return an iterator of the tokens that follow a prompt."""
+    def text(self, prompt, plain=False, tokens=None):
+        """Return an iterator of the tokens that follow a prompt. plain: without a draft."""
         tokens = tokens or self.arguments.max_new_tokens
-        if not speculative:
+        if plain or not self.draft:
             return generate(self.model, prompt, tokens, **self.settings)
-        thresholds = None
-        if self.draft == "sparse":
-            thresholds = self.thresholds(self.arguments.draft_sparsity)
-        return self.speculate(self.model, prompt, tokens, self.draft, thresholds,
-                              self.arguments.draft_tokens, **self.settings)
+        return self.speculate(self.model, prompt, tokens, self.draft,
+                              draft_tokens=self.arguments.draft_tokens, **self.settings)
 
     def show(self, title, prompt, tokens):
         """Write the text of an iterator of tokens; return (ids, tokens a second)."""
-        print(f"--- {title}")
-        put = functools.partial(print, end="", flush=True)
-        decoder = None
-        if self.tokenizer is not None:
-            decoder = StreamDecoder(self.tokenizer, prompt)
-            put(self.tokenizer.decode(prompt))
-        ids, first, rate, interrupted = stream(tokens, decoder, put)
-        print(f"\n--- {title}: {len(ids)} tokens, {rate:.1f} tokens/s, prompt of {len(prompt)} in "
-              f"{first * 1e3:.0f} ms", flush=True)
-        if interrupted:
-            raise KeyboardInterrupt
-        return ids, rate
+        decode = (self.tokenizer.decode if self.tokenizer
+                  else lambda ids: "".join(f" {token}" for token in ids))
+        print(f"--- {title}\n{decode(prompt)}", end="", flush=True)
+        ids, times = list(prompt), []
+        began = time.perf_counter()
+        try:
+            for text in stream(tokens, decode, ids):
+                times.append(time.perf_counter())
+                print(text, end="", flush=True)
+        finally:                         # after Ctrl-C, too
+            ids = ids[len(prompt):]
+            times = times[:len(ids)]     # without that of a rest
+            first = times[0] - began if times else 0.0
+            print(f"\n--- {title}: {len(ids)} tokens, {rate(times):.1f} tokens/s, prompt of "
+                  f"{len(prompt)} in {first * 1e3:.0f} ms", flush=True)
+        return ids, rate(times)
 
     def write(self):
         """Do what the command line asks for."""
         arguments, draft = self.arguments, self.arguments.draft
+        names = ("plain", "speculative") if draft else ("dense", "sparse")
         prompt = self.prompt()
         self.prepare()
         if arguments.compare:
             with self.baseline():
-                plain, plain_rate = self.show("plain" if draft else "dense", prompt,
-                                              self.text(prompt))
+                plain, plain_rate = self.show(names[0], prompt, self.text(prompt, plain=True))
             print()
+        text = self.text(prompt)
         title = f"{arguments.sparsity:.0%} sparse" if arguments.sparsity else "dense"
-        text = self.text(prompt, speculative=bool(draft))
-        ids, rate = self.show(f"speculative, {draft}" if draft else title, prompt, text)
+        ids, _ = self.show(f"speculative, {draft}" if draft else title, prompt, text)
         if draft:
             print(f"\nlossless against {text.against}: {text.statistics}")
         elif arguments.sparsity:
             self.say_skipped(prompt, ids)
-        if arguments.compare and draft:
-            print(f"speculative over plain: {rate / max(plain_rate, 1e-9):.2f}x")
-            self.say_difference(text, plain, ids)
-        elif arguments.compare:
-            self.compare(prompt, max(4, min(int(plain_rate), len(ids))))        # about a second
+        if arguments.compare:            # by about a second of each
+            self.compare(names, prompt, min(len(ids), max(16, int(plain_rate))))
+            if draft:
+                print(f"the same text for {first_difference(plain, ids)} of {len(ids)} tokens"
+                      + ", which rounding or sampling parts" * (plain != ids))
 
     def prompt(self):
-        """Return the ids of the prompt, checked, and print which model will write."""
+        """Return the ids of the prompt, and print which model will write."""
         name, text = self.arguments.model, self.arguments.prompt
         if self.tokenizer is None:
             require(text is None, f"--prompt: {name} has random weights and no tokenizer")
@@ -708,34 +658,22 @@ class Writer:
         print(f"{skipped:.1%} of the blocks' weights skipped: {head + (1 - skipped) * blocks:,.1f} "
               f"MB read a token, of {head + blocks:,.1f}")
 
-    def compare(self, prompt, tokens):
-        """Time the dense and the sparse model in turn, in three rounds of so many tokens."""
-        rates = {"dense": 0.0, "sparse": 0.0}
-        for name in 3 * list(rates):
-            with self.baseline() if name == "dense" else contextlib.nullcontext():
-                _, _, rate, interrupted = stream(self.text(prompt, tokens=tokens))
-            if interrupted:
-                raise KeyboardInterrupt
-            rates[name] = max(rates[name], rate)
-        dense, sparse = rates.values()
-        print(f"in turn, the best of three: dense {dense:.1f} tokens/s, sparse {sparse:.1f}\n"
-              f"sparse over dense: {sparse / max(dense, 1e-9):.2f}x")
+    def compare(self, names, prompt, tokens):
+        """Time two ways to write in turn, in three rounds of so many tokens."""
+        best = dict.fromkeys(names, 0.0)
+        for name in 3 * names:
+            plain = name == names[0]
+            with self.baseline() if plain else contextlib.nullcontext():
+                times = [time.perf_counter() for _ in self.text(prompt, plain, tokens)]
+            best[name] = max(best[name], rate(times))
+        (plain, slow), (other, fast) = best.items()
+        print(f"in turn, the best of three: {plain} {slow:.1f} tokens/s, {other} {fast:.1f}\n"
+              f"{other} over {plain}: {fast / max(slow, 1e-9):.2f}x")
 
-    def say_difference(self, speculation, plain, ids):
-        """Say where a speculative text, `ids`, parts from the plain one, and why."""
-        same = first_difference(plain, ids)
-        if plain == ids:
-            print(f"the same text, all {same} tokens")
-        elif not speculation.sampling.greedy:
-            print("sampled: another text of the same distribution")
-        else:
-            tokens = torch.tensor([plain[:same]], dtype=torch.int64, device=self.model.device)
-            with torch.no_grad(), sparse_mode(self.model, *speculation.verifier):
-                logits = self.model(torch.cat((speculation.prompt, tokens), 1), last_only=True)
-            first, second = logits[0, -1].topk(2).values.tolist()
-            rounding = torch.finfo(self.model.dtype).eps * logits.abs().max()
-            print(f"the texts part at token {same}, where the two best logits are "
-                  f"{first - second:.2g} apart; logits there are rounded by up to {rounding:.2g}")
+
+def rate(times):
+    """Return the tokens a second after the first, by the times when each came."""
+    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
 
 
 def first_difference(ids, others):
@@ -749,8 +687,8 @@ def main():
     require(not (arguments.draft and arguments.sparsity),
             "--sparsity with --draft, a sparse verifier, is for python -m beyond")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
-    Writer(arguments, model, tokenizer).write()
-    if arguments.compare and not arguments.draft:
+    Writer(arguments, model, tokenizer, load_draft(arguments, tokenizer)).write()
+    if arguments.model == str(DEMO) and arguments.compare and not arguments.draft:
         print("\nThe demo fits a cache. Weights of a real size do not:")
         kernel.time_shape(4096, 11008, model.dtype, model.device, [0, 0.5], 0.3, total=0)
         print("\ntry next: python generate.py --model random:llama-3.2-1b, a whole model of a real "

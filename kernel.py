@@ -13,26 +13,25 @@ counts, and the next ones can be asked for long before they are needed.
 Who adds up what. On a CPU each thread owns a range of outputs and walks down all kept rows; its
 sums stay in the first cache. A GPU has ten thousand threads and a 4096 x 4096 layer only 32 tiles
 of 128 outputs, so the rows are divided too ("split-K"): program (tile, split) adds the rows of its
-split for its range of outputs and writes its partial sum to a place of its own. The program of a
-tile that finishes last adds the parts, always in the same order. No sum is made of atomics, so the
-same input gives the same bits on every run.
+split for its tile and writes a partial sum to a place of its own. The program of a tile that
+finishes last adds the parts in a fixed order: the same input gives the same bits.
 
 Several tokens. Decoding one text has one row of x. With 2 to 8 (a batch, or guesses to verify) a
 weight row is read once if any token keeps its channel; those that drop it multiply it by 0, which
 is NaN where a weight is infinite.
 
-Three backends compute the same function: "triton" (GPU), "c" (CPU, where a C compiler is found),
-"torch" (anywhere). Weights are float32, bfloat16 or float16. Thresholds are compared, and sums are
-taken, in float32; a float64 input stays float64 and takes "torch".
+Three backends compute the same: "triton" (GPU), "c" (CPU, where a C compiler is found) and "torch"
+(anywhere, and alone in float64). Thresholds are compared, and sums are taken, in float32 at least;
+Triton first rounds x to the weight's dtype.
 
     python kernel.py                                 dense against sparse, Llama-2-7B's shapes
     python kernel.py --shapes llama-3-8b --dtype float16 --sparsity 0 0.5
 """
-import atexit
 import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -54,8 +53,8 @@ try:
 except ImportError:                  # there is no Triton for macOS, which has no CUDA either
     triton = None
 
-MAX_ROWS = 8             # more rows than this are bound by arithmetic, and no longer a few vectors
-THREADS = torch.get_num_threads()        # the most that a product in C runs on
+MAX_ROWS = 8             # with more rows arithmetic is the bound, not memory
+THREADS = torch.get_num_threads()        # for C, read once: generate.plain_step sets PyTorch's to 1
 KEEP_ALL = torch.tensor(-1.0)            # a threshold: no magnitude is below it
 
 
@@ -111,25 +110,21 @@ def best_backend(weight_t):
     """Return the name of the fastest backend for weights of a tensor's device and dtype."""
     if fits_c(weight_t):
         return "c"
-    return "triton" if triton and weight_t.is_cuda and weight_t.itemsize < 8 else "torch"
+    return "triton" if weight_t.is_cuda and fits_triton(weight_t) else "torch"
 
 
 def dense(x, weight_t):
     """Return x (..., in) @ weight_t (in, out) in x's dtype, by what is fastest; drop nothing.
 
-    On a CPU the library's products are made for many rows. One to eight go through the C kernel,
-    which reads the weight at the speed of memory; so do up to 48, eight at a time, where the
-    processor cannot multiply the weight's dtype.
+    On a CPU the library's products are made for many rows. The C kernel reads the weight at the
+    speed of memory: it takes up to eight rows, or 48 where the processor cannot multiply the dtype.
     """
-    rows = x.numel() // x.shape[-1]
+    rows = x.shape[:-1].numel()
     few = rows <= MAX_ROWS or rows <= 6 * MAX_ROWS and not can_multiply(weight_t.dtype)
-    if not few or x.requires_grad or not fits_c(weight_t):
-        return matmul(x, weight_t)
-    if rows <= MAX_ROWS:
-        return sparse_gemv(x, weight_t, KEEP_ALL, "c")
-    parts = x.reshape(rows, -1).split(MAX_ROWS)
-    y = torch.cat([sparse_gemv(part, weight_t, KEEP_ALL, "c") for part in parts])
-    return y.view(*x.shape[:-1], -1)
+    fits = x.shape[-1] == len(weight_t) and weight_t.is_contiguous() and fits_c(weight_t)
+    if few and fits and not x.requires_grad:
+        return BACKENDS["c"](x.contiguous(), weight_t, KEEP_ALL)
+    return matmul(x, weight_t)           # which refuses shapes that do not fit
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,11 +142,10 @@ def torch_gemv(x, weight_t, threshold):
 
 
 # --------------------------------------------------------------------------------------------------
-# C: first the kept rows are listed, then each thread walks down the list over its range of outputs,
-# eight rows at a time. The sums of 2 * LANES outputs of up to four tokens stay in registers while
-# the eight are added; a weight is widened to float32 once for these tokens. Meanwhile the next rows
-# are on their way: a processor foresees how a row goes on, but not which row comes next. x, y and
-# the sums are float32, whatever the weights are.
+# C: each thread walks down the list over its range of outputs, eight rows at a time. Meanwhile the
+# next rows are on their way: a processor foresees how a row goes on, but not which row comes next.
+# The sums of 2 * LANES outputs of up to four tokens stay in registers while the eight are added; a
+# weight is widened to float32 once for these tokens. x, y and the sums are always float32.
 
 C_SOURCE = r"""
 #include <math.h>
@@ -267,18 +261,14 @@ int sparse_product(const float *x, const type *weight, const float *threshold, l
     #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (long first = 0; first < out; first += columns) {
         long end = first + columns < out ? first + columns : out;
-        for (long k = 0; k < n; k += ROWS_A_PASS)
-            for (long t = 0; t < tokens; t += TOKENS_A_PASS) {
-                int rows = n - k < ROWS_A_PASS ? n - k : ROWS_A_PASS;
-#define ADD(COUNT) add_rows(COUNT, rows, row + k, input + k * tokens + t, tokens, y + t * out, \
-                            out, first, end)
-                switch (tokens - t) {
-                case 1: ADD(1); break;
-                case 2: ADD(2); break;
-                case 3: ADD(3); break;
-                default: ADD(4);
-                }
-            }
+        for (long k = 0; k < n; k += ROWS_A_PASS) {
+            int rows = n - k < ROWS_A_PASS ? n - k : ROWS_A_PASS;
+            long t = 0;
+#define ADD(COUNT) for (; t + COUNT <= tokens; t += COUNT) \
+                       add_rows(COUNT, rows, row + k, input + k * tokens + t, tokens, y + t * out, \
+                                out, first, end)
+            ADD(4); ADD(3); ADD(2); ADD(1);
+        }
     }
     free(row);
     return 0;
@@ -303,54 +293,49 @@ def compiled(source):
         return None
     asked = os.environ.get("CC", "")
     asked = [asked] if shutil.which(asked) else shlex.split(asked)     # a path may have blanks
-    usual = [[name] for name in ("cc", "gcc", "clang") if shutil.which(name)]
-    for command in [asked] * bool(asked) + usual:
+    for command in filter(None, (asked, ["cc"], ["gcc"], ["clang"])):
+        if command is not asked and not shutil.which(command[0]):
+            continue
         for flags in C_FLAGS:
             library = built([*command, "-O3", *flags.split()], source)
             if library is not None:
                 return library
-        say_once(f"kernel.py: {shlex.join(command)} does not make a C library here; set CC to a "
-                 f"compiler that does")
+        if command is asked:
+            say_once(f"kernel.py: CC={shlex.join(command)} does not make a C library here")
     return None
 
 
 def built(command, source):
     """Return the library that a compiler's command makes of C source, kept for later, or None."""
     identity = f"{source}\n{command}\n{processor()}"       # machines may share a folder
-    path = f"{cache_folder()}/{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    folder = os.environ.get("MINTEAL_CACHE") or os.path.expanduser("~/.cache/minteal")
+    path = f"{folder}/{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     with contextlib.suppress(OSError):                     # not built yet, or damaged
         return ctypes.CDLL(path)
-    unfinished = f"{path}.{time.time_ns()}"                # another process may build it, too
-    with contextlib.suppress(OSError):                     # no such compiler, or it failed
-        subprocess.run([*command, "-shared", "-fPIC", "-x", "c", "-", "-o", unfinished, "-lm"],
-                       input=source.encode(), capture_output=True)
-        os.replace(unfinished, path)
-        return ctypes.CDLL(path)
-
-
-@functools.cache
-def cache_folder():
-    """Return the folder of libraries, or a temporary one where that cannot be written."""
-    folder = os.environ.get("MINTEAL_CACHE") or os.path.expanduser("~/.cache/minteal")
     try:
         os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        scratch = tempfile.TemporaryDirectory(dir=folder)
     except OSError:
-        note(f"kernel.py: {folder} cannot be written: every command compiles its C anew. Set "
-             f"MINTEAL_CACHE to a folder that can")
-        folder = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+        say_once(f"kernel.py: {folder} cannot be written: every command compiles its C anew. Set "
+                 f"MINTEAL_CACHE to a folder that can")
+        scratch = tempfile.TemporaryDirectory()
+    with scratch, contextlib.suppress(OSError):            # no such compiler, or it failed
+        made = f"{scratch.name}/made.so"
+        subprocess.run([*command, "-shared", "-fPIC", "-x", "c", "-", "-o", made, "-lm"],
+                       input=source.encode(), capture_output=True)
+        library = ctypes.CDLL(made)                        # stays when its file moves or goes
+        with contextlib.suppress(OSError):
+            os.replace(made, path)
+        return library
 
 
 @functools.cache
 def processor():
-    """Return text that differs where what -march=native makes differs, near enough."""
-    facts = {platform.machine(), platform.processor()}
+    """Return this processor's model and features, on which -march=native depends."""
+    keys = ("model name", "flags", "Features", "CPU part")
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        signs = ("model name", "flags", "Features", "CPU part")
-        facts |= {line for line in lines if line.startswith(signs)}
-    return " ".join(sorted(facts))
+        return sorted({line for line in lines if line.startswith(keys)})
+    return platform.machine(), platform.processor()
 
 
 @functools.cache
@@ -371,74 +356,85 @@ def fits_c(weight_t):
 def c_call(x, weight_t, threshold, y):
     """Return the C function and the arguments that set y (..., out) to the sparse product.
 
-    x (..., in), threshold and y are float32.
+    x (..., in), threshold and y are float32. Raises ValueError for weights that C does not take.
     """
-    return c_function(weight_t.dtype), (
+    function = c_function(weight_t.dtype)
+    if function is None or not weight_t.is_cpu:
+        raise ValueError(f'backend "c" needs a C compiler and float32, float16 or bfloat16 on the '
+                         f'CPU, not {weight_t.dtype} on {weight_t.device.type}')
+    return function, (
         x.data_ptr(), weight_t.data_ptr(), threshold.data_ptr(), threshold.ndim, y.data_ptr(),
         x.shape[:-1].numel(), *weight_t.shape, THREADS)
 
 
-def c_gemv(x, weight_t, threshold):
-    """Compute sparse_gemv in C."""
-    if not fits_c(weight_t):
-        raise ValueError(f'backend "c" needs a C compiler and float32, float16 or bfloat16 on the '
-                         f'CPU, not {weight_t.dtype} on {weight_t.device.type}')
+def run_c(call, x, weight, threshold):
+    """Return a sparse product in C: `call` is c_call, or one like it for another kind of weight."""
     wide = x.float()
-    y = wide.new_empty(*x.shape[:-1], weight_t.shape[1])
-    function, arguments = c_call(wide, weight_t, threshold, y)
+    y = wide.new_empty(*x.shape[:-1], weight.shape[1])
+    function, arguments = call(wide, weight, threshold, y)
     if function(*arguments):
         raise MemoryError("no memory for the list of kept channels")
     return y if wide is x else y.to(x.dtype)
 
 
+def c_gemv(x, weight_t, threshold):
+    """Compute sparse_gemv in C."""
+    return run_c(c_call, x, weight_t, threshold)           # beyond/record.py takes run_c's place
+
+
 # --------------------------------------------------------------------------------------------------
 # Triton: the same sum, cut into tiles. A GPU is busy while enough bytes are on their way: on an
-# H100 3.35 TB/s x 0.7 us, which is 17 KB for each of its 132 multiprocessors. So a program
-#     1. lists the channels of its split that any row keeps, and their inputs, in memory of its own
-#     2. walks down the list. The loop is a pipeline: while the tensor cores take one turn's rows,
-#        those of the next turns are being copied to shared memory, past the registers
-#     3. writes its part; the last program of a tile adds the parts
-# Tensor cores take at least 16 rows of x. Those that are not there are zeros, and cost no time, as
-# time is bytes: one row or eight take the same.
-
-TILE = {2: {"BLOCK_IN": 32, "BLOCK_OUT": 128, "STAGES": 5},      # by the bytes of a weight
-        4: {"BLOCK_IN": 16, "BLOCK_OUT": 128, "STAGES": 5}}
+# H100 3.35 TB/s x 0.7 us, which is 17 KB for each of its 132 multiprocessors. So the walk down the
+# list is a pipeline: while the tensor cores take one turn's rows, those of the next turns are being
+# copied to shared memory, past the registers. Tensor cores take at least 16 rows of x. Those that
+# are not there are zeros, and cost no time, as time is bytes: one row or eight take the same.
 
 if triton is not None:
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
     @triton.jit
-    def list_kept(x, threshold, inside, first, channel_ptr, input_ptr, ROWS: tl.constexpr,
-                  SPAN: tl.constexpr):
-        """List the channels that any row of x (ROWS, SPAN) keeps; return their number.
+    def list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, rows, channels, per_split,
+                  STEP: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+        """List which channels of a program's split any row of x (rows, channels) keeps.
 
-        threshold (SPAN,); inside (ROWS, SPAN): which entries of x exist; first: the number of the
-        first channel. Written: channel (SPAN,) int32, the kept ones in their order, then -1; input
-        (ROWS, SPAN), what each row keeps of the listed channels, 0 for what it drops.
+        Written, for this program alone: channel int32 (SPAN,), the kept ones in their order, then
+        -1; input (ROWS, SPAN), what each row keeps of them, 0 for what it drops. Returns where the
+        two are, and the number of kept channels. threshold: (channels,), or () with STEP 0.
         """
+        split = tl.program_id(1)
+        program = split * tl.num_programs(0) + tl.program_id(0)
+        channel_ptr += program * SPAN
+        input_ptr += program * SPAN * ROWS
+        row = tl.arange(0, ROWS)[:, None]
         index = tl.arange(0, SPAN)
+        channel = split * per_split + index                                     # (SPAN,)
+        exists = channel < tl.minimum((split + 1) * per_split, channels)
+        inside = (row < rows) & exists[None, :]                                 # (ROWS, SPAN)
+        x = tl.load(x_ptr + row * channels + channel[None, :], mask=inside, other=0.0)
+        threshold = tl.load(threshold_ptr + channel * STEP, mask=exists, other=0.0)
         keep = ((tl.abs(x.to(tl.float32)) <= threshold[None, :]) == 0) & inside     # NaN is kept
         needed = tl.max(keep.to(tl.int32), axis=0)                              # by any row
         before = tl.cumsum(needed) - needed
         count = tl.sum(needed)
         place = tl.where(needed > 0, before, count + index - before)    # kept: 0 to count - 1
-        tl.store(channel_ptr + place, tl.where(needed > 0, first + index, -1))
+        tl.store(channel_ptr + place, tl.where(needed > 0, channel, -1))
         kept_x = tl.where(keep, x, 0.0).to(input_ptr.dtype.element_ty)
-        tl.store(input_ptr + tl.arange(0, ROWS)[:, None] * SPAN + place[None, :], kept_x)
+        tl.store(input_ptr + row * SPAN + place[None, :], kept_x)
         tl.debug_barrier()               # each thread will read what others have listed
-        return count
+        return channel_ptr, input_ptr, count
 
     @triton.jit
     def add_rows(weight_ptr, channel_ptr, input_ptr, count, output, outputs, ROWS: tl.constexpr,
-                 SPAN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-                 STAGES: tl.constexpr):
+                 SPAN: tl.constexpr, BLOCK_OUT: tl.constexpr):
         """Return the sum of input times weight over `count` listed channels: (16, BLOCK_OUT).
 
         output (BLOCK_OUT,): the outputs of the tile; weight (channels, outputs). Sums are float32.
         """
+        # The rows of a turn: 32 of 16 bits, 16 of 32
+        BLOCK_IN: tl.constexpr = 512 // weight_ptr.dtype.element_ty.primitive_bitwidth
         row = tl.arange(0, 16)[:, None]                                         # tl.dot needs 16
         sums = tl.zeros((16, BLOCK_OUT), tl.float32)
-        for start in tl.range(0, count, BLOCK_IN, num_stages=STAGES):
+        for start in tl.range(0, count, BLOCK_IN, num_stages=5):
             index = start + tl.arange(0, BLOCK_IN)
             channel = tl.load(channel_ptr + index)                              # (BLOCK_IN,)
             x = tl.load(input_ptr + row * SPAN + index[None, :], mask=row < ROWS, other=0.0)
@@ -473,57 +469,37 @@ if triton is not None:
 
     @triton.jit
     def sparse_product_kernel(x_ptr, weight_ptr, threshold_ptr, channel_ptr, input_ptr, partial_ptr,
-                              ticket_ptr, y_ptr, rows, channels, outputs, STEP: tl.constexpr,
-                              ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK_IN: tl.constexpr,
-                              BLOCK_OUT: tl.constexpr, STAGES: tl.constexpr):
+                              ticket_ptr, y_ptr, rows, channels, outputs, per_split,
+                              STEP: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+                              BLOCK_OUT: tl.constexpr):
         """y[row, j] = sum over channels of kept x[row, i] * weight[i, j].
 
-        grid (tiles, splits of SPAN channels). x (rows, channels); threshold float32 (channels,), or
-        () with STEP 0; y (rows, outputs). ROWS: rows rounded up to a power of 2. Others: `scratch`.
+        grid (tiles, splits of per_split channels). x (rows, channels); y (rows, outputs); partial
+        float32 (splits, rows, outputs); ticket int32 (tiles,), zeros; others: see list_kept.
+        ROWS and SPAN: rows and per_split, rounded up to a power of 2.
         """
         tile = tl.program_id(0)
         split = tl.program_id(1)
         splits = tl.num_programs(1)
-        program = split * tl.num_programs(0) + tile
-        channel_ptr += program * SPAN
-        input_ptr += program * SPAN * ROWS
-        row = tl.arange(0, ROWS)[:, None]
-        channel = split * SPAN + tl.arange(0, SPAN)                             # (SPAN,)
-        inside = (row < rows) & (channel < channels)[None, :]                   # (ROWS, SPAN)
-        x = tl.load(x_ptr + row * channels + channel[None, :], mask=inside, other=0.0)
-        threshold = tl.load(threshold_ptr + channel * STEP, mask=channel < channels, other=0.0)
-        count = list_kept(x, threshold, inside, split * SPAN, channel_ptr, input_ptr, ROWS, SPAN)
+        channel_ptr, input_ptr, count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr,
+                                                  rows, channels, per_split, STEP, ROWS, SPAN)
         output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                     # (BLOCK_OUT,)
         sums = add_rows(weight_ptr, channel_ptr, input_ptr, count, output, outputs, ROWS, SPAN,
-                        BLOCK_IN, BLOCK_OUT, STAGES)
+                        BLOCK_OUT)
         padded = tl.arange(0, 16)[:, None]
         tl.store(partial_ptr + (split * rows + padded) * outputs + output[None, :], sums,
                  mask=(padded < rows) & (output < outputs)[None, :])
         if is_last(ticket_ptr + tile, splits):
+            row = tl.arange(0, ROWS)[:, None]
             place = row * outputs + output[None, :]                             # (ROWS, BLOCK_OUT)
             real = (row < rows) & (output < outputs)[None, :]
             y = add_parts(partial_ptr, place, real, splits, rows * outputs, ROWS, BLOCK_OUT)
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
 
 
-def is_interpreted():
-    """Return whether Triton's kernels run in its interpreter, without a GPU."""
-    return triton is not None and INTERPRETED.value
-
-
-def check_triton(x):
-    """Raise ValueError where Triton's kernels do not run for a tensor of x's device and dtype."""
-    if not (triton and (x.is_cuda or is_interpreted())) or x.dtype == torch.float64:
-        raise ValueError(f'backend "triton" needs Triton, 16 or 32 bits, not {x.dtype}, and a GPU, '
-                         f'or TRITON_INTERPRET=1 set before triton is imported')
-
-
-def span(tiles, channels, device):
-    """Return how many channels a program lists: 512 where 256 would make too many programs."""
-    multiprocessors = 2                  # for the interpreter
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return 512 if tiles * triton.cdiv(channels, 256) > 8 * multiprocessors else 256
+def fits_triton(x):
+    """Return whether Triton's kernels run for tensors of x's device and dtype here."""
+    return triton is not None and x.itemsize < 8 and (x.is_cuda or INTERPRETED.value)
 
 
 @functools.cache
@@ -535,43 +511,55 @@ def tickets(device):
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
-def scratch(x, dtype, tiles, splits, size, width):
-    """Return what the programs of a launch write besides y: channel, input, partial and ticket.
+def launch(function, grid, *arguments, num_warps=4, **constants):
+    """Launch a Triton kernel on the device of its first argument."""
+    with torch.cuda.device_of(arguments[0]):               # Triton launches on the current device
+        function[grid](*arguments, num_warps=num_warps, **constants)
 
-    For each program of the grid (tiles, splits) channel int32 (size,), of its list, and input of a
-    dtype (ROWS, size); for each split partial float32 (rows, width); for each tile a ticket.
+
+def launch_product(function, x, inputs, y, outputs, dtype, block=128, per_split=None, **constants):
+    """Launch sparse_product_kernel, or another that divides its work among programs as it does.
+
+    x (..., in), contiguous; inputs: what else is read; y: what is written; outputs: how many each
+    linear has; dtype: of the listed inputs; block: outputs of a tile; per_split: channels that a
+    program lists (default: 512 where 256 would make too many programs).
     """
+    if not fits_triton(x):
+        raise ValueError(f'backend "triton" needs Triton, 16 or 32 bits, not {x.dtype}, and a GPU, '
+                         f'or TRITON_INTERPRET=1 set before triton is imported')
+    channels = x.shape[-1]
     rows = x.shape[:-1].numel()
     padded = triton.next_power_of_2(rows)
-    return (torch.empty(splits * tiles, size, device=x.device, dtype=torch.int32),
-            torch.empty(splits * tiles, padded, size, device=x.device, dtype=dtype),
-            torch.empty(splits, rows, width, device=x.device, dtype=torch.float32),
-            tickets(x.device))
+    tiles = sum(triton.cdiv(out, block) for out in outputs)
+    if per_split is None:
+        processors = 2                   # for the interpreter
+        if x.is_cuda:
+            processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        per_split = 512 if tiles * triton.cdiv(channels, 256) > 8 * processors else 256
+    span = max(16, triton.next_power_of_2(per_split))
+    splits = triton.cdiv(channels, per_split)
+    new = functools.partial(torch.empty, device=x.device)
+    channel = new(splits * tiles, span, dtype=torch.int32)           # a list for each program
+    listed = new(splits * tiles, padded, span, dtype=dtype)
+    partial = new(splits, rows, sum(outputs), dtype=torch.float32)
+    launch(function, (tiles, splits), x, *inputs, channel, listed, partial, tickets(x.device), y,
+           rows, channels, *outputs, per_split, ROWS=padded, SPAN=span, BLOCK_OUT=block,
+           **constants)
 
 
 def triton_gemv(x, weight_t, threshold):
     """Compute sparse_gemv by the Triton kernel, in one launch."""
-    check_triton(x)
-    rows = x.shape[:-1].numel()
-    channels, outputs = weight_t.shape
+    outputs = weight_t.shape[1]
     if not weight_t.numel():
         return x.new_zeros(*x.shape[:-1], outputs)         # there would be no program
-    sizes = TILE[weight_t.itemsize]
-    tiles = triton.cdiv(outputs, sizes["BLOCK_OUT"])
-    size = span(tiles, channels, x.device)
-    splits = triton.cdiv(channels, size)
     y = x.new_empty(*x.shape[:-1], outputs)
-    with torch.cuda.device_of(x):        # Triton launches on the current device
-        sparse_product_kernel[(tiles, splits)](
-            x, weight_t, threshold, *scratch(x, weight_t.dtype, tiles, splits, size, outputs), y,
-            rows, channels, outputs, STEP=threshold.ndim, ROWS=triton.next_power_of_2(rows),
-            SPAN=size, num_warps=4, **sizes)
+    launch_product(sparse_product_kernel, x, (weight_t, threshold), y, (outputs,), weight_t.dtype,
+                   STEP=threshold.ndim)
     return y
 
 
 # A backend is a function(x (..., in), weight_t (in, out), threshold () or (in,)) -> y (..., out).
 BACKENDS = {"triton": triton_gemv, "c": c_gemv, "torch": torch_gemv}
-C_CALLS = {"c": c_call}              # those that are one C call, which beyond/record.py records
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,24 +567,16 @@ C_CALLS = {"c": c_call}              # those that are one C call, which beyond/r
 
 def median_time(call, device, seconds=0.5):
     """Return the median time of `call(i)`, i counting up, of as many as `seconds` hold."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
+    if device.type == "cuda":
+        turn = itertools.count()
+        return triton.testing.do_bench(lambda: call(next(turn)), rep=round(1e3 * seconds),
+                                       return_mode="median") / 1e3
     call(0)                              # which may compile
-    last = time.perf_counter() + seconds
-    while time.perf_counter() < last or len(times) < 5:
-        if on_gpu:
-            torch.cuda._sleep(1_000_000)     # half a millisecond in which the host gets ahead
-            begin.record()
-        started = time.perf_counter()
-        call(1 + len(times))
-        times.append(time.perf_counter() - started)
-        if on_gpu:
-            end.record()
-            end.synchronize()
-            times[-1] = begin.elapsed_time(end) / 1e3
-    return statistics.median(times)
+    ends = [time.perf_counter()]
+    while len(ends) < 6 or ends[-1] < ends[0] + seconds:
+        call(len(ends))
+        ends.append(time.perf_counter())
+    return statistics.median(end - began for began, end in itertools.pairwise(ends))
 
 
 def threshold_dropping(x, sparsity):
@@ -634,17 +614,18 @@ def time_shape(inputs, outputs, dtype, device, levels, seconds=0.5, total=512_00
             "x @ weight_t": lambda i: x @ weights[i % n]}
     times = {name: median_time(way, device, seconds) for name, way in ways.items()}
     best = min(times.values())
-    read = dict.fromkeys(times, weights[0].nbytes)
+    read = dict.fromkeys(times, 1)       # of the weight
     for level in levels:
         thresholds = [threshold_dropping(each, level) for each in xs]
         name = f"ours, {level:.0%}"
-        read[name] = weights[0].nbytes * (1 - round(level * inputs) / inputs)
+        read[name] = 1 - round(level * inputs) / inputs
         times[name] = median_time(
             lambda i: sparse_gemv(xs[i % 8], weights[i % n], thresholds[i % 8]), device, seconds)
-    print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, "
-          f"{weights[0].nbytes / 1e6:.0f} MB\n{'':>12} {'ms':>9} {'GB/s':>7} {'ratio':>7}")
+    size = weights[0].nbytes
+    print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB\n"
+          f"{'':>12} {'ms':>9} {'GB/s':>7} {'ratio':>7}")
     for name, time_of in times.items():
-        print(f"{name:>12} {time_of * 1e3:9.3f} {read[name] / time_of / 1e9:7.1f} "
+        print(f"{name:>12} {time_of * 1e3:9.3f} {read[name] * size / time_of / 1e9:7.1f} "
               f"{best / time_of:6.2f}x", flush=True)
     return times
 

@@ -38,10 +38,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-# No Llama yet. Ctrl-C waits while torch loads, a second or two, and ends without a traceback.
-sys.excepthook = lambda kind, error, trace: (
-    kind is KeyboardInterrupt or sys.__excepthook__(kind, error, trace))
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+# Torch loads for a second or two: Ctrl-C waits so long, and then ends without a traceback.
+hook = sys.excepthook
+sys.excepthook = lambda kind, *more: kind is KeyboardInterrupt or hook(kind, *more)
+blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 # Torch reads these settings as it loads. Weights stream faster through memory pages of 2 MB than of
 # 4 KB. A waiting thread spins for 5 ms before it sleeps; 0.2 ms leave the cores to other work.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -51,7 +51,7 @@ import torch                                                                # no
 import torch.nn.functional as F                                             # noqa: E402
 from torch import nn                                                        # noqa: E402
 
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))     # as seen from where a command runs
 
 
@@ -152,7 +152,7 @@ def attend(q, k, v, mask):
     """Return softmax(q kᵀ / √D) v: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
     k and v may have fewer bits than q. mask (T, S): bool, or (generate.StaticCache) 0 and -inf to
-    add to q kᵀ / √D; None: each token sees all before it.
+    add to q kᵀ / √D; None: each token sees itself and all before it.
     """
     B, H, T, D = q.shape
     G = k.shape[1]
@@ -172,7 +172,7 @@ class KVCache:
     """
 
     def __init__(self, layers, batch, heads, length, head_dim, device, dtype):
-        room = -(-length // 8) * 8       # attention on a GPU wants masks of so many columns
+        room = -(-length // 8) * 8       # for masks of generate.StaticCache, on a GPU
         shape = (layers, batch, heads, room, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -286,8 +286,7 @@ class Llama(nn.Module):
         """Return the logits (B, T, vocab) of tokens (B, T) int64, in at least float32.
 
         With a cache the tokens follow its own, and are appended. last_only: only the logits of the
-        last position, (B, 1, vocab). Raises InputError for tokens that do not fit the cache, or on
-        a CPU the vocabulary.
+        last position, (B, 1, vocab). Raises InputError for tokens that do not fit the cache.
         """
         context = self.context(tokens, cache)
         x = self.embed(tokens)                                                  # (B, T, hidden)
@@ -298,7 +297,7 @@ class Llama(nn.Module):
         if last_only:
             x = x[:, -1:]
         x = self.model.norm(x)
-        return self.lm_head(x.to(torch.promote_types(x.dtype, torch.float32)))  # logits in float32
+        return self.lm_head(x.to(torch.promote_types(x.dtype, torch.float32)))  # logits as float32
 
     def context(self, tokens, cache=None):
         """Return the Context of tokens (B, T) that follow what the cache holds."""
@@ -312,11 +311,7 @@ class Llama(nn.Module):
 
     def embed(self, tokens):
         """Return the embeddings (B, T, hidden) of tokens (B, T)."""
-        try:
-            return self.model.embed_tokens(tokens).to(self.activation_dtype)
-        except IndexError:
-            check_tokens(tokens, self.config)
-            raise
+        return self.model.embed_tokens(tokens).to(self.activation_dtype)
 
     def make_cache(self, batch, length):
         """Return an empty KVCache for `batch` sequences of up to `length` positions."""
@@ -341,34 +336,36 @@ class Llama(nn.Module):
         return wide if self.device.type == "cpu" else self.dtype
 
     @staticmethod
-    def shapes(config):
+    def on_meta(config):
         """Return a Llama on the meta device, which has shapes but no memory."""
         with torch.device("meta"):
             return Llama(config)
 
     @staticmethod
     def from_pretrained(folder, device="cpu", dtype=None):
-        """Return the Llama in a checkpoint folder, without gradients, as `fill` does."""
-        return fill(Llama.shapes(Config.read(folder)), folder, device, dtype)
+        """Return the Llama in a checkpoint folder, without gradients; dtype None: its own."""
+        return in_memory(map_checkpoint(Llama.on_meta(Config.read(folder)), folder), device, dtype)
 
     @staticmethod
-    def random(preset, device="cpu", dtype=torch.bfloat16, seed=0):
+    def random(preset, device="cpu", dtype=torch.bfloat16):
         """Return a Llama of a preset's real shapes with random weights: for speed alone."""
-        model = Llama.shapes(preset_config(preset)).to(dtype).to_empty(device=device)
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        return model.fill_random(seed)
+        return Llama.on_meta(preset_config(preset)).fill_random(device, dtype)
 
-    def fill_random(self, seed):         # a method of its own, for beyond/parallel.py
-        """Fill all linears with random weights that keep the size of what goes through them."""
-        # Drawing 7 billion normal numbers takes minutes: a pool of four million fills every weight.
-        generator = torch.Generator().manual_seed(seed)
-        pool = torch.randn((1 << 22) + 7, generator=generator).to(self.device, self.dtype)
-        for name, parameter in self.requires_grad_(False).named_parameters():
-            norm = name.endswith("norm.weight")
-            values = torch.ones_like(pool) if norm else pool * parameter.shape[-1] ** -0.5
-            for part in parameter.view(-1).split(len(values)):
-                part.copy_(values[:len(part)])
+    def fill_random(self, device, dtype):        # a method of its own, for beyond/parallel.py
+        """Give a meta Llama random weights that keep the size of what goes through them."""
+        self.requires_grad_(False).to(dtype).to_empty(device=device)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        # Drawing 7 billion normal numbers takes minutes: a pool of four million fills every weight
+        # (+ 7: or the rows of a weight would repeat).
+        generator = torch.Generator().manual_seed(0)
+        pool = torch.randn((1 << 22) + 7, generator=generator).to(device, dtype)
+        for parameter in self.parameters():
+            if parameter.ndim == 1:      # of a norm: presets have no biases
+                parameter.fill_(1)
+                continue
+            for part in parameter.view(-1).split(len(pool)):
+                torch.mul(pool[:len(part)], parameter.shape[1] ** -0.5, out=part)
         return self.eval()
 
     def save_pretrained(self, folder):
@@ -379,36 +376,6 @@ class Llama(nn.Module):
                    for name, parameter in self.named_parameters()}
         write_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
         self.config.write(folder, self.dtype)
-
-
-def fill(model, folder, device="cpu", dtype=None):
-    """Put the tensors of a checkpoint folder into a Llama on the meta device, and return it.
-
-    dtype: of the parameters; None: the checkpoint's.
-    """
-    dtype = dtype or checkpoint_dtype(folder)
-    for path, tensors in checked_shards(folder, model):
-        for name, tensor in tensors.items():
-            put(model, name, tensor, path, device, dtype)
-    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):  # unquantized
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.eval()
-
-
-def put(model, name, tensor, path, device, dtype):
-    """Make a tensor of the file `path` the one that a model has by a name.
-
-    A parameter is copied as `dtype`, and must be finite; a buffer (beyond/: quantized) stays as it
-    is stored.
-    """
-    parent, leaf = name.rsplit(".", 1)
-    module = model.get_submodule(parent)
-    if isinstance(getattr(module, leaf), nn.Parameter):
-        tensor = tensor.to(device, dtype, copy=True)
-        require(bool(torch.stack(tensor.aminmax()).isfinite().all()),
-                f"{path}: tensor {name} holds NaN or numbers beyond {dtype}")
-        tensor = nn.Parameter(tensor, requires_grad=False)
-    setattr(module, leaf, tensor.to(device))
 
 
 def check_tokens(tokens, config):
@@ -456,10 +423,11 @@ class InFloat32(torch.autograd.Function):
 
 
 class Head(Linear):
-    """The linear that gives the logits; for few tokens in float32: rounding could swap two."""
+    """The linear that gives the logits; on a CPU in float32 for few tokens, lest ranks change."""
 
     def forward(self, x):
-        if x.is_cuda or x.shape[-2] > 8 or self.weight.itemsize > 2:    # 8: kernel.MAX_ROWS
+        few = x.shape[-2] <= 8 and self.weight.itemsize <= 2            # 8: kernel.MAX_ROWS
+        if x.is_cuda or not few or self.weight.requires_grad:
             return super().forward(x)
         return InFloat32.apply(x, self.weight.t())
 
@@ -469,13 +437,24 @@ class Head(Linear):
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-# Keys that change the function of a Llama in transformers, with the values implemented here.
-CHANGES_THE_FUNCTION = {"is_causal": (True, None), "layer_types": (None,),
-                        "partial_rotary_factor": (1, None), "quantization_config": (None,)}
 ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# What is implemented of config.json's keys; the first value stands for a key that is absent. The
+# last four have no place in a Config, but change the function of a Llama in transformers.
+CHOICES = {
+    "model_type": ("llama", "mistral"),
+    "hidden_act": tuple(ACTIVATIONS),
+    "attention_bias": (False, True),
+    "mlp_bias": (False, True),
+    "tie_word_embeddings": (False, True),
+    "rope_type": tuple(ROPE_NUMBERS),
+    "is_causal": (True,),
+    "layer_types": (None,),
+    "partial_rotary_factor": (1,),
+    "quantization_config": (None,),
 }
 
 
@@ -504,53 +483,43 @@ class Config:
     def read(folder, raw=None):
         """Return the Config of a checkpoint folder; raw: its config.json, respelled by beyond/."""
         path = Path(folder) / "config.json"
-        with refusing(f"{path}: not the config.json of a Llama", AttributeError, TypeError):
-            config = Config.parse(read_json(path) if raw is None else raw, path)
-        if config.tie_word_embeddings and {EMBEDDING, HEAD} <= headers(folder).keys():
+        config = Config.parse(read_json(path) if raw is None else raw, path)
+        if config.tie_word_embeddings and {EMBEDDING, HEAD} <= read_checkpoint(folder).keys():
             config.tie_word_embeddings = False       # a head that is stored counts
         return config
 
     @staticmethod
     def parse(raw, path):
         """Return the Config in a config.json's object; refuse by name what is not implemented."""
-        def expect(key, found, *allowed):
-            require(found in allowed,
-                    f"{path}: {key} is {json.dumps(found)}, expected "
+        with refusing(f"{path}: not the config.json of a Llama", AttributeError, TypeError):
+            rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+            numbers = ROPE_NUMBERS.get(rope.get("rope_type"), ())
+            given = raw | dict.fromkeys(numbers) | rope    # rope's numbers: its own or none
+        values = {"num_key_value_heads": given.get("num_attention_heads"),
+                  "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
+        values |= {key: value for key, value in given.items() if value is not None}
+        unknown = sorted(rope.keys() - {*CHOICES, *numbers, "rope_theta"})
+        for key, allowed in (CHOICES | dict.fromkeys(unknown, (None,))).items():
+            value = values.setdefault(key, allowed[0])
+            require(value in allowed, f"{path}: {key} is {json.dumps(value)}, expected "
                     f"{' or '.join(map(json.dumps, allowed))}; python -m beyond reads more")
-            return found
-
-        def number(key, default=None, source=raw):
-            value = default if source.get(key) is None else source[key]
+        own = [field.name for field in fields(Config) if field.type in (int, float)]
+        for key in (*own, *numbers):
+            if key == "head_dim":        # the numbers that it follows from are checked by now
+                values.setdefault(key, values["hidden_size"] // values["num_attention_heads"])
+            value = values.get(key)
             require(type(value) in (int, float) and 0 < value < 2**63,
                     f"{path}: {key} is {json.dumps(value)}, expected a number above 0")
-            return value
-
-        for key, allowed in CHANGES_THE_FUNCTION.items():
-            expect(key, raw.get(key), *allowed)
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        kind = expect("rope_type", rope.get("rope_type", "default"), *ROPE_NUMBERS)
-        for key in sorted(rope.keys() - {"rope_type", "rope_theta", *ROPE_NUMBERS[kind]}):
-            expect(key, rope[key], None)
-        numbers = {key: number(key, source=rope) for key in ROPE_NUMBERS[kind]}
-        model_type = expect("model_type", raw.get("model_type"), "llama", "mistral")
-        heads = number("num_attention_heads")
-        defaults = {"num_key_value_heads": heads, "head_dim": number("hidden_size") // heads,
-                    "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
-        return Config(                   # its int, float and bool fields are keys of config.json
-            **{field.name: number(field.name, defaults.get(field.name), raw | rope)
-               for field in fields(Config) if field.type in (int, float)},
-            **{field.name: expect(field.name, raw.get(field.name) or False, True, False)
-               for field in fields(Config) if field.type is bool},
-            model_type=model_type,
-            hidden_act=expect("hidden_act", raw.get("hidden_act", "silu"), *ACTIVATIONS),
-            sliding_window=raw.get("sliding_window", 4096) if model_type == "mistral" else None,
-            rope_scaling={"rope_type": kind} | numbers if numbers else None)
+        mistral = values["model_type"] == "mistral"
+        values["sliding_window"] = raw.get("sliding_window", 4096) if mistral else None
+        scaling = {key: values[key] for key in ("rope_type", *numbers)}
+        values["rope_scaling"] = scaling if numbers else None
+        return Config(**{field.name: values[field.name] for field in fields(Config)})
 
     def write(self, folder, dtype):
         """Write FOLDER/config.json as transformers reads it."""
         names = {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
-                 "torch_dtype": str(dtype).removeprefix("torch."),
-                 "bos_token_id": 1, "eos_token_id": 2}
+                 "torch_dtype": str(dtype).removeprefix("torch.")}
         write_json(Path(folder) / "config.json", names | vars(self))
 
 
@@ -582,7 +551,8 @@ PRESETS = {      # without rope scaling, which costs no time
 
 
 def preset_config(name):
-    """Return the Config of a preset; raise InputError for an unknown name."""
+    """Return the Config of PRESET or random:PRESET; raise InputError for an unknown name."""
+    name = name.removeprefix("random:")
     require(name in PRESETS, f"preset {name!r} is not known; known are {', '.join(PRESETS)}")
     return replace(PRESETS[name])
 
@@ -603,61 +573,49 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0     # no memory set aside for changes
 
 
-def read_header(path):
-    """Return (entries, metadata {str: str}, data_start) of a safetensors file.
-
-    entries: {name: (dtype, shape, begin, end)}, bytes that count from data_start. Raises InputError
-    for what the package safetensors refuses: a file that is cut short, damaged, or hides bytes.
-    """
-    def refuse_duplicates(pairs):
-        require(len(dict(pairs)) == len(pairs), "a name stands twice in the header")
-        return dict(pairs)
-
-    entries = {}
-    covered = 0                          # bytes of the tensors so far
-    with (refusing(f"{path}: cannot be read", OSError), open(path, "rb") as file,
-          refusing(f"{path}: its header is damaged, or it is truncated, or no safetensors file",
-                   AttributeError, LookupError, TypeError, ValueError, RecursionError)):
-        length = int.from_bytes(file.read(8), "little")
-        size = os.fstat(file.fileno()).st_size
-        require(length <= min(size - 8, 10**8),
-                f"{size} bytes, of which the header should be {length}")
-        header = json.loads(file.read(length).decode(), object_pairs_hook=refuse_duplicates)
-        metadata = header.pop("__metadata__", None)
-        metadata = {} if metadata is None else metadata
-        require(all(isinstance(text, str) for text in metadata.values()), "__metadata__ is no text")
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-            require(dtype in DTYPES, f"tensor {name}: dtype {dtype!r} is not known")
-            end = covered + math.prod(shape) * DTYPES[dtype].itemsize
-            require(all(type(n) is int and n >= 0 for n in shape + offsets)
-                    and math.prod(n or 1 for n in shape) < 2**63 and offsets == [covered, end],
-                    f"tensor {name}: shape {shape} of {dtype} does not fill data_offsets {offsets}"
-                    f", or begins at byte {offsets[0]}, the one before it ends at {covered}")
-            entries[name] = (DTYPES[dtype], shape, covered, end)
-            covered = end
-        data = size - 8 - length
-        require(covered == data, f"tensors of {covered} bytes in {data} bytes of data")
-    return entries, metadata, 8 + length
-
-
-def read_safetensors(path):
+def read_safetensors(path, metadata=None):
     """Return all tensors of a safetensors file: {name: tensor}, views of the memory-mapped file.
 
     They are read when used (misaligned ones now), so a file may be larger than memory. Writing to a
-    tensor changes a private copy, never the file.
+    tensor changes a private copy, never the file. metadata: a dict {str: str}, to put the header's
+    into. Raises InputError for what the package safetensors refuses: a file that is cut short,
+    damaged, or hides bytes.
     """
-    entries, _, start = read_header(path)
-    with open(path, "rb") as file:
+    def unique(pairs):
+        require(len(dict(pairs)) == len(pairs), "a name stands twice in the header")
+        return dict(pairs)
+
+    tensors = {}
+    end = 0                              # of the tensors so far, in bytes
+    with (refusing(f"{path}: cannot be read as a safetensors file", OSError, AttributeError,
+                   LookupError, TypeError, ValueError, RecursionError), open(path, "rb") as file):
         mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE,
                            mmap.PROT_READ | mmap.PROT_WRITE)
-    data = torch.frombuffer(mapped, dtype=torch.uint8)
-    tensors = {}
-    for name, (dtype, shape, begin, end) in entries.items():
-        part = data[start + begin:start + end]
-        if (start + begin) % dtype.itemsize:               # the format promises no alignment
-            part = part.clone()
-        tensors[name] = part.view(dtype).view(shape)
+        length = int.from_bytes(mapped[:8], "little")
+        start = 8 + length
+        require(start <= len(mapped) and length <= 10**8,
+                f"truncated: its header would have {length} bytes")
+        data = torch.frombuffer(mapped, dtype=torch.uint8)[start:]
+        header = json.loads(mapped[8:start].decode(), object_pairs_hook=unique)
+        texts = header.pop("__metadata__", {})
+        require(all(isinstance(text, str) for text in texts.values()), "__metadata__ is no text")
+        if metadata is not None:
+            metadata |= texts
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+            require(dtype in DTYPES, f"tensor {name}: dtype {dtype!r} is not known")
+            size = DTYPES[dtype].itemsize
+            begin, end = end, end + math.prod(shape) * size
+            require(all(type(n) is int and n >= 0 for n in shape + offsets)
+                    and math.prod(n or 1 for n in shape) < 2**63
+                    and offsets == [begin, end] and end <= len(data),
+                    f"tensor {name}: data_offsets {offsets} in {len(data)} bytes of data, expected "
+                    f"{[begin, end]} for {dtype} {shape}")
+            part = data[begin:end]
+            if (start + begin) % size:   # the format promises no alignment
+                part = part.clone()
+            tensors[name] = part.view(DTYPES[dtype]).view(shape)
+        require(end == len(data), f"tensors of {end} bytes in {len(data)} bytes of data")
     return tensors
 
 
@@ -669,11 +627,10 @@ def write_safetensors(path, tensors, metadata=None):
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     for name in order:
         tensor = tensors[name]
-        require(tensor.dtype in DTYPE_NAMES, f"{path}: {name}: {tensor.dtype} cannot be written")
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [begin, end]}
-    raw = json.dumps(header, ensure_ascii=False).encode("utf-8")
+    raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     with replacing(path) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
@@ -711,56 +668,60 @@ def read_json(path, missing=None):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def shard_paths(folder):
-    """Return the safetensors files of a checkpoint folder."""
-    single, index = (Path(folder) / f"model.safetensors{end}" for end in ("", ".index.json"))
-    if single.exists():
-        return [single]
-    require(index.exists(),
-            f"{folder}: no checkpoint: neither {single.name} nor {index.name} is there")
-    with refusing(f"{index}: weight_map should map tensor names to files",
-                  AttributeError, LookupError, TypeError):
-        return [Path(folder) / shard
-                for shard in sorted(set(read_json(index)["weight_map"].values()))]
+def read_checkpoint(folder):
+    """Return {name: (path of its file, tensor)} of a checkpoint folder, memory-mapped.
 
-
-def headers(folder):
-    """Return {name: (dtype, shape, begin, end)} of all tensors of a checkpoint folder."""
-    return {name: entry for path in shard_paths(folder)
-            for name, entry in read_header(path)[0].items()}
-
-
-def checkpoint_dtype(folder):
-    """Return the dtype of a checkpoint's largest floating-point tensor (beyond/: not of scales)."""
-    tensors = [(end - begin, dtype) for name, (dtype, _, begin, end) in headers(folder).items()
-               if dtype.is_floating_point and not name.endswith(".scales")]
-    return max(tensors, key=lambda tensor: tensor[0], default=(0, torch.float32))[1]
-
-
-def checked_shards(folder, model):
-    """Yield (path, {name: tensor}) of each file of a checkpoint, checked against a meta Llama.
-
-    RoPE frequencies, which older checkpoints store, are left out. A tied head that is stored alone
-    is the embedding.
+    RoPE frequencies, which older checkpoints store, are left out. A head that is stored without the
+    embedding is the embedding.
     """
-    # A tied head counts once. Only models of beyond/quantize.py have buffers.
-    missing = dict(model.named_parameters()) | dict(model.named_buffers())
-    for path in shard_paths(folder):
-        tensors = {name: tensor for name, tensor in read_safetensors(path).items()
+    single, index = (Path(folder) / f"model.safetensors{end}" for end in ("", ".index.json"))
+    require(single.exists() or index.exists(),
+            f"{folder}: no checkpoint: neither {single.name} nor {index.name} is there")
+    files = [single.name] if single.exists() else read_json(index).get("weight_map", {}).values()
+    stored = {}
+    for path in sorted({Path(folder) / file for file in files}):
+        stored |= {name: (path, tensor) for name, tensor in read_safetensors(path).items()
                    if not name.endswith("rotary_emb.inv_freq")}
-        if model.config.tie_word_embeddings and HEAD in tensors:
-            tensors[EMBEDDING] = tensors.pop(HEAD)
-        for name, tensor in tensors.items():
-            own = missing.pop(name, None)
-            require(own is not None,
-                    f"{path}: tensor {name}: not part of this Llama, or a second one of its name")
-            require(tensor.shape == own.shape
-                    and tensor.is_floating_point() == own.is_floating_point(),
-                    f"{path}: tensor {name}: {tensor.dtype} {list(tensor.shape)}, config.json "
-                    f"makes it {own.dtype} {list(own.shape)}")
-        yield path, tensors
-    require(not missing, f"{folder}: tensors are missing from the checkpoint: "
-                         f"{', '.join(sorted(missing)[:3])}{', ...' * (len(missing) > 3)}")
+    if HEAD in stored and EMBEDDING not in stored:
+        stored[EMBEDDING] = stored.pop(HEAD)
+    return stored
+
+
+def map_checkpoint(model, folder):
+    """Make the tensors of a meta Llama those of a checkpoint, memory-mapped; return it.
+
+    Raises InputError for a tensor that is missing, or that does not fit.
+    """
+    stored = read_checkpoint(folder)
+    # A tied head counts once. Only models of beyond/quantize.py have buffers.
+    expected = dict(model.named_parameters()) | dict(model.named_buffers())
+    odd = sorted(stored.keys() ^ expected.keys())
+    require(not odd, f"{folder}: tensors are missing, or not of this Llama: {', '.join(odd[:3])}")
+    for name, (path, tensor) in stored.items():
+        own = expected[name]
+        require(tensor.shape == own.shape
+                and tensor.is_floating_point() == own.is_floating_point(),
+                f"{path}: tensor {name}: {tensor.dtype} {list(tensor.shape)}, config.json makes it "
+                f"{own.dtype} {list(own.shape)}")
+    tensors = {name: tensor for name, (_, tensor) in stored.items()}
+    model.requires_grad_(False).load_state_dict(tensors, strict=False, assign=True)
+    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):  # unquantized
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def in_memory(model, device="cpu", dtype=None):
+    """Copy the mapped weights of a Llama into memory, and return it.
+
+    dtype: of the parameters, which must be finite; None: as the largest is stored, as norms may
+    have more bits. Buffers (of beyond/, quantized) stay as they are stored.
+    """
+    dtype = dtype or max(model.parameters(), key=torch.numel).dtype
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.to(device, dtype, copy=True)
+        require(bool(torch.stack(parameter.aminmax()).isfinite().all()),
+                f"tensor {name} holds NaN or numbers beyond {dtype}")
+    return model.to(device).eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -777,12 +738,12 @@ class SentencePieceTokenizer:
         with refusing(f"{path}: not a SentencePiece model", RuntimeError, OSError):
             self.processor = sentencepiece.SentencePieceProcessor(str(path))
         self.vocab_size = self.processor.vocab_size()
-        self.bos_id = self.processor.bos_id()              # -1 where there is none
+        self.bos_ids = [i for i in [self.processor.bos_id()] if i >= 0]    # -1: there is none
         self.eos_ids = end_ids(folder, self.processor.eos_id())
 
     def encode(self, text, bos=True):
         """Return the token ids of `text`, the begin-of-sequence token first if there is one."""
-        return [self.bos_id] * (bos and self.bos_id >= 0) + self.processor.encode(text.encode())
+        return self.bos_ids * bos + self.processor.encode(text.encode())
 
     def decode(self, ids):
         """Return the text of token ids; control tokens and ids that pad a vocabulary have none."""
@@ -790,23 +751,24 @@ class SentencePieceTokenizer:
 
     def pieces(self):
         """Return what each token stands for, a list by id."""
-        return [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
+        return self.processor.id_to_piece(list(range(self.vocab_size)))
 
     def is_complete(self, folder):
-        """Return whether no other file of the folder adds a token or begins a text otherwise."""
+        """Return whether the folder's JSON files add no token and begin a text as this does."""
         settings, full, added = (read_json(Path(folder) / f"{name}.json", {}) for name in (
             "tokenizer_config", "tokenizer", "added_tokens"))
         ids = {*added.values(), *map(int, settings.get("added_tokens_decoder", ())),
                *(token["id"] for token in full.get("added_tokens", ()))}
-        pieces = {piece: i for i, piece in enumerate(self.pieces())}
-        special = {i for i in pieces.values() if self.processor.is_control(i)}
-        bos = list(pieces)[self.bos_id:self.bos_id + 1]
+        known = {i for i in range(self.vocab_size) if self.processor.is_control(i)}
+        known.add(self.processor.unk_id())
+        vocabulary = {piece: i for i, piece in enumerate(self.pieces())}
         parts = (full.get("post_processor") or {}).get("single", ())
         sequence = [name["id"] for part in parts for name in part.values()]    # "A" is the text
-        return (ids <= special | {self.processor.unk_id()}
+        bos = self.processor.id_to_piece(self.bos_ids)
+        return (ids <= known
+                and full.get("model", {}).get("vocab", vocabulary) == vocabulary
                 and (not full or sequence == [*bos, "A"])
-                and full.get("model", {}).get("vocab", pieces) == pieces
-                and settings.get("add_bos_token") in (None, bool(bos))
+                and settings.get("add_bos_token") in (None, bool(self.bos_ids))
                 and not settings.get("add_eos_token"))
 
 
@@ -815,18 +777,18 @@ class HubTokenizer:
 
     def __init__(self, folder, **options):
         """options (beyond/folders.py): AutoTokenizer's, or `kind`, a class in its place."""
-        with refusing(f"{folder}: this kind of tokenizer needs the package transformers: "
-                      f"pip install transformers", ImportError):
+        with refusing(f"{folder}: no tokenizer that can be read; this kind needs the package "
+                      f"transformers: pip install transformers", Exception):         # of many kinds
             from transformers import AutoTokenizer, logging
-        logging.set_verbosity_error()    # it warns of every kind of file that it tries in vain
-        with refusing(f"{folder}: no tokenizer that can be read", Exception):        # of many kinds
+            logging.set_verbosity_error()    # it warns of every kind that it tries in vain
             self.tokenizer = options.pop("kind", AutoTokenizer).from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, **options)
         self.vocab_size = len(self.tokenizer)
         self.eos_ids = end_ids(folder, self.tokenizer.eos_token_id)
 
     def encode(self, text, bos=True):
-        """Return the token ids of `text`; bos: with those that the tokenizer itself adds."""
+        """Return the token ids of `text`; bos: with the special tokens that a text begins with."""
+        # split_special_tokens: "<s>" that stands in a text is text
         return self.tokenizer.encode(text, add_special_tokens=bos, split_special_tokens=True)
 
     def decode(self, ids):
@@ -841,18 +803,14 @@ class HubTokenizer:
 
 def load_tokenizer(folder):
     """Return SentencePiece's tokenizer where tokenizer.model is complete, else transformers'."""
-    model_file, json_file = (Path(folder) / name for name in ("tokenizer.model", "tokenizer.json"))
-    require(model_file.exists() or json_file.exists(),
-            f"{folder}: no tokenizer: neither {model_file.name} nor {json_file.name} is there")
-    if model_file.exists() and model_file.open("rb").read(1) == b"\n":  # Llama-3's is another kind
+    path = Path(folder) / "tokenizer.model"
+    if path.exists() and path.open("rb").read(1) == b"\n":     # protobuf; Llama-3's is text
         tokenizer = SentencePieceTokenizer(folder)
-        with refusing(f"{folder}: no tokenizer that can be read",
-                      AttributeError, LookupError, TypeError):
-            if tokenizer.is_complete(folder):
-                return tokenizer
-    require(json_file.exists(),
-            f"{model_file}: other files change this tokenizer, or it is not SentencePiece, and "
-            f"{json_file.name} is missing; python -m beyond reads more")
+        if tokenizer.is_complete(folder):
+            return tokenizer
+    require((Path(folder) / "tokenizer.json").exists(),
+            f"{folder}: no tokenizer: neither tokenizer.json nor a tokenizer.model that is "
+            f"SentencePiece and that no other file changes; python -m beyond reads more")
     return HubTokenizer(folder)
 
 
@@ -951,8 +909,7 @@ def load_model(name, device="cpu", dtype=None):
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     device = find_device(device)
     if str(name).startswith("random:"):
-        preset = str(name).removeprefix("random:")
-        return Llama.random(preset, device, dtype or torch.bfloat16), None
+        return Llama.random(name, device, dtype or torch.bfloat16), None
     require(Path(name).is_dir(), f"{name}: no such folder")
     tokenizer = load_tokenizer(name)     # first: it fails sooner
     return Llama.from_pretrained(name, device, dtype), tokenizer
@@ -974,26 +931,21 @@ def check_output(path, option):
 
 
 def progress(items, label):
-    """Yield the items of a list; a terminal shows the time left, a log has a line a minute."""
+    """Yield the items of a list; say every ten seconds how many minutes are left."""
     began = said = time.perf_counter()
-    watched = sys.stderr is not None and sys.stderr.isatty()
-    clear = "\r\033[K" * watched         # what the line shows
     for done, item in enumerate(items, start=1):
         yield item
         now = time.perf_counter()
-        if watched or now - said > 60:
+        if now - said > 10 and done < len(items):
             said = now
             left = (now - began) * (len(items) / done - 1) / 60
-            note(f"{clear}{label}: {done} of {len(items)}, {left:.1f} minutes left",
-                 end="" if watched else "\n")
-    if watched:
-        note(clear, end="")
+            note(f"{label}: {done} of {len(items)}, {left:.1f} minutes left")
 
 
-def note(text, end="\n"):
-    """Write text to standard error, where there is one."""
+def note(text):
+    """Write a line to standard error, where there is one."""
     with contextlib.suppress(OSError):
-        print(text, end=end, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def command_line(main):
@@ -1019,27 +971,22 @@ def main():
                         help="or random:PRESET (default: the demo model)")
     folder = parser.parse_args().folder
     if folder.startswith("random:"):
-        config, dtype = preset_config(folder.removeprefix("random:")), torch.bfloat16
+        model = Llama.on_meta(preset_config(folder)).to(torch.bfloat16)
     else:
-        config, dtype = Config.read(folder), checkpoint_dtype(folder)
-    print(f"{folder}: {config.num_hidden_layers} blocks, hidden {config.hidden_size}, intermediate "
-          f"{config.intermediate_size}, {config.num_attention_heads} heads on "
-          f"{config.num_key_value_heads} key-value heads of {config.head_dim}, "
-          f"{str(dtype).removeprefix('torch.')}")
+        model = map_checkpoint(Llama.on_meta(Config.read(folder)), folder)
+    dtype = max(model.parameters(), key=torch.numel).dtype
+    print(f"{folder}: {dtype}, {model.config}")
     signs = {"embedding": "embed_tokens", "attention": "self_attn", "MLP": ".mlp.",
-             "head": "lm_head", "norms": "norm"}
-    numbers = dict.fromkeys(signs, 0)
-    for name, parameter in Llama.shapes(config).named_parameters():
-        numbers[next(part for part in signs if signs[part] in name)] += parameter.numel()
-    whole = sum(numbers.values())
-    print(f"{'part':>10} {'parameters':>15} {'MB':>10} {'share':>7}")
-    for part, number in [*numbers.items(), ("all", whole)]:
-        tied = part == "head" and config.tie_word_embeddings
-        print(f"{part:>10} {number:15,} {number * dtype.itemsize / 1e6:10,.1f} "
-              f"{number / whole:7.1%}" + "   (the embedding once more)" * tied)
-    # A token reads one row of the embedding, and the whole head, which stays dense.
+             "head": "lm_head", "norms": "norm", "all": ""}
+    parameters = dict(model.named_parameters())
+    numbers = {part: sum(each.numel() for name, each in parameters.items() if sign in name)
+               for part, sign in signs.items()}
+    for part, number in numbers.items():
+        print(f"{part:>10} {number:15,} {number * dtype.itemsize / 1e6:10,.1f} MB "
+              f"{number / numbers['all']:7.1%}")
+    # A token reads one row of the embedding, unless that is the head, too.
+    read = numbers["all"] - (numbers["embedding"] if numbers["head"] else 0)
     skippable = numbers["attention"] + numbers["MLP"]
-    read = skippable + numbers["norms"] + (numbers["head"] or numbers["embedding"])
     print(f"read for one token: {read * dtype.itemsize / 1e6:,.1f} MB; sparsity can skip from "
           f"attention and MLP, {skippable / read:.1%} of it")
 

@@ -20,7 +20,8 @@ Calls with more tokens, such as the prompt, run dense: they are bound by arithme
     python sparsify.py [--model FOLDER] [--text FILE]      quality against sparsity, as a table
 """
 import contextlib
-import math
+import functools
+from collections import Counter
 from dataclasses import dataclass
 
 import kernel
@@ -39,10 +40,9 @@ class SparseState:
     dense_prefix: int            # the first positions of a call, which mode "all" leaves dense
     tokens: int                  # how many the running call has
     thresholds: torch.Tensor     # (inputs of all sparse linears,), so that one copy changes all
-    realised: float = 0.0        # the share of the blocks' weights that `counted` saw skipped
 
     def is_sparse(self):
-        """Return whether the running call is sparse: its number of tokens decides."""
+        """Return whether the running call is sparse, by the mode and its number of tokens."""
         return self.mode == "all" or self.mode == "decode" and self.tokens == 1
 
 
@@ -85,7 +85,9 @@ class SparseLinear(nn.Module):
 
     def product(self, x):
         """Return the product of the large entries of x (..., in), which has few rows."""
-        return kernel.sparse_gemv(x, self.weight_t, self.threshold)
+        # kernel.sparse_gemv without its checks, which take a tenth of it in the demo
+        backend = kernel.BACKENDS[kernel.best_backend(self.weight_t)]
+        return backend(x.contiguous(), self.weight_t, kernel.as_threshold(self.threshold, x))
 
     def dense(self, x):
         """Return the product of all entries of x (..., in)."""
@@ -105,7 +107,7 @@ class TransposedEmbedding(nn.Module):
 
     def forward(self, tokens):
         columns = self.weight_t.index_select(1, tokens.flatten())               # (hidden, B * T)
-        return columns.t().reshape(*tokens.shape, -1)
+        return columns.t().contiguous().view(*tokens.shape, -1)
 
 
 def sparsify(model, thresholds, make=SparseLinear):
@@ -121,9 +123,8 @@ def sparsify(model, thresholds, make=SparseLinear):
     for name in thresholds:
         dense = model.get_submodule(name)
         if not isinstance(dense, SparseLinear):
-            parent, _, leaf = name.rpartition(".")
             weight_t = dense.weight.detach().t().contiguous()
-            setattr(model.get_submodule(parent), leaf, make(weight_t, dense.bias))
+            model.set_submodule(name, make(weight_t, dense.bias))
             if name == "lm_head" and model.config.tie_word_embeddings:      # one memory for both
                 model.model.embed_tokens = TransposedEmbedding(model.lm_head.weight_t)
             del dense, weight_t          # before the next one's turn: no second copy of the model
@@ -138,14 +139,13 @@ def sparsify(model, thresholds, make=SparseLinear):
                 values[linear] = value.expand(linear.in_features)
     if not values:
         return model
-    state = SparseState("decode", 0, 0, torch.cat(list(values.values())))
-    parts = state.thresholds.split([linear.in_features for linear in values])
-    for linear, threshold in zip(values, parts):
-        linear.threshold = threshold
-        linear.state = state
     if not hasattr(model, "sparse_state"):
         model.register_forward_pre_hook(note_tokens, with_kwargs=True)
-    model.sparse_state = state
+    model.sparse_state = SparseState("decode", 0, 0, torch.cat(list(values.values())))
+    parts = model.sparse_state.thresholds.split([linear.in_features for linear in values])
+    for linear, threshold in zip(values, parts):
+        linear.threshold = threshold
+        linear.state = model.sparse_state
     return model
 
 
@@ -211,26 +211,25 @@ def sparse_mode(model, where="decode", thresholds=None, dense_prefix=0):
 @contextlib.contextmanager
 def counted(model):
     """Count, inside a `with`, what sparse calls drop, for realised_sparsity to tell afterwards."""
-    skipped = {}                         # {linear: [inputs dropped, inputs seen]}
-
-    def count(linear, inputs):
-        if linear.state is not None and linear.state.is_sparse():
-            keep = linear.keep(inputs[0])[:, linear.state.dense_prefix:]
-            dropped, seen = skipped.get(linear, (0, 0))
-            skipped[linear] = dropped + keep.numel() - int(keep.sum()), seen + keep.numel()
-
     size = {linear: linear.in_features * linear.out_features
             for linear in model.model.layers.modules()
             if isinstance(linear, (nn.Linear, SparseLinear))}
+    dropped = Counter()                  # inputs, by linear
+    seen = Counter()
+
+    def count(linear, inputs):
+        state = getattr(linear, "state", None)
+        if state and state.is_sparse():
+            keep = linear.keep(inputs[0])[:, state.dense_prefix:]
+            dropped[linear] += keep.numel() - int(keep.sum())
+            seen[linear] += keep.numel()
+
     with contextlib.ExitStack() as hooks:
         for linear in size:
-            if isinstance(linear, SparseLinear):
-                hooks.enter_context(linear.register_forward_pre_hook(count))
+            hooks.enter_context(linear.register_forward_pre_hook(count))
         yield
-    if hasattr(model, "sparse_state"):
-        unread = sum(dropped / max(seen, 1) * size[linear]
-                     for linear, (dropped, seen) in skipped.items())
-        model.sparse_state.realised = unread / sum(size.values())
+    unread = sum(dropped[linear] / max(seen[linear], 1) * size[linear] for linear in size)
+    model.realised = unread / sum(size.values())
 
 
 def realised_sparsity(model):
@@ -238,7 +237,7 @@ def realised_sparsity(model):
 
     Each linear counts with its size, a dense one as read whole. 0.0 if no call was sparse.
     """
-    return model.sparse_state.realised if hasattr(model, "sparse_state") else 0.0
+    return getattr(model, "realised", 0.0)
 
 
 @torch.no_grad()
@@ -254,61 +253,48 @@ def skipped_share(model, ids, prompt):
 
 
 @torch.no_grad()
+def quality(model, windows, ways, scored=None):
+    """Return how far a model is from the dense one, made sparse in several ways.
+
+    windows: (W, T + 1) int64, of which the last `scored` targets count; None: all. ways: functions
+    that return a context in which the model runs, as sparse_mode does; in the first it is dense.
+    Returns (ways, 4) float64: perplexity; KL from the dense model's distributions, in nats a token;
+    how often the likeliest token is the same; realised sparsity.
+    """
+    scored = scored or windows.shape[1] - 1
+    sums = torch.zeros(len(ways), 4, dtype=torch.float64)
+    together = max(1, 2560 // windows.shape[1])            # windows: logits take much memory
+    for part in progress(windows.to(model.device).split(together), "measuring quality"):
+        targets = part[:, -scored:].flatten()                                   # (N,)
+        for i, way in enumerate(ways):
+            with way(), counted(model):
+                log_p = model(part[:, :-1])[:, -scored:].flatten(0, 1).log_softmax(-1)  # (N, vocab)
+            if i == 0:
+                dense = log_p
+            sums[i] += torch.tensor([
+                F.nll_loss(log_p, targets, reduction="sum"),
+                F.kl_div(log_p, dense, reduction="sum", log_target=True),
+                (log_p.argmax(-1) == dense.argmax(-1)).sum(),
+                realised_sparsity(model) * len(targets)], dtype=torch.float64)
+    means = sums / (len(windows) * scored)
+    means[:, 0] = means[:, 0].exp()
+    return means
+
+
 def perplexity(model, tokens, context=None, dense_prefix=0):
-    """Return exp of the mean cross-entropy a token, over windows with nothing before them.
+    """Return exp of the mean cross-entropy a token, over windows that each begin anew.
 
     tokens: (N,) int64. context: tokens a window; None: the model's own, at most 2048. A sparsified
     model is sparse from position `dense_prefix` of each window on, but dense inside
     sparse_mode(model, "off"). Afterwards realised_sparsity is that of this text.
     """
     check_tokens(tokens, model.config)
-    windows = windows_of(tokens, context or default_context(model)).to(model.device)
-    mode = "off" if hasattr(model, "sparse_state") and model.sparse_state.mode == "off" else "all"
-    total = 0.0
-    with counted(model), sparse_mode(model, mode, dense_prefix=dense_prefix):
-        for part in windows.split(4):
-            logits = model(part[:, :-1]).flatten(0, 1)
-            total += F.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / windows[:, 1:].numel())
-
-
-def measures(log_p, dense, targets):
-    """Return, summed over N tokens, (3,) float64: -log p of the targets, KL, agreement.
-
-    log_p, dense: (N, vocab), of the sparse and the dense model; targets (N,) int64. KL is that from
-    the dense distributions, in nats; agreement: how often the likeliest token is the same.
-    """
-    return torch.tensor([F.nll_loss(log_p, targets, reduction="sum").item(),
-                         F.kl_div(log_p, dense, reduction="sum", log_target=True).item(),
-                         (log_p.argmax(-1) == dense.argmax(-1)).sum().item()], dtype=torch.float64)
-
-
-@torch.no_grad()
-def quality(model, windows, settings):
-    """Return, for each of several thresholds, how far the sparse model is from the dense one.
-
-    windows: (W, T + 1) int64; settings: a list of thresholds as `sparse_mode` takes them, all of
-    the same linears, which are sparse afterwards. Returns (settings + 1, 4) float64, the dense
-    model first: perplexity; KL and agreement, as `measures` has them, a token; realised sparsity.
-    """
-    require(all(each.keys() == settings[0].keys() for each in settings),
-            "settings of different linears: one not named would keep the threshold it had")
-    if settings:
-        sparsify(model, settings[0])
-    sums = torch.zeros(len(settings) + 1, 4, dtype=torch.float64)
-    parts = windows.to(model.device).split(4)
-    for part in progress(parts, f"{len(settings)} settings"):
-        tokens, targets = part[:, :-1], part[:, 1:].flatten()
-        for i, thresholds in enumerate([None, *settings]):
-            with counted(model), sparse_mode(model, "all" if i else "off", thresholds):
-                log_p = model(tokens).flatten(0, 1).log_softmax(-1)             # (w * T, vocab)
-            if i == 0:
-                dense = log_p
-            sums[i, :3] += measures(log_p, dense, targets)
-            sums[i, 3] += realised_sparsity(model) * len(targets)
-    means = sums / windows[:, 1:].numel()
-    means[:, 0] = means[:, 0].exp()
-    return means
+    windows = windows_of(tokens, context or default_context(model))
+    off = hasattr(model, "sparse_state") and model.sparse_state.mode == "off"
+    way = functools.partial(sparse_mode, model, "off" if off else "all", None, dense_prefix)
+    row = quality(model, windows, [way])[0].tolist()
+    model.realised = row[3]              # of all windows, not of the last ones
+    return row[0]
 
 
 def main():
@@ -323,12 +309,14 @@ def main():
     require(not arguments.model.startswith("random:"),
             f"{arguments.model} has random weights: it has no quality to measure")
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype)
-    context = default_context(model, arguments.context)
     calibration = load_calibration(model, arguments.model, arguments.calibration)
     tokens, source = read_tokens(tokenizer, arguments.text, "held-out")
-    windows = windows_of(tokens[:arguments.tokens], context)
+    windows = windows_of(tokens[:arguments.tokens], default_context(model, arguments.context))
     settings = [(name, s) for name in reversed(calibration.allocations) for s in arguments.sparsity]
-    rows = quality(model, windows, [calibration.thresholds(s, name) for name, s in settings])
+    thresholds = [calibration.thresholds(s, name) for name, s in settings]
+    sparsify(model, thresholds[0])
+    ways = [functools.partial(sparse_mode, model, "all", each) for each in thresholds]
+    rows = quality(model, windows, [functools.partial(sparse_mode, model, "off"), *ways])
     print(f"{arguments.model} on {windows[:, 1:].numel():,} tokens: {source}")
     print("     allocation  sparsity  realised  perplexity       KL  agreement")
     for (name, sparsity), row in zip([("dense", 0), *settings], rows.tolist()):

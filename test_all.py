@@ -33,11 +33,11 @@ import generate
 import kernel
 import model as llama
 import sparsify
-from calibrate import BINS, LINEARS, SINKS, Calibration, Table
+from calibrate import BINS, LINEARS, SINKS, Calibration
 from demo import corpus
-from generate import Sampling, StreamDecoder, generate_speculative
+from generate import Sampling, generate_speculative, stream
 from model import (Config, InputError, Llama, block_linears, linear_names, load_tokenizer,
-                   read_header, read_safetensors, windows_of, write_safetensors)
+                   read_safetensors, windows_of, write_safetensors)
 from sparsify import SparseLinear, counted, perplexity, realised_sparsity, sparse_mode
 
 HERE = Path(__file__).parent
@@ -221,9 +221,6 @@ def test_a_cache_can_forget_and_is_never_overrun(dense):
         dense(tokens[:, :3], cache)
     cache.used = 11                      # forget, and go on from there
     assert distance(dense(tokens[:, 11:], cache), logits[:, 11:]) < 1e-12
-    for wrong in (61, -1):
-        with refused(match=f"token id {wrong} is outside the vocabulary of 61"):
-            dense(torch.tensor([[0, wrong]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -287,8 +284,9 @@ def test_safetensors_round_trip(tmp_path):
     tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(7.0),
                 "transposed": torch.randn(4, 3).t()}
     write_safetensors(path, tensors, {"written by": "a test"})
-    assert read_header(path)[1] == {"written by": "a test"}
-    read = read_safetensors(path)
+    metadata = {}
+    read = read_safetensors(path, metadata)
+    assert metadata == {"written by": "a test"}
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
@@ -305,13 +303,12 @@ def test_a_write_that_fails_leaves_things_as_they_were(tmp_path, monkeypatch):
     path = tmp_path / "x"
     write_safetensors(path, {"x": torch.ones(3)})
     (tmp_path / "folder").mkdir()
-    for place, value, message in [
-        (path, torch.zeros(2, dtype=torch.complex64), "complex64 cannot be written"),
-        (tmp_path / "absent" / "x", torch.ones(2), "cannot be written: No such file"),
-        (tmp_path / "folder", torch.ones(2), "folder: cannot be written"),
+    for place, message in [
+        (tmp_path / "absent" / "x", "cannot be written: No such file"),
+        (tmp_path / "folder", "folder: cannot be written"),
     ]:
         with refused(match=message):
-            write_safetensors(place, {"x": value})
+            write_safetensors(place, {"x": torch.ones(2)})
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_safetensors(path, {"x": torch.zeros(3)})
@@ -420,17 +417,19 @@ def test_text_comes_back_at_once_and_streamed(text):
     assert not {1, 2} & set(ids)                           # written out, <s> is text
     assert tokenizer.decode([4096, *ids, 5000]) == text    # some ids only pad a vocabulary
     for prompt in ([], tokenizer.encode("x = ")):
-        decoder = StreamDecoder(tokenizer, prompt)
-        parts = [decoder.add(i) for i in ids]
+        seen = [*prompt]
+        parts = list(stream(ids, tokenizer.decode, seen))
+        assert seen == [*prompt, *ids]
+        assert len(parts) == len(ids)
         assert not any("\ufffd" in part for part in parts)
-        assert "".join(parts) + decoder.end() == text
+        assert "".join(parts) == text
 
 
 def test_a_character_that_never_ends():
     tokenizer = load_tokenizer(DEMO)
-    decoder = StreamDecoder(tokenizer)
-    assert [decoder.add(i) for i in tokenizer.encode("🙂", bos=False)[:2]] == ["", ""]
-    assert "\ufffd" in decoder.end()
+    first, second, rest = stream(tokenizer.encode("🙂", bos=False)[:2], tokenizer.decode, [])
+    assert first == second == ""
+    assert "\ufffd" in rest
 
 
 def test_the_tokens_that_end_a_text(tmp_path):
@@ -550,10 +549,14 @@ def test_backends_may_be_added_and_float64_stays_float64(monkeypatch):
 @pytest.mark.parametrize("compiler", [pytest.param(True, marks=needs_c), False])
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_dense_of_any_length(monkeypatch, dtype, compiler):
-    if not compiler:                     # torch takes over
+    """In C, as where the processor cannot multiply: up to 48 rows; longer ones in PyTorch."""
+    monkeypatch.setattr(kernel, "can_multiply", lambda dtype: False)
+    if not compiler:
         monkeypatch.setattr(kernel, "fits_c", lambda weight_t: False)
     torch.manual_seed(0)
     weight_t = torch.randn(96, 40).to(dtype)
+    with pytest.raises(RuntimeError, match="shape"):
+        kernel.dense(torch.ones(1, 95, dtype=dtype), weight_t)
     for shape in ((96,), (1, 1, 96), (3, 96), (2, 4, 96), (11, 96), (2, 35, 96)):
         for dtype_of_x in {dtype, torch.promote_types(dtype, torch.float32)}:
             x = torch.randn(shape).to(dtype_of_x)
@@ -678,42 +681,37 @@ def test_realised_sparsity_counts_what_is_not_read(dense):
     assert sparsify.skipped_share(model, tokens[0].tolist(), 3) == pytest.approx(expected)
 
 
-def test_perplexity(dense):
+def test_quality_and_perplexity(dense):
     tokens = tokens_of(dense, 40)
-    windows = windows_of(tokens, 12)                       # 3: a fourth would need 49 tokens
-
-    def expected(logits, windows):
-        return pytest.approx(F.cross_entropy(logits.mT, windows[:, 1:]).exp().item())
-
-    assert windows.shape == (3, 13)
-    whole = expected(dense(windows[:, :-1]), windows)
-    assert perplexity(dense, tokens, 12) == whole
+    windows = windows_of(tokens, 12)
+    assert windows.shape == (3, 13)      # a fourth would need 49 tokens
+    exact = dense(windows[:, :-1])
     model = sparse_model()
+    ways = [functools.partial(sparse_mode, model, *mode)
+            for mode in (("off",), ("all", dict.fromkeys(NAMES, 0.0)), ("all", None, 3))]
+    logits = [exact, exact, by_hand(dense, windows[:, :-1], THRESHOLDS, prefix=3)]
+    with ways[2](), counted(model):
+        model(windows[:, :-1])
+    realised = realised_sparsity(model)
+    for scored in (4, 12):
+        log_p = exact[:, -scored:].log_softmax(-1)
+        rows = sparsify.quality(model, windows, ways, scored).tolist()
+        for row, each in zip(rows, logits):
+            log_q = each[:, -scored:].log_softmax(-1)
+            ppl = F.nll_loss(log_q.mT, windows[:, -scored:]).exp().item()
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+            agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
+            assert row[:3] == pytest.approx([ppl, kl, agreement], rel=1e-6, abs=1e-9)
+        assert [rows[0][3], rows[2][3]] == pytest.approx([0, realised])
+    assert perplexity(model, tokens, 12, dense_prefix=3) == pytest.approx(rows[2][0])
+    assert realised_sparsity(model) == pytest.approx(realised)
     with sparse_mode(model, "off"):
-        assert perplexity(model, tokens, 12) == whole
-    logits = by_hand(dense, tokens[None, :12], THRESHOLDS, prefix=3)
-    assert perplexity(model, tokens[:13], 12, dense_prefix=3) == expected(logits, windows[:1])
+        assert perplexity(model, tokens, 12) == pytest.approx(rows[0][0])
+    assert perplexity(dense, tokens, 12) == pytest.approx(rows[0][0])
     for wrong, message in [(tokens[:12], "the text has 12 tokens, a window of 12 needs 13"),
                            (torch.tensor([99] * 13), "token id 99 is outside the vocabulary")]:
         with refused(match=message):
             perplexity(model, wrong, 12)
-
-
-def test_quality(dense):
-    tokens = tokens_of(dense, 70)
-    windows = windows_of(tokens, 8)
-    log_p = dense(windows[:, :-1]).log_softmax(-1)
-    log_q = by_hand(dense, windows[:, :-1], THRESHOLDS).log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
-    model = tiny_model()
-    settings = [THRESHOLDS, dict.fromkeys(NAMES, 0.0)]
-    rows = sparsify.quality(model, windows, settings).tolist()
-    assert rows[0] == pytest.approx([perplexity(dense, tokens, 8), 0, 1, 0], rel=1e-6, abs=1e-9)
-    assert rows[2][:3] == pytest.approx(rows[0][:3], rel=1e-6, abs=1e-9)
-    sparsify.sparsify(model, THRESHOLDS)
-    expected = [perplexity(model, tokens, 8), kl, agreement, realised_sparsity(model)]
-    assert rows[1] == pytest.approx(expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -771,15 +769,16 @@ def test_every_allocation_reaches_its_target(calibrated):
 
 
 def test_shares_between_the_levels_of_a_table():
-    uniform = Table(torch.zeros(0), torch.zeros(0, 2, 7))
-    assert torch.equal(uniform.at(0.3), torch.full((2, 7), 0.3, dtype=torch.float64))
     first, second = torch.rand(2, 2, 7) * 0.5
-    table = Table(torch.tensor([0.25, 0.5]), torch.stack((first, second)))
+    calibration = Calibration(CONFIG, "", None, {
+        "uniform": (torch.zeros(0), torch.zeros(0, 2, 7)),
+        "own": (torch.tensor([0.25, 0.5]), torch.stack((first, second)))})
+    assert (calibration.shares(0.3, "uniform") == 0.3).all()
     for sparsity, expected in [
         (0.0, torch.zeros(2, 7)), (0.125, first / 2), (0.25, first), (0.375, (first + second) / 2),
         (0.5, second), (0.75, (second + 1) / 2), (1 - 1e-12, torch.ones(2, 7)),
     ]:
-        assert torch.allclose(table.at(sparsity), expected.double(), atol=1e-7)
+        assert torch.allclose(calibration.shares(sparsity), expected.double(), atol=1e-7)
 
 
 def test_the_greedy_path_is_monotone_and_each_step_is_the_best(calibrated):
@@ -822,21 +821,22 @@ def test_calibration_file(calibrated, tmp_path):
         assert list(expected) == NAMES
         assert loaded.thresholds(0.4, allocation) == expected
     for same in (model, tiny_model(torch.bfloat16), sparse_model()):
-        loaded.check(same)
+        assert calibrate.load_calibration(same, "x", path).counts.equal(calibration.counts)
+    with refused(match="x was made for another model: intermediate_size is 56 in it, 60 in the"):
+        calibrate.load_calibration(tiny_model(intermediate_size=60), "x", path)
     half = torch.rand(1, 3, 7)
-    loaded.tables["half"] = Table(torch.tensor([0.5]), half)         # as a chapter adds one
+    loaded.tables["half"] = torch.tensor([0.5]), half                # as a chapter adds one
     loaded.save(path)
     loaded = Calibration.load(path)
     assert loaded.allocations == ["half", "greedy", "uniform"]
-    assert loaded.thresholds(0.3) == loaded.thresholds_at(0.6 * half[0].double())
+    expected = calibrate.quantile(loaded.counts[2, 3], 0.6 * half[0, 2, 6].double())
+    assert loaded.thresholds(0.3)["model.layers.2.mlp.down_proj"] == expected.float()
     del loaded.tables["greedy"]
     write_safetensors(path, {"x": torch.zeros(1)})
     broken = tiny_model(torch.float32)
     broken.model.layers[1].input_layernorm.weight[3] = math.nan
     tokens = tokens_of(model, 100)
     for call, message in [
-        (lambda: loaded.check(tiny_model(intermediate_size=60)),
-         "made for another model: intermediate_size is 56 in it, 60 in the model"),
         *((lambda s=s: loaded.thresholds(s), "expected at least 0 and below 1")
           for s in (-0.1, 1.0, math.nan)),
         (lambda: loaded.thresholds(0.5, "greedy"),
@@ -913,9 +913,14 @@ def test_what_you_read_is_what_runs(monkeypatch, owner, name, change):
     ([1], {"top_p": 0.0}, "top_p is 0.0"),
     ([1], {"seed": -1}, "seed is -1"),
     ([1], {"seed": 10**30}, "seed is 1000"),
+    ([1], {"draft": "sparse"}, 'draft "sparse" needs a model made sparse'),
+    ([1], {"draft": "other"}, "draft is"),
+    ([1], {"draft": tiny_model(vocab_size=12)}, "the draft model has 12 tokens, .* model has 61"),
+    ([1], {"draft_tokens": 0}, "draft_tokens is 0"),
 ])
 def test_what_cannot_be_generated_is_refused_at_once(dense, prompt, options, message):
-    for function in (generate.generate, generate_speculative):
+    plain = () if {"draft", "draft_tokens"} & options.keys() else (generate.generate,)
+    for function in (*plain, generate_speculative):
         with refused(match=message):
             function(dense, prompt, **{"max_new_tokens": 3, **options})
 
@@ -951,7 +956,6 @@ def test_logits_that_are_no_numbers_end_a_text(value, temperature):
     (0.5, None, None, [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
     (1.0, 2, None, [2 / 3, 1 / 3, 0.0, 0.0]),
     (1.0, None, 0.7, [2 / 3, 1 / 3, 0.0, 0.0]),
-    (1.0, None, 0.01, [1.0, 0.0, 0.0, 0.0]),
     (1.0, None, 1e-46, [1.0, 0.0, 0.0, 0.0]),
     (1.0, 9, 1.0, [0.5, 0.25, 0.15, 0.1]),
     (1.0, None, 0.75, [2 / 3, 1 / 3, 0.0, 0.0]),
@@ -1122,25 +1126,6 @@ def test_speculation_stops_inside_an_accepted_run(kind):
         assert list(speculate(7, limit)) == plain[:limit]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "wrong"])
-def test_a_rejected_draft_leaves_the_cache_as_it_was(kind):
-    model, prompt, _, speculate = case(kind, 6)
-    run = speculate(5)
-    text = prompt + [next(run) for _ in range(15)]
-    assert run.statistics.tokens < 6 * run.statistics.passes
-    caches = [(model, run.cache, run.cache.used)]
-    if kind in ("model", "wrong"):       # whose last guesses stay until the next round
-        caches.append((run.draft.model, run.draft.cache, len(text) - 6))
-    for of, cache, used in caches:
-        fresh = of.make_cache(1, 40)
-        with sparse_mode(of, "off"):
-            of(torch.tensor([text]), fresh)
-        used = min(used, fresh.used)
-        assert used >= 15
-        for own, expected in ((cache.keys, fresh.keys), (cache.values, fresh.values)):
-            assert distance(own[..., :used, :], expected[..., :used, :]) < 1e-12
-
-
 def test_an_abandoned_or_interleaved_speculation_leaves_no_trace():
     model = sparse_model(0.2, vocab_size=13)
     before = model.sparse_state.thresholds.clone()
@@ -1173,7 +1158,8 @@ def p_value_of_drafts(kind, length=800):
     draft, thresholds = draft_of(kind, model, length * [1, 3], error=1.0)
     run = generate_speculative(model, [0], length, draft, thresholds, 3, seed=1, **SAMPLING)
     text = torch.tensor(list(run))
-    assert 1.1 < run.statistics.tokens_a_pass < 3.9        # p and q differ, and meet
+    did = run.statistics
+    assert 1.1 < did.tokens / did.passes < 3.9             # p and q differ, and meet
     counts = torch.zeros(5, 5).index_put_((text[:-1], text[1:]), torch.ones(()), accumulate=True)
     expected = counts.sum(1, keepdim=True) * p
     return p_value(counts.flatten(), expected.flatten(), totals=5)
@@ -1201,17 +1187,6 @@ def test_sampled_speculation_repeats_with_a_seed(kind):
     assert texts[0] == texts[2] != texts[1]
     if kind == "object":                 # one draw a token, as without it: the text is even plain's
         assert texts[1] == greedy(model, prompt, 24, temperature=1.0, seed=1)
-
-
-@pytest.mark.parametrize("options, message", [
-    ({}, 'draft "sparse" needs a model made sparse'),
-    ({"draft": "other"}, "draft is"),
-    ({"draft": tiny_model(vocab_size=12)}, "the draft model has 12 tokens, the model 61"),
-    ({"draft_tokens": 0}, "draft_tokens is 0"),
-])
-def test_speculation_refuses_what_does_not_fit(dense, options, message):
-    with refused(match=message):
-        generate_speculative(dense, [1, 2], 4, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1266,9 +1241,10 @@ def test_the_demo_runs(run, monkeypatch):
 def test_the_demo_speculates(run, draft):
     out = run("generate.py", "--draft", draft, "--compare", "--dtype", "float32",
               "--max-new-tokens", 24)
-    assert "the same text, all 24 tokens" in out or "the two best logits are" in out
+    assert re.search("the same text for (24 of 24 tokens$|.* of 24 tokens, which rounding)", out,
+                     re.MULTILINE)
     assert "lossless against the dense model: " in out
-    assert "speculative over plain: " in out
+    assert re.search(r"in turn, the best of three: plain .*\nspeculative over plain: \d.*x", out)
 
 
 def test_a_checkpoint_from_calibration_to_text(run, tmp_path):
@@ -1333,7 +1309,7 @@ def test_help_says_every_default(run, file):
     (["calibrate.py", "--text", DEMO / "model.safetensors"], "not UTF-8 text"),
     (["calibrate.py", "--out", "nowhere/x"], "nowhere/x: cannot be written there; see --out"),
     (["--model", "nowhere"], "nowhere: no such folder"),
-    (["--model", HERE], "no tokenizer: neither tokenizer.model nor tokenizer.json"),
+    (["--model", HERE], "no tokenizer: neither tokenizer.json nor a tokenizer.model"),
     (["--model", "random:gpt"], "preset 'gpt' is not known"),
     (["--model", RANDOM, "--draft", "sparse"], "python -m beyond.lab.costs shows"),
     (["--device", "meta"], "device meta cannot be used"),
@@ -1368,13 +1344,12 @@ def test_ctrl_c_keeps_what_was_written(capsys):
         yield from (70, 71, 72)
         raise KeyboardInterrupt
 
-    ids, _, _, early = generate.stream(interrupted(), None, lambda text: print(text, end=""))
-    assert early
-    assert ids == [70, 71, 72]
-    assert capsys.readouterr().out == " 70 71 72\n[interrupted]"
+    writer = SimpleNamespace(tokenizer=None)
     with pytest.raises(SystemExit, match="130"):
-        llama.command_line(lambda: list(interrupted()))
-    assert capsys.readouterr().err.endswith(": interrupted\n")
+        llama.command_line(lambda: generate.Writer.show(writer, "dense", [1], interrupted()))
+    written, said = capsys.readouterr()
+    assert written.startswith("--- dense\n 1 70 71 72\n--- dense: 3 tokens, ")
+    assert said.endswith(": interrupted\n")
 
 
 def test_the_lines_of_the_readme_print_what_stands_below_them(monkeypatch):

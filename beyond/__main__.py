@@ -10,13 +10,14 @@
 What is added: whatever folders minTEAL reads (folders.py); steps are recorded (record.py), and
 fused on a GPU (fused.py); --quantize, and folders with quantized weights (quantize.py); a sparse
 head (--head-sparsity); --draft recycle, sparse verifiers, and as many guesses a pass as are fastest
-here unless --draft-tokens says how many (drafts.py); --attend, by which a step, or one of --draft
-sparse, reads less of the cache (attend.py); --chat (chat.py); several processes (parallel.py).
+here unless --draft-tokens says how many (drafts.py); --attend, by which a step reads less of the
+cache (attend.py); --chat (chat.py); several processes (parallel.py).
 """
 import contextlib
 
 import generate
 from beyond import attend, chat, drafts, folders, fused, parallel, quantize, record
+from calibrate import load_calibration
 from kernel import best_backend, threshold_dropping
 from model import Llama, Parser, natural, require, share
 from sparsify import skipped_share, sparse_mode, sparsify
@@ -26,18 +27,7 @@ import torch
 
 class Writer(generate.Writer):
     """generate.Writer with the chapters' parts."""
-    OWN_DRAFTS = ("sparse", "recycle")
     reading = None                   # attend.Reading, with --attend
-    load_model = staticmethod(folders.load_model)
-
-    def load_draft(self, name):
-        draft = super().load_draft(name)
-        parallel.follow_first(draft)
-        return draft
-
-    def thresholds(self, sparsity):
-        """Return the thresholds of a sparsity, for the part of the model that is here."""
-        return parallel.part_of_thresholds(super().thresholds(sparsity))
 
     def prepare(self):
         super().prepare()
@@ -48,7 +38,6 @@ class Writer(generate.Writer):
         if self.arguments.attend:
             plan = attend.plan_of(self.arguments, self.model.config)
             self.reading = attend.read_less(self.model, plan)
-            self.reading.active = not self.draft           # a draft switches it on for its guesses
 
     @torch.no_grad()
     def head_threshold(self, sparsity):
@@ -66,19 +55,18 @@ class Writer(generate.Writer):
         if self.arguments.head_sparsity:
             print(f"of the head about {self.arguments.head_sparsity:.0%} are skipped besides")
 
-    def speculate(self, *arguments, **named):
-        kind = attend.Speculation if self.reading else drafts.Speculation
-        return kind(*arguments, sparse_verifier=self.sparse_verifier, **named)
-
-    @property
-    def sparse_verifier(self):
-        """Whether the text that speculation writes is that of the sparse model."""
-        return bool(self.draft and self.arguments.sparsity)
+    def speculate(self, *given, **named):
+        arguments, thresholds = self.arguments, None       # None: the model's, of a dense verifier
+        if self.draft == "sparse" and arguments.sparsity:
+            calibration = load_calibration(self.model, arguments.model, arguments.calibration)
+            thresholds = calibration.thresholds(arguments.draft_sparsity, arguments.allocation)
+        return drafts.Speculation(*given, draft_thresholds=thresholds,
+                                  sparse_verifier=arguments.sparsity > 0, **named)
 
     @contextlib.contextmanager
     def baseline(self):
         with contextlib.ExitStack() as stack:
-            if not self.sparse_verifier:
+            if not (self.draft and self.arguments.sparsity):         # else the verifier is sparse
                 stack.enter_context(super().baseline())
             if self.reading:
                 stack.enter_context(self.reading.switched(False))
@@ -90,14 +78,12 @@ class Writer(generate.Writer):
         return parallel.mean(skipped_share(*arguments))
 
     def show(self, title, prompt, tokens):
-        reads_less = self.reading and (self.reading.active or title.startswith("speculative"))
-        if reads_less:
-            title += f", {self.arguments.attend} positions"
-        ids, rate = super().show(title, prompt, tokens)
-        if reads_less:
-            end = len(prompt) + len(ids) - 1
-            share = self.reading.plan.share(self.model.config, len(prompt), end)
-            print(f"{share:.1%} of the cache read" + " by the draft" * bool(self.draft))
+        if not (self.reading and self.reading.active):
+            return super().show(title, prompt, tokens)
+        ids, rate = super().show(f"{title}, {self.arguments.attend} positions", prompt, tokens)
+        end = len(prompt) + len(ids) - 1
+        share = self.reading.plan.share(self.model.config, len(prompt), end)
+        print(f"{share:.1%} of the cache read")
         return ids, rate
 
 
@@ -133,10 +119,19 @@ def settle(arguments):
             "--draft with several processes needs --draft-tokens: each would find another number "
             "the fastest")
     attend.check_options(arguments)
-    require(not arguments.attend or arguments.draft in (None, "sparse"),
-            f"--attend with --draft {arguments.draft}: --draft sparse alone has steps that read "
-            f"less")
+    require(not (arguments.attend and arguments.draft),
+            "--attend with --draft: no draft has steps that read less")
     return chat.settle(arguments) if arguments.chat else generate.settle(arguments)
+
+
+def load_draft(arguments, tokenizer):
+    """Return what --draft names, as generate.load_draft does, or "recycle"."""
+    if arguments.draft == "recycle":
+        return "recycle"
+    draft = generate.load_draft(arguments, tokenizer, folders.load_model)
+    if isinstance(draft, Llama):
+        parallel.follow_first(draft)
+    return draft
 
 
 def write(arguments):
@@ -145,22 +140,18 @@ def write(arguments):
     template = chat.chat_template(arguments.model) if arguments.chat else None
     maker = parallel if ranks > 1 else Llama
     model, tokenizer = folders.load_model(arguments.model, arguments.device, arguments.dtype, maker)
-    if arguments.attend:
-        attend.plan_of(arguments, model.config).check(model.config)
     quantize.follow(arguments, model, arguments.model)
     if ranks > 1:
         source = generate.random_source(model, arguments.seed)
         arguments.seed = parallel.from_first(source.initial_seed)
     # The ranks talk to each other between the operations, which no tape can note.
     make_step = record.make_step if ranks == 1 else generate.fast_step
-    writer = Writer(arguments, model, tokenizer, make_step)
+    writer = Writer(arguments, model, tokenizer, load_draft(arguments, tokenizer), make_step)
     if not arguments.chat:
         writer.write()
         return
     writer.prepare()
-    chat.chat(tokenizer, template, arguments.system,
-              lambda prompt: writer.text(prompt, speculative=bool(arguments.draft)),
-              from_first=parallel.from_first,
+    chat.chat(tokenizer, template, arguments.system, writer.text, from_first=parallel.from_first,
               longest=chat.longest_prompt(model, arguments.max_new_tokens))
 
 

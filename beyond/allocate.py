@@ -1,8 +1,8 @@
 """How a model-wide sparsity is shared out: by what the loss pays for each weight that goes unread.
 
 Some linears lose little when three quarters of their inputs are dropped, others much at a quarter.
-Who gets how much is called an allocation. calibrate.py makes the two of the paper, uniform (every
-linear the same) and greedy (block by block, by the error of the block's output). This chapter adds
+calibrate.py makes the two allocations of the paper, uniform (every linear the same) and greedy
+(block by block, by the error of the block's output). This chapter adds
 
     balanced    drop what raises the loss least a byte. Dropping x_i changes the loss by about
                 F x_i² / 2, F the mean square of the loss's gradient at the inputs of the linear,
@@ -15,19 +15,18 @@ linear the same) and greedy (block by block, by the error of the block's output)
                 is read: dropping x_i moves it by - x_i · gradient. Shares fall where the price is
                 high and rise where it is low, until all are equal. It takes minutes (--priced)
 
-Both need gradients. F comes from one backward pass, with labels drawn from the model itself, so
-that F is the Fisher information and any text will do. The pass runs one block at a time, and the
-head text by text. Memory beside the weights, for four windows: one block's activations with
-gradients, the input of each block, and a few times the logits of one window in float32.
+F comes from one backward pass, with labels drawn from the model itself, so that F is the Fisher
+information and any text will do. The pass runs one block at a time, and the head text by text.
+Memory beside the weights, for four windows: one block's activations with gradients, the input of
+each block, and a few times the logits of one window in float32.
 
 Whatever the shares, a threshold drops another share than it was made for where inputs were dropped
 before it: it was read from distributions of the dense model. So at the end all allocations are
 *settled*: at four levels the sparse model runs, each threshold is found where it acts, and the
 table gets the share of the dense inputs that the threshold corresponds to.
 
-The seam: a `Calibration` holds distributions, and tables of shares that one interpolation reads.
-This file adds tables. Whatever reads thresholds from a calibration, generate.py for one, then has
-these allocations too, the last one as its default.
+The seam: a `Calibration` holds tables of shares that one interpolation reads; this file adds some.
+Whatever reads thresholds from a calibration has these allocations too, the last one as its default.
 
     python -m beyond.allocate [--model FOLDER] [--text FILE]   writes FOLDER/calibration.safetensors
     python -m beyond.allocate --greedy --priced                with all allocations
@@ -35,18 +34,16 @@ these allocations too, the last one as its default.
 """
 import contextlib
 import functools
-import itertools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from beyond.quantize import add_quantize, load
-from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITE_OF, Table,
-                       check_dense, histogram, make_parser, output_of, quantile, some_windows,
-                       write_calibration)
+from calibrate import (BATCH, BINS, HIGHEST, LINEARS, LOWEST, PER_OCTAVE, SINKS, SITE_OF,
+                       calibration_for, check_dense, histogram, make_parser, output_of, quantile,
+                       some_windows)
 from kernel import kept
-from model import (command_line, default_context, linear_names, progress, require, windows_of)
+from model import (block_linears, command_line, default_context, linear_names, progress, require)
 
 # Where a table is filled in. The shares of a level have it as their mean, and so have those on the
 # line between two levels.
@@ -64,13 +61,38 @@ def share_below(counts, value):
     return ((before + (position - at) * inside) / below[..., -1:]).squeeze(-1)
 
 
-def linears_of(model):
-    """Return the linears of all blocks, layer by layer, in the order of LINEARS."""
-    return [model.get_submodule(name) for name in linear_names(model.config)]
-
-
 # --------------------------------------------------------------------------------------------------
-# Fisher information: what a small change of an input does to the loss
+# What runs: a model that drops inputs, and its gradients
+
+@contextlib.contextmanager
+def dropping(model, shares, see=None):
+    """Make a dense model drop given shares (layers, 7) of its inputs inside a `with`.
+
+    The first tokens of each window stay as they are, as those of a prompt do. Yields the list of
+    the linears' thresholds (), which the first forward pass finds: each is the quantile of what its
+    linear is given there, with all inputs dropped before it that are to be. In a backward pass
+    see(number of the linear, x, gradient at what is left of x) is called; both (B, T, in).
+    """
+    thresholds = [None] * shares.numel()
+
+    def drop(number, module, inputs):
+        x = inputs[0]
+        if thresholds[number] is None:
+            counts = histogram(x[:, SINKS:].detach()).cpu()
+            thresholds[number] = quantile(counts, shares.view(-1)[number]).float().to(x.device)
+        keep = kept(x, thresholds[number])
+        keep[:, :SINKS] = True
+        left = x * keep
+        if left.requires_grad:
+            left.register_hook(functools.partial(see, number, x.detach()))
+        return left
+
+    with contextlib.ExitStack() as hooks:
+        for number, name in enumerate(linear_names(model.config)):
+            hook = functools.partial(drop, number)
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
+        yield thresholds
+
 
 def backpropagate(model, tokens, loss, blocks=True):
     """Run tokens (B, T), and take the gradient of the loss back to every block.
@@ -106,18 +128,13 @@ def backpropagate(model, tokens, loss, blocks=True):
 
 
 def fisher_information(model, windows):
-    """Return the mean F (layers, 7) float64 of each linear's inputs, from windows (W, T + 1).
+    """Return the mean F (layers, 7) float64 of each linear's inputs, from windows (W, T).
 
     F is the mean square of the gradient of the log-likelihood at the inputs of a linear, through
-    that linear alone (grad_output @ weight): q, k and v share an input, but not a gradient.
+    that linear alone: q, k and v share an input, but not a gradient.
     """
-    linears = linears_of(model)
-    sums = torch.zeros(len(linears), dtype=torch.float64, device=model.device)
-    hooks = contextlib.ExitStack()       # a handle is a context manager, which takes its hook away
-    for linear, of in zip(linears, sums):
-        def add(module, grad_input, grad_output, of=of):
-            of += grad_input[0][:, SINKS:].float().square().mean(-1).sum()
-        hooks.enter_context(linear.register_full_backward_hook(add))
+    sums = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64,
+                       device=model.device)
     generator = torch.Generator(model.device).manual_seed(0)
 
     def loss(logits, i):
@@ -125,12 +142,17 @@ def fisher_information(model, windows):
         labels = torch.multinomial(p, 1, generator=generator)[:, 0]
         return F.cross_entropy(logits, labels, reduction="sum")
 
-    with hooks:
-        for part in progress(windows.split(BATCH), "calibrating, gradients"):
-            backpropagate(model, part[:, :-1].to(model.device), loss)
-    positions = len(windows) * (windows.shape[1] - 1 - SINKS)
-    return (sums / positions).cpu().view(-1, len(LINEARS))
+    def add(number, x, gradient):
+        sums.view(-1)[number] += gradient[:, SINKS:].float().square().mean(-1).sum()
 
+    with dropping(model, torch.zeros(sums.shape), add):              # nothing
+        for part in progress(windows.split(BATCH), "calibrating, gradients"):
+            backpropagate(model, part.to(model.device), loss)
+    return sums.cpu() / windows[:, SINKS:].numel()
+
+
+# --------------------------------------------------------------------------------------------------
+# The balanced allocation
 
 def solved(shares_at, low, high, size, level):
     """Return the shares (layers, 7) = shares_at(x) that drop `level` of all weights.
@@ -148,22 +170,26 @@ def solved(shares_at, low, high, size, level):
     return shares
 
 
-def one_price(counts, fisher, outputs, size, level):
+def one_price(counts, unit, size, level):
     """Return the shares (layers, 7) that linears drop at one price λ, `level` of all weights.
 
-    counts (layers, 7, BINS): the distributions; fisher (layers, 7): the mean F of each linear;
-    outputs (7,): of a block's linears; size: as for `solved`. λ is what the loss may rise for a
-    weight that is not read: the larger it is, the more is dropped.
+    counts (layers, 7, BINS): the distributions; unit (layers, 7): the thresholds at λ = 1; size: as
+    for `solved`. λ is what the loss may rise for a weight that is not read: the larger it is, the
+    more is dropped.
     """
-    unit = (outputs / fisher.clamp(min=1e-300)).sqrt()               # thresholds at λ = 1
     # log2 √λ lies between where all is kept and where all is dropped.
     return solved(lambda x: share_below(counts, unit * x.exp2()), LOWEST - unit.max().log2(),
                   HIGHEST - unit.min().log2(), size, level)
 
 
-def table_at(shares):
-    """Return the Table of shares (layers, 7) at each of LEVELS."""
-    return Table(torch.tensor(LEVELS, dtype=torch.float64), torch.stack(shares))
+def outputs_of(config):
+    """Return how many outputs the linears of a block have, (7,)."""
+    return torch.tensor([outputs for outputs, _ in block_linears(config).values()])
+
+
+def table_at(levels, shares):
+    """Return the table of shares (layers, 7) at each of several levels."""
+    return torch.tensor(levels, dtype=torch.float64), torch.stack(shares)
 
 
 def add_balanced(calibration, model, tokens, context=None):
@@ -172,50 +198,23 @@ def add_balanced(calibration, model, tokens, context=None):
     tokens (N,) int64 and context: the text that the calibration was made of, and its windows.
     """
     check_dense(model)
-    fisher = fisher_information(model, windows_of(tokens, context or default_context(model)))
+    context = min(context or default_context(model), len(tokens))
+    fisher = fisher_information(model, tokens.unfold(0, context, context))
+    unit = (outputs_of(model.config) / fisher.clamp(min=1e-300)).sqrt()
     counts = calibration.counts[:, list(SITE_OF.values())]                      # (layers, 7, BINS)
-    outputs = torch.tensor([linear.out_features for linear in linears_of(model)[:len(LINEARS)]])
     size = calibration.weight_shares()
     shares = []
     for level in LEVELS:
-        by_model = one_price(counts, fisher, outputs, size, level)
-        by_block = [one_price(of[None], f[None], outputs, size, level)
-                    for of, f in zip(counts, fisher)]
+        by_model = one_price(counts, unit, size, level)
+        by_block = [one_price(of[None], at[None], size, level) for of, at in zip(counts, unit)]
         shares.append((by_model + torch.cat(by_block)) / 2)
-    calibration.tables["balanced"] = table_at(shares)
+    calibration.tables["balanced"] = table_at(LEVELS, shares)
 
 
 # --------------------------------------------------------------------------------------------------
-# In the sparse model: thresholds that drop what they are to drop, and what that costs
+# Thresholds that drop, in the sparse model, what they are to drop
 
 WINDOWS = (8, 512)       # of text that runs in the sparse model, and tokens of each at most
-
-
-@contextlib.contextmanager
-def dropping(model, shares):
-    """Make a dense model drop given shares (layers, 7) of its inputs inside a `with`.
-
-    The first tokens of each window stay as they are, as those of a prompt do. Yields the list of
-    the linears' thresholds (), which the first forward pass finds: each is the quantile of what its
-    linear is given there, with all inputs dropped before it that are to be.
-    """
-    linears = linears_of(model)
-    thresholds = [None] * len(linears)
-
-    def drop(number, module, inputs):
-        x = inputs[0]
-        if thresholds[number] is None:
-            counts = histogram(x[:, SINKS:].detach()).cpu()
-            thresholds[number] = quantile(counts, shares.view(-1)[number]).float().to(x.device)
-        keep = kept(x, thresholds[number])
-        keep[:, :SINKS] = True
-        return x * keep
-
-    with contextlib.ExitStack() as hooks:
-        for number, linear in enumerate(linears):
-            hook = functools.partial(drop, number)
-            hooks.enter_context(linear.register_forward_pre_hook(hook))
-        yield thresholds
 
 
 @torch.no_grad()
@@ -231,15 +230,14 @@ def settle(calibration, model, tokens):
     check_dense(model)
     windows = some_windows(model, tokens, *WINDOWS)
     counts = calibration.counts[:, list(SITE_OF.values())]                      # (layers, 7, BINS)
-    settled = {}
-    work = list(itertools.product(calibration.tables, LEVELS))
-    for name, level in progress(work, "calibrating, thresholds in the sparse model"):
-        with dropping(model, calibration.shares(level, name)) as thresholds:
-            model(windows, last_only=True)
-        shares = share_below(counts, torch.stack(thresholds).cpu().view(counts.shape[:2]))
-        settled.setdefault(name, []).append(shares.clamp(max=MOST))
-    for name, shares in settled.items():
-        calibration.tables[name] = table_at(shares)
+    for name in list(calibration.tables):
+        settled = []
+        for level in progress(LEVELS, f"calibrating, {name} in the sparse model"):
+            with dropping(model, calibration.shares(level, name)) as thresholds:
+                model(windows, last_only=True)
+            shares = share_below(counts, torch.stack(thresholds).cpu().view(counts.shape[:2]))
+            settled.append(shares.clamp(max=MOST))
+        calibration.tables[name] = table_at(LEVELS, settled)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,50 +262,29 @@ def prices(model, windows, dense, shares, asked=True):
     have if only the float is asked for. Prices of early layers are a little too low: a gradient
     does not see that what is dropped here moves inputs further on across their own thresholds.
     """
-    linears = linears_of(model)
-    given = [None] * len(linears)        # what each linear was last given, (W, T, in)
     # The costs of inputs just dropped and just kept, and how many there are of each.
-    sums = torch.zeros(len(linears), 2, 2, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(*shares.shape, 2, 2, dtype=torch.float64, device=model.device)
 
     def loss(logits, i):
         with torch.no_grad():
             exact = model.lm_head(dense[i]).float().log_softmax(-1)             # (T, vocab)
         return F.kl_div(logits.log_softmax(-1), exact, reduction="sum", log_target=True)
 
-    def remember(number, module, inputs):
-        given[number] = inputs[0].detach()
-
-    def add(number, module, grad_input, grad_output):
-        x = given[number][:, SINKS:].float()
-        gradient = grad_input[0][:, SINKS:].float()
+    def add(number, x, gradient):
+        x = x[:, SINKS:].float()
         distance = x.abs() / thresholds[number]            # 1 at the threshold
-        cost = -gradient * x / distance                    # of dropping it, if it stood there
+        cost = -gradient[:, SINKS:].float() * x / distance     # of dropping it, if it stood there
         near = (distance > 1 / NEAR) & (distance < NEAR)
         keep = kept(x, thresholds[number])
-        for side, chosen in zip(sums[number], (near & ~keep, near & keep)):
+        for side, chosen in zip(sums.view(-1, 2, 2)[number], (near & ~keep, near & keep)):
             side += torch.stack((cost[chosen].double().sum(), chosen.sum().double()))
 
-    with dropping(model, shares) as thresholds, contextlib.ExitStack() as hooks:
-        for number, linear in enumerate(linears):
-            before = functools.partial(remember, number)
-            hooks.enter_context(linear.register_forward_pre_hook(before, prepend=True))
-            after = functools.partial(add, number)
-            hooks.enter_context(linear.register_full_backward_hook(after))
+    with dropping(model, shares, add) as thresholds:
         total = backpropagate(model, windows, loss, asked)
     # On either side of the threshold the gradient is that of a model with the input and without it;
     # the truth lies between.
-    costs = (sums[..., 0] / sums[..., 1]).mean(1).cpu()
-    outputs = torch.tensor([linear.out_features for linear in linears])
-    return (costs / outputs).view(-1, len(LINEARS)), total
-
-
-class Attempt(NamedTuple):
-    """Shares that were tried. The smallest of several has the smallest KL."""
-    kl: float
-    number: int
-    shares: torch.Tensor                 # (layers, 7)
-    moved: torch.Tensor                  # (layers, 7): by how much their log-odds are off balanced
-    price: torch.Tensor                  # (layers, 7)
+    costs = (sums[..., 0] / sums[..., 1]).mean(-1).cpu()
+    return costs / outputs_of(model.config), total
 
 
 @torch.no_grad()
@@ -326,64 +303,63 @@ def add_priced(calibration, model, tokens):
         x = block(x, context)
     dense = model.model.norm(x)
     size = calibration.weight_shares()
-    carried = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
+    best_moved = torch.zeros(len(model.model.layers), len(LINEARS), dtype=torch.float64)
     chosen = []                          # (layers, 7), at each level
     for level in PRICED_AT:
         start = calibration.shares(level, "balanced").clamp(0.001, 0.995).logit()
+        carried = best_moved             # by how much log-odds are off balanced, (layers, 7)
         moved = torch.zeros_like(carried)
-        attempts = []
+        best_kl = float("inf")
         # After the last move of a level only its KL counts.
         for number in progress(range(MOVES + 1), f"calibrating, prices at {level:.0%}"):
-            if number:
-                moved = carried if number == 1 and carried.any() else next_move(attempts, size)
             shares = solved(lambda x: (start + moved + x).sigmoid(), -40.0, 40.0, size, level)
             price, kl = prices(model, windows, dense, shares, asked=number < MOVES)
-            attempts.append(Attempt(kl, number, shares, moved, price))
-        carried = min(attempts).moved
-        chosen.append(min(attempts).shares)
-    levels = torch.tensor(PRICED_AT, dtype=torch.float64)
-    calibration.tables["priced"] = Table(levels, torch.stack(chosen))
+            if kl < best_kl:
+                best_kl, best_shares, best_moved, best_price = kl, shares, moved, price
+                stride = STRIDE
+            else:
+                stride /= 2
+            moved = best_moved - stride * beside_mean(best_price, size)
+            if number == 0 and carried.any():
+                moved = carried
+        chosen.append(best_shares)
+    calibration.tables["priced"] = table_at(PRICED_AT, chosen)
 
 
-def next_move(attempts, size):
-    """Return by how much to move the log-odds (layers, 7) next: from the best Attempt so far.
+def beside_mean(price, size):
+    """Return the logarithms of prices (layers, 7), beside their mean: the move that they ask for.
 
-    size (7,): of each linear, its share of a block's weights. The step is halved with each attempt
-    since the best.
+    size (7,): of each linear, its share of a block's weights.
     """
-    best = min(attempts)
-    above = best.price[best.price > 0]
+    above = price[price > 0]
     typical = above.median() if len(above) else torch.tensor(1.0)
     # Too few inputs may tell nonsense.
-    price = best.price.nan_to_num(typical.item()).clamp(min=0.03 * typical).log()
-    beside_mean = (price - (price @ size).mean()).clamp(-FARTHEST, FARTHEST)
-    return best.moved - STRIDE / 2 ** (len(attempts) - 1 - best.number) * beside_mean
+    price = price.nan_to_num(typical.item()).clamp(min=0.03 * typical).log()
+    return (price - (price @ size).mean()).clamp(-FARTHEST, FARTHEST)
 
 
 def main():
     parser = make_parser("Calibrates whatever minTEAL reads, with allocations by gradients.")
     add_quantize(parser, "; needs --out")
-    parser.add_argument("--priced", action="store_true",
-                        help="with the priced allocation, which takes minutes (default: no)")
-    parser.add_argument("--no-gradients", action="store_true",
-                        help="the paper's allocations alone, settled (default: balanced, too)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--priced", action="store_true",
+                       help="with the priced allocation, which takes minutes (default: no)")
+    group.add_argument("--no-gradients", action="store_true",
+                       help="the paper's allocations alone, settled (default: balanced, too)")
     arguments = parser.parse_args()
     path = output_of(arguments)
-    require(not (arguments.priced and arguments.no_gradients),
-            "--priced needs the gradients that --no-gradients leaves out")
     require(arguments.out or not arguments.quantize,
             "--quantize needs --out: calibration.safetensors in the folder is that of the weights "
             "as they are")
     model, tokenizer = load(arguments)
-
-    def add(calibration, tokens):
-        if not arguments.no_gradients:
-            add_balanced(calibration, model, tokens, arguments.context)
-        if arguments.priced:
-            add_priced(calibration, model, tokens)
-        settle(calibration, model, tokens)
-
-    write_calibration(arguments, path, model, tokenizer, add)
+    calibration, tokens = calibration_for(arguments, model, tokenizer)
+    if not arguments.no_gradients:
+        add_balanced(calibration, model, tokens, arguments.context)
+    if arguments.priced:
+        add_priced(calibration, model, tokens)
+    settle(calibration, model, tokens)
+    calibration.save(path)
+    print(f"{path}: from {calibration.source}; allocations: {', '.join(calibration.allocations)}")
 
 
 if __name__ == "__main__":

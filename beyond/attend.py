@@ -1,10 +1,10 @@
 """Reading less of the cache: attention that looks back at the few positions that score highest.
 
-Sparsity saves weights. But each step also reads the keys and values of all earlier positions, which
-grow with the text. A few positions hold nearly all of a token's softmax. Which these are differs
-from token to token, and only the scores q kᵀ tell, for which all keys must be read. TidalDecode
-(arXiv 2410.05076) reads all keys in a few layers only, because a position that scores high in one
-layer scores high in the next ones, too. *Position-persistent* sparse attention:
+Each step of decoding reads the keys and values of all earlier positions, which grow with the text.
+A few positions hold nearly all of a token's softmax. Which these are differs from token to token,
+and only the scores q kᵀ tell, for which all keys must be read. TidalDecode (arXiv 2410.05076) reads
+all keys in a few layers only, because a position that scores high in one layer scores high in the
+next ones, too. *Position-persistent* sparse attention:
 
     positions   0 1 2 3 4 5 6 7 8 9 ...                 now
     layer  2    ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■    reads all, and chooses: the K with
@@ -15,11 +15,9 @@ layer scores high in the next ones, too. *Position-persistent* sparse attention:
                 └┬┘                                 └─┬─┘
                  the first positions and the last ones, always: attention sinks (arXiv 2309.17453)
 
-All heads share the chosen positions, which have the largest scores summed over the query heads. In
-the cache the keys of a head follow one another, so a chosen position is one run of memory, and
-nothing between two runs is touched. Which layers read all decides how much is lost, and differs
-from model to model: lab/longtext.py measures it, and writes them to attend.json in the checkpoint
-folder. There are three ways to choose, three scores:
+All heads share the chosen positions, whose scores are sums over the query heads. Which layers read
+all decides how much is lost: lab/longtext.py measures it, and writes them to attend.json in a
+model's folder. There are three ways to choose, three scores:
 
     tidal     q kᵀ, in the layers that read all; the layers between take over the choice
     window    the position itself: the first and the last ones (StreamingLLM, arXiv 2309.17453)
@@ -28,28 +26,26 @@ folder. There are three ways to choose, three scores:
               the smallest key_i of the page (Quest, arXiv 2406.10774). Each step computes high and
               low anew, from all keys: that shows what Quest's choice is worth, not how fast it is
 
-Only a step of one token reads less. The prompt and verify passes read everything, so speculation is
-lossless with a draft that reads less of both streams.
+Only a step of one token reads less; prompts read everything.
 
 The seam: attention is one function of q, k, v and mask. `read_less(model, plan)` gives each layer a
 function that hands the model's own attention the chosen keys and values alone. A recorded step
-chooses and gathers by two C functions that this file gives record.py.
+chooses and gathers in C, by record.NOTES.
 
     python -m beyond --attend 512 --model FOLDER --prompt "$(cat LONG.txt)"
     python -m beyond.lab.longtext layers --model FOLDER --text FILE   which layers are to read all
-    python -m beyond.lab.longtext perplexity                          what it costs; see there
 """
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import wrap_torch_function
 
 import kernel
-from beyond import drafts, record
+from beyond import record
 from model import natural, note, read_json, require
 
 SINKS = 4                # first positions, which are always read
@@ -60,6 +56,7 @@ PAGE = 16                # positions of a page
 # --------------------------------------------------------------------------------------------------
 # Choosing positions by their scores. q (B, G, R, D), the R = H / G query heads of each key-value
 # head; k (B, G, S, D); last: the last position that is shown, (); scores (B, G or 1, R or 1, S).
+# record.py knows `choose` and `take` as one operation each.
 
 def page_bounds(q, k, last):
     """Return for each position an upper bound of q kᵀ in its page."""
@@ -78,32 +75,27 @@ SCORES = {
 }
 
 
-def choose(q, k, mask, plan, by):
-    """Return the positions that q reads, (B, K) int64, the same for all heads.
+@wrap_torch_function(lambda q, k, *_: (q, k))
+def choose(q, k, mask, K, by):
+    """Return the K positions that q reads, (B, K) int64, the same for all heads.
 
     q (B, H, 1, D), k (B, G, S, D); mask (1, S) as for model.attend; by: a name in SCORES. The first
     SINKS and the last RECENT positions are always chosen, at most half of K each. A position that
     the mask hides is listed only if all others are, and after them. Of equal scores the earlier
-    position counts. record.py knows this function as one operation.
+    position counts.
     """
-    if has_torch_function((q, k)):
-        return handle_torch_function(choose, (q, k), q, k, mask, plan, by)
     position = torch.arange(k.shape[2], device=k.device)
     shown = torch.ones_like(position, dtype=torch.bool)
     if mask is not None:                                       # bool, or 0 and -inf
         shown = mask[0] if mask.dtype == torch.bool else mask[0] == 0
     last = (position * shown).amax()
-    scores = SCORES[by](grouped(q, k), k.to(q.dtype), last).float()     # (B, G or 1, R or 1, S)
-    first, recent = always_read(plan.positions)
+    q = q.reshape(k.shape[0], k.shape[1], -1, k.shape[3])                           # (B, G, R, D)
+    scores = SCORES[by](q, k.to(q.dtype), last).float()                  # (B, G or 1, R or 1, S)
+    first, recent = always_read(K)
     always = (position < first) | (position > last - recent)
     scores = scores.flatten(1, 2).sum(1).masked_fill(always, math.inf)                   # (B, S)
     scores = scores.masked_fill(~shown, -math.inf)
-    return scores.sort(descending=True, stable=True).indices[:, :plan.positions].contiguous()
-
-
-def grouped(q, k):
-    """Return q (B, H, 1, D) as (B, G, H / G, D): the query heads of each key-value head of k."""
-    return q.reshape(k.shape[0], k.shape[1], -1, k.shape[3])
+    return scores.sort(descending=True, stable=True).indices[:, :K].contiguous()
 
 
 def always_read(K):
@@ -112,20 +104,15 @@ def always_read(K):
     return min(SINKS, K - recent), recent
 
 
+@wrap_torch_function(lambda x, positions: (x, positions))
 def take(x, positions):
-    """Return x (B, G, S, D) at positions (B, K), (B, G, K, D): an operation, too."""
-    if has_torch_function((x, positions)):
-        return handle_torch_function(take, (x, positions), x, positions)
+    """Return x (B, G, S, D) at positions (B, K), (B, G, K, D)."""
     return x.gather(2, positions[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def attend_to(attention, q, k, v, mask, positions):
-    """Return what an attention makes of chosen positions (B, K) alone, (B, H, 1, D).
-
-    q, k, v, mask: as for model.attend. The lists of all texts have the same mask: a hidden position
-    is listed only where all shown ones are, and at the same place in each list.
-    """
-    if mask is not None:
+    """Return what an attention, as model.attend, makes of chosen positions (B, K) alone."""
+    if mask is not None:                 # hidden positions are at the same places in each text
         mask = take(mask.view(1, 1, -1, 1), positions[:1]).view(1, -1)                     # (1, K)
     return attention(q, take(k, positions), take(v, positions), mask)
 
@@ -139,36 +126,35 @@ C_SOURCE = record.C_SOURCE + r"""
 /* The K positions with the largest sums of q k^T over the query heads, rising; the first ones and
    the last ones in any case; hidden ones only if there are no others. Floats are compared as whole
    numbers in the same order, and the K-th largest is found bit by bit.
-   q (G, R, D) float32, k (G, S, D) of a type, mask (S), positions (K) int64.
-   q, k, mask, positions, type, G, R, S, D, K, first, recent, group strides of q, k, row strides of
-   q, k, threads */
+   q (G * R, D) float32, k (G, S, D) of a type, mask (S), positions (K) int64.
+   q, k, mask, positions, type, G, R, S, D, K, first, recent, row stride of q, strides of k (2),
+   threads */
 int choose(const args *a) {
     const uint8_t *mask = POINTER(2);
     long G = a[5], R = a[6], S = a[7], D = a[8], K = a[9], first = 0, end = S;
     while (end && !mask[end - 1]) end--;
     while (first < end && !mask[first]) first++;
-    float q[G][D], *scores = calloc(S, sizeof *scores);
-    uint32_t *order = malloc(S * sizeof *order), smallest = 0;
-    if (!scores || !order) return 1;
+    float q[G][D];
+    uint32_t *order = calloc(S, sizeof *order), smallest = 0;   // of hidden positions: 0
+    if (!order) return 1;
     memset(q, 0, sizeof q);
-    for (long g = 0; g < G; g++)             // a sum of products is the product of the sum
-        for (long r = 0; r < R; r++)
-            for (long i = 0; i < D; i++)
-                q[g][i] += ((const float *)a[0])[g * a[12] + r * a[14] + i];
-    long threads = G * (end - first) * D > 1 << 19 ? a[16] : 1;
+    for (long h = 0; h < G * R; h++)         // a sum of products is the product of the sum
+        for (long i = 0; i < D; i++) q[h / R][i] += ((const float *)a[0])[h * a[12] + i];
+    long threads = G * (end - first) * D > 1 << 19 ? a[15] : 1;
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long start = first; start < end; start += TILE)
+    for (long start = first; start < end; start += TILE) {
+        long n = end - start < TILE ? end - start : TILE;
+        float tile[TILE * D], scores[TILE] = {0};
         for (long g = 0; g < G; g++) {
-            long n = end - start < TILE ? end - start : TILE;
-            float tile[TILE * D];
             for (long p = 0; p < n; p++)
-                load(POINTER(1), a[4], g * a[13] + (start + p) * a[15], D, tile + p * D);
-            for (long p = 0; p < n; p++) scores[start + p] += dot(q[g], tile + p * D, D);
+                load(POINTER(1), a[4], g * a[13] + (start + p) * a[14], D, tile + p * D);
+            for (long p = 0; p < n; p++) scores[p] += dot(q[g], tile + p * D, D);
         }
-    for (long s = 0; s < S; s++) {
-        uint32_t bits = bits_of(scores[s]);                     // NaN is the largest
-        bits = scores[s] != scores[s] ? 0xfffffffe : bits >> 31 ? ~bits : bits | 0x80000000;
-        order[s] = !mask[s] ? 0 : s < a[10] || s >= end - a[11] ? 0xffffffff : bits;
+        for (long p = 0, s = start; p < n; p++, s++) {
+            uint32_t bits = bits_of(scores[p]);                 // NaN is the largest
+            bits = scores[p] != scores[p] ? 0xfffffffe : bits >> 31 ? ~bits : bits | 0x80000000;
+            if (mask[s]) order[s] = s < a[10] || s >= end - a[11] ? 0xffffffff : bits;
+        }
     }
     for (uint32_t bit = 0x80000000; bit; bit >>= 1) {
         long count = 0;
@@ -180,7 +166,6 @@ int choose(const args *a) {
     for (long s = 0; s < S; s++) equal -= order[s] > smallest;
     for (long s = 0; s < S; s++)
         if (order[s] > smallest || (order[s] == smallest && equal-- > 0)) *to++ = s;
-    free(scores);
     free(order);
     return 0;
 }
@@ -199,31 +184,26 @@ int take(const args *a) {
 """
 
 
-@functools.cache
-def c_functions():
-    """Return C_SOURCE compiled, or None where no C compiler builds it."""
-    return kernel.compiled(C_SOURCE)
+c_functions = functools.cache(functools.partial(kernel.compiled, C_SOURCE))
 
 
-def note_choose(tape, positions, q, k, mask, plan, by):
+def note_choose(tape, positions, q, k, mask, K, by):
     """Note `choose` on a record.Tape in C; return whether these arguments can be noted."""
-    if (by != "tidal" or q.dtype != torch.float32 or k.dtype not in record.C_TYPES or len(q) > 1
-            or not q.stride(-1) == k.stride(-1) == 1 or c_functions() is None
-            or mask is None or mask.dtype != torch.bool or not mask.is_contiguous()):
+    if (by != "tidal" or q.dtype != torch.float32 or k.dtype not in record.C_TYPES
+            or not q.stride(-1) == k.stride(-1) == 1 or mask is None or mask.dtype != torch.bool):
         return False
-    q = grouped(q, k)
-    return tape.call(c_functions().choose, q, k, mask, positions, record.C_TYPES[k.dtype],
-                     *q.shape[1:3], *k.shape[2:], plan.positions, *always_read(plan.positions),
-                     q.stride(1), k.stride(1), q.stride(2), k.stride(2), torch.get_num_threads())
+    G, S, D = k.shape[1:]
+    return tape.call(c_functions().choose, q, k, mask, positions, record.C_TYPES[k.dtype], G,
+                     q.shape[1] // G, S, D, K, *always_read(K), q.stride(1), k.stride(1),
+                     k.stride(2), torch.get_num_threads())
 
 
 def note_take(tape, y, x, positions):
     """Note `take` as note_choose does."""
-    if len(x) > 1 or x.stride(-1) != 1 or not positions.is_contiguous() or c_functions() is None:
-        return False
     size = x.element_size()
-    return tape.call(c_functions().take, x, positions, y, size * x.shape[3], *y.shape[1:3],
-                     size * x.stride(1), size * x.stride(2), torch.get_num_threads())
+    return x.stride(-1) == 1 and tape.call(
+        c_functions().take, x, positions, y, size * x.shape[3], *y.shape[1:3], size * x.stride(1),
+        size * x.stride(2), torch.get_num_threads())
 
 
 record.NOTES |= {"choose": note_choose, "take": note_take}
@@ -278,15 +258,9 @@ class Reading:
         self.active = True
         self.chosen = None               # (B, K), by the layer that last chose
 
-    @contextlib.contextmanager
     def switched(self, active):
         """Read less, or everything, inside a `with`."""
-        before = self.active
-        self.active = active
-        try:
-            yield
-        finally:
-            self.active = before
+        return mock.patch.object(self, "active", active)
 
     def attend(self, layer, whole, q, k, v, mask):
         """Do what the attention `whole` does; for one token read less, if this layer is to."""
@@ -296,20 +270,20 @@ class Reading:
         if layer == 0:
             self.chosen = None
         if plan.chooses(layer):
-            self.chosen = choose(q, k, mask, plan, plan.by)
+            self.chosen = choose(q, k, mask, plan.positions, plan.by)
         if layer in plan.layers:
             return whole(q, k, v, mask)
         if self.chosen is None:          # no layer has chosen yet
-            self.chosen = choose(q, k, mask, plan, "window")
+            self.chosen = choose(q, k, mask, plan.positions, "window")
         return attend_to(whole, q, k, v, mask, self.chosen)
 
 
 def read_less(model, plan):
     """Let steps of one token read the cache as planned; return the Reading, `model.reading`.
 
-    A second call gives the model another plan; a recorded step keeps the plan that it was made
-    with. InputError for a plan that does not fit. If an attention depends on the order of its
-    positions, everything is read as before, and one line on standard error says why.
+    A second call gives the model another plan; a recorded step keeps its own. InputError for a plan
+    that does not fit. If an attention depends on the order of its positions, everything is read as
+    before, and one line on standard error says why.
     """
     plan.check(model.config)
     attentions = [block.self_attn for block in model.model.layers]
@@ -329,28 +303,11 @@ def read_less(model, plan):
 def orderless(attention, model):
     """Return whether an attention gives the same for keys and values in another order."""
     own = model.model.layers[0].self_attn
-    q = torch.sin(torch.arange(float(own.q_proj.out_features), device=model.device))
-    k = torch.cos(torch.arange(8.0 * own.k_proj.out_features, device=model.device))
-    q, k = (x.view(1, -1, rows, own.head_dim) for x, rows in ((q, 1), (k, 8)))
-    return torch.allclose(attention(q, k, k, None), attention(q, k.flip(2), k.flip(2), None),
-                          atol=1e-5)
-
-
-class Speculation(drafts.Speculation):
-    """Speculation whose draft "sparse" reads less of the cache; the verifier reads everything."""
-
-    def make_draft(self, draft, draft_thresholds):
-        if draft != "sparse":
-            return super().make_draft(draft, draft_thresholds)
-        with self.model.reading.switched(True):            # its step is made here
-            guessing = super().make_draft(draft, draft_thresholds)
-        guessing.mode = functools.partial(self.reading_less, guessing.mode)
-        return guessing
-
-    @contextlib.contextmanager
-    def reading_less(self, mode):
-        with mode(), self.model.reading.switched(True):
-            yield
+    q = torch.arange(1.0 * own.q_proj.out_features, device=model.device).sin()
+    k = torch.arange(8.0 * own.k_proj.out_features, device=model.device).sin()
+    q, k = q.view(1, -1, 1, own.head_dim), k.view(1, -1, 8, own.head_dim)
+    other = k.flip(2)
+    return torch.allclose(attention(q, k, k, None), attention(q, other, other, None), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -366,11 +323,6 @@ def add_options(parser):
                              "all)")
     parser.add_argument("--attend-by", choices=SCORES,
                         help="how they are chosen (default: tidal)")
-    add_layers(parser)
-
-
-def add_layers(parser):
-    """Add the option that says which layers read all."""
     parser.add_argument("--attend-layers", type=int, nargs="+", metavar="N",
                         help=f"the layers that read all (default: those in {LAYERS_FILE} in the "
                              f"checkpoint folder, else every third)")
@@ -383,16 +335,17 @@ def check_options(arguments):
                 f"--attend-{name} is for --attend, which is not given")
 
 
-def plan_of(arguments, config, positions=None, by=None):
-    """Return the Plan that the options ask for; positions and by take the place of theirs."""
-    layers, count = arguments.attend_layers, config.num_hidden_layers
-    path = Path(arguments.model) / LAYERS_FILE
-    if layers is None and path.exists():
-        layers = read_json(path).get("layers")
-        require(isinstance(layers, list)
-                and all(type(layer) is int and 0 <= layer < count for layer in layers),
-                f"{path}: layers is {layers}, expected a list of numbers from 0 to {count - 1}")
-    if layers is None:
-        layers = range(min(2, count - 1), count, 3)
-    return Plan(positions or arguments.attend, tuple(sorted(set(layers))),
-                by or arguments.attend_by or "tidal")
+def plan_of(arguments, config):
+    """Return the Plan that the options ask for."""
+    layers = arguments.attend_layers or layers_of(arguments.model, config)
+    return Plan(arguments.attend, tuple(sorted(set(layers))), arguments.attend_by or "tidal")
+
+
+def layers_of(folder, config):
+    """Return the layers that are to read all: those in a folder's LAYERS_FILE, or every third."""
+    path, count = Path(folder) / LAYERS_FILE, config.num_hidden_layers
+    thirds = [*range(min(2, count - 1), count, 3)]
+    layers = read_json(path, {"layers": thirds}).get("layers")
+    require(isinstance(layers, list) and all(layer in range(count) for layer in layers),
+            f"{path}: layers is {layers}, expected a list of numbers from 0 to {count - 1}")
+    return tuple(layers)

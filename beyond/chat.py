@@ -24,7 +24,7 @@ from pathlib import Path
 
 import generate
 from beyond.folders import load_tokenizer
-from model import HubTokenizer, InputError, note, require
+from model import HubTokenizer, note, refusing, require
 
 
 def chat_template(folder):
@@ -39,11 +39,9 @@ def chat_template(folder):
     require(Path(folder).is_dir(), f"{folder}: no such folder")
     tokenizer = load_tokenizer(folder)
     if not isinstance(tokenizer, HubTokenizer):            # SentencePiece alone has no templates
-        try:
+        with refusing(f"{folder}: a chat needs the package transformers: pip install transformers",
+                      ImportError):
             from transformers import LlamaTokenizer
-        except ImportError:
-            raise InputError(f"{folder}: a chat needs the package transformers: pip install "
-                             f"transformers") from None
         tokenizer = HubTokenizer(folder, kind=LlamaTokenizer)
     tokenizer = tokenizer.tokenizer
     require(tokenizer.chat_template,
@@ -51,37 +49,34 @@ def chat_template(folder):
             f"tokenizer_config.json; a chat needs a model made for it")
 
     def template(messages):
-        try:
+        # A program of others: anything may go wrong in it.
+        with refusing(f"{folder}: the chat template", Exception):
             return tokenizer.apply_chat_template(messages, add_generation_prompt=True,
                                                  tokenize=True, return_dict=False)
-        except Exception as error:       # a program of others: anything may go wrong in it
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{folder}: the chat template: {said}") from None
     return template
 
 
 def read_line():
     """Return a line of input, None at its end."""
     require(sys.stdin is not None, "standard input is closed: the turns of a chat come from there")
-    try:
-        line = input("\n> " if sys.stdin.isatty() else "")
+    with refusing("standard input: not UTF-8 text", UnicodeError):
+        try:
+            line = input("\n> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
         line.encode("utf-8")             # some locales let other bytes through
-    except EOFError:
-        return None
-    except UnicodeError as error:
-        raise InputError(f"standard input: not UTF-8 text: {error.reason}") from None
     return line
 
 
-def prompt_of(messages, template, longest=None):
-    """Return the tokens of a conversation, shortened in place to `longest` tokens, if given.
+def prompt_of(messages, template, longest):
+    """Return the tokens of a conversation, shortened in place to `longest` tokens.
 
     The oldest turns go, with their answers; the system's message and the last turn stay.
     """
     prompt = template(messages)
     first = int(messages[0]["role"] == "system")
     forgotten = 0
-    while longest and len(prompt) > longest and len(messages) > first + 1:
+    while len(prompt) > longest and len(messages) > first + 1:
         del messages[first:first + 2]
         forgotten += 1
         prompt = template(messages)
@@ -96,13 +91,12 @@ def longest_prompt(model, max_new_tokens):
     return context - min(max_new_tokens, context // 4 + 1)
 
 
-def chat(tokenizer, template, system, text_of, from_first=lambda ask: ask(), longest=None):
+def chat(tokenizer, template, system, text_of, longest, from_first=lambda ask: ask()):
     """Hold a conversation on standard output: each line of input is a turn, until it ends.
 
-    tokenizer: gives the text of tokens. template: of `chat_template`. system: what the model is
-    told first, or None. text_of(ids) returns an iterator of the token ids that follow a prompt.
-    from_first(ask) returns ask() of the first of several processes: see parallel.py. longest: the
-    most tokens of a prompt; for a longer one the oldest turns are dropped.
+    template: of `chat_template`. system: what the model is told first, or None. text_of(ids)
+    returns an iterator of the token ids that follow a prompt. longest: the most tokens of a prompt.
+    from_first(ask) returns ask() of the first of several processes: see parallel.py.
     """
     messages = [{"role": "system", "content": system}] if system else []
     while (line := from_first(read_line)) is not None:
@@ -110,10 +104,14 @@ def chat(tokenizer, template, system, text_of, from_first=lambda ask: ask(), lon
             continue
         messages.append({"role": "user", "content": line})
         prompt = from_first(lambda: prompt_of(messages, template, longest))    # may hold the time
-        ids, *_ = generate.stream(text_of(prompt), generate.StreamDecoder(tokenizer, prompt),
-                                  lambda text: print(text, end="", flush=True))
+        ids = list(prompt)
+        try:
+            for text in generate.stream(text_of(prompt), tokenizer.decode, ids):
+                print(text, end="", flush=True)
+        except KeyboardInterrupt:        # ends an answer, not the conversation
+            print("\n[interrupted]", end="")
         print(flush=True)
-        messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids[len(prompt):])})
 
 
 def settle(arguments):

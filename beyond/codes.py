@@ -21,14 +21,13 @@ of its own. (Of 96, 64 or 32 where 128 does not divide the inputs of all linears
     clipped                    low ──┬──┬──┬──┬ 0 ┬──┬──┬──┬── high                   finer steps
 
 Where a few weights are large, cutting them off makes the steps of all others finer: of some ratios,
-each group takes the one with the least squared error. Rounding is to nearest. Quantized are the
-linears of the blocks and, in 8 bits unless `head_bits` says otherwise, the embedding and the head,
-which are read at each step.
+each group takes the one with the least squared error. Quantized are the linears of the blocks and,
+in 8 bits unless `head_bits` says otherwise, the embedding and the head.
 
 Decoding unpacks in registers, in the pass that skips. On a CPU whose instructions multiply bytes
-the activations are rounded to 8 bits as well, eight with a scale (see C below); elsewhere, and
-with --float-activations, they stay as they are. The activations of a quantized model differ a
-little, so it is calibrated anew.
+the activations are rounded to 8 bits as well (see C below); elsewhere, and with
+--float-activations, they stay as they are. The activations of a quantized model differ a little, so
+it is calibrated anew.
 
 The seams: `sparsify(model, thresholds, make=...)` makes a `QuantizedLinear`, which is a
 SparseLinear; its products stand in `kernel.BACKENDS`, as codes-c, codes-torch and, from fused.py,
@@ -44,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernel
 from beyond import record
-from model import linear_names, progress, require
+from model import InputError, linear_names, progress, refusing, require
 from sparsify import SparseLinear, TransposedEmbedding, sparsify
 
 GROUPS = (128, 96, 64, 32)                 # inputs that share a scale: the first that fits
@@ -84,17 +83,12 @@ class QuantizedWeight(nn.Module):
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     @property
-    def device(self):
-        return self.codes.device
-
-    @property
     def nbytes(self):
         return sum(tensor.nbytes for tensor in self.buffers())
 
     def dequantized(self, dtype):
         """Return the weight (in, out) in floating point."""
-        codes = unpack_codes(self.codes, self.bits, self.shape[1])              # (in, out)
-        return self._numbers(codes, slice(None), dtype)
+        return self.numbers(unpack_codes(self.codes, self.bits, self.shape[1]), slice(None), dtype)
 
     def t(self):
         """Return the weight in floating point, transposed: (out, in) float32, as of a tensor."""
@@ -105,12 +99,13 @@ class QuantizedWeight(nn.Module):
 
         For sparsify.TransposedEmbedding: a column is the embedding of a token.
         """
-        block, inside = outputs // (16 * 32 // self.bits), outputs % (16 * 32 // self.bits)
+        size = 16 * 32 // self.bits      # codes of a block, see pack_codes
+        block, inside = outputs // size, outputs % size
         words = self.codes.index_select(1, 16 * block + inside % 16)            # (in, n)
         codes = words >> self.bits * (inside // 16) & (1 << self.bits) - 1
-        return self._numbers(codes, outputs, torch.float32)
+        return self.numbers(codes, outputs, torch.float32)
 
-    def _numbers(self, codes, outputs, dtype):
+    def numbers(self, codes, outputs, dtype):
         """Return what codes (in, n) of some outputs stand for, (in, n)."""
         wide = torch.promote_types(dtype, torch.float32)
         scales = self.scales[..., outputs].to(wide)
@@ -150,9 +145,15 @@ def quantize_weight(weight, bits, group=128, clipping=CLIPPING, name="the weight
     """Return the QuantizedWeight of `weight` (out, in), on the meta device one without memory.
 
     bits: 8, or 4 with groups of `group` inputs; clipping: ratios of a group's range, of which the
-    best is taken. Raises InputError, with `name`, for what check_weight refuses.
+    best is taken. Raises InputError, with `name`, for weights that have no codes and groups that do
+    not fit.
     """
-    check_weight(weight, bits, group, name)
+    require(bits in (4, 8), f"bits is {bits}, expected 4 or 8")
+    require(weight.is_meta or bool(torch.isfinite(weight).all()),
+            f"{name}: holds NaN or infinity, which has no code")
+    require(bits == 8 or group >= 32 and group % 32 == weight.shape[1] % group == 0,
+            f"{name}: groups of {group}, expected a multiple of 32 that divides its "
+            f"{weight.shape[1]} inputs")
     parts = [rounded(part, bits, group, clipping) for part in weight.split(AT_ONCE)]
     tensors = [torch.cat(tensor, -1) for tensor in zip(*parts)]
     return QuantizedWeight(*tensors, group=group if bits == 4 else None)
@@ -182,25 +183,10 @@ def rounded(weight, bits, group, clipping):
     return pack_codes(code.flatten(0, 1).int(), 4), scale[:, 0].bfloat16(), zero[:, 0].byte()
 
 
-def check_weight(weight, bits, group, name):
-    """Raise InputError for a weight (out, in) that cannot be quantized so."""
-    require(bits in (4, 8), f"bits is {bits}, expected 4 or 8")
-    require(weight.is_meta or bool(torch.isfinite(weight).all()),
-            f"{name}: holds NaN or infinity, which has no code")
-    require(bits == 8 or is_group(group, weight.shape[1]),
-            f"{name}: groups of {group}, expected a multiple of 32 that divides its "
-            f"{weight.shape[1]} inputs")
-
-
-def is_group(group, inputs):
-    """Return whether `inputs` can be quantized in groups of so many."""
-    return group >= 1 and group % 32 == 0 and inputs % group == 0
-
-
 def fitting_group(model):
     """Return the first of GROUPS that fits all linears of a Llama's blocks; if none does, 128."""
     inputs = {model.get_submodule(name).weight.shape[1] for name in linear_names(model.config)}
-    return next((group for group in GROUPS if all(is_group(group, size) for size in inputs)), 128)
+    return next((group for group in GROUPS if not any(size % group for size in inputs)), 128)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,33 +196,34 @@ def fitting_group(model):
 def codes_gemv(x, weight, threshold, backend=None):
     """Return x with its small channels dropped, times a QuantizedWeight: kernel.sparse_gemv of it.
 
-    x: (B, in), B from 1 to 8, floating point; threshold, backend: as in sparse_gemv
-    Returns (B, out) in x's dtype. Raises ValueError for shapes and devices that do not fit.
+    x: (..., in), 1 to 8 rows in all, floating point; threshold: as in sparse_gemv
+    backend: "triton", "c", "torch", or None for the fastest there is
+    Returns (..., out) in x's dtype. Raises ValueError for shapes and devices that do not fit.
     """
-    rows, inputs = x.shape if x.ndim == 2 else (0, 0)
-    fits = 1 <= rows <= kernel.MAX_ROWS and inputs == weight.shape[0] and x.device == weight.device
-    if not fits or not x.is_floating_point():
+    if not (x.is_floating_point() and 1 <= x.shape[:-1].numel() <= kernel.MAX_ROWS
+            and x.shape[-1:] == weight.shape[:1] and x.device == weight.codes.device):
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point "
-                         f"(1 to {kernel.MAX_ROWS}, {weight.shape[0]}) on {weight.device}")
-    name = f"codes-{backend or kernel.best_backend(x)}"
-    if name not in kernel.BACKENDS:
-        raise ValueError(f'backend is "triton", "c", "torch" or None, not {backend!r}')
-    return kernel.BACKENDS[name](x.contiguous(), weight, kernel.as_threshold(threshold, x))
+                         f"(..., {weight.shape[0]}) of 1 to {kernel.MAX_ROWS} rows on "
+                         f"{weight.codes.device}")
+    product = kernel.BACKENDS[f"codes-{backend or kernel.best_backend(x)}"]
+    y = product(x.reshape(-1, x.shape[-1]).contiguous(), weight, kernel.as_threshold(threshold, x))
+    return y.view(*x.shape[:-1], -1)
 
 
 def codes_dense(x, weight):
     """Return x (..., in) times a QuantizedWeight, nothing dropped: kernel.dense of it."""
-    rows = x.numel() // x.shape[-1]
-    backend = kernel.best_backend(x)
+    rows = x.shape[:-1].numel()
     # To write a weight out in floating point takes longer than a few passes that unpack it, and
     # products of bytes are as fast as any of the library's.
-    most = {"c": 8 * kernel.MAX_ROWS, "triton": kernel.MAX_ROWS, "torch": 0}[backend]
-    if rows > most and not (backend == "c" and rounds(weight)) or x.requires_grad:
+    few = rows <= kernel.MAX_ROWS * (8 if kernel.best_backend(x) == "c" else 1)
+    if x.requires_grad or not few and not rounds(weight):
         # A backward pass turns the weight into numbers anew: no second copy of the model is kept.
         return checkpoint(lambda x: x @ weight.dequantized(x.dtype), x, use_reentrant=False)
+    if rows <= kernel.MAX_ROWS:
+        return codes_gemv(x, weight, -1.0)
     parts = x.reshape(rows, -1).split(kernel.MAX_ROWS)
-    parts = [codes_gemv(part, weight, -1.0) for part in parts]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+    y = torch.cat([codes_gemv(part, weight, -1.0) for part in parts])
+    return y.view(*x.shape[:-1], -1)
 
 
 def torch_codes(x, weight, threshold):
@@ -279,7 +266,7 @@ enum { CODES = 32 / BITS, OUTPUTS = 16 * CODES };          // in a word; in the 
 // four codes, UNSIGNED or around zero, and four inputs. AVX2 has two steps for it, PAIRS and WIDEN:
 // pairs are added in 16 bits, unsigned bytes by signed ones; so int8 lends its codes the signs of
 // the inputs (FLIP).
-#if defined ROUNDED && defined __AVX512VNNI__ && defined __AVX512BW__ && !defined NARROW
+#if defined ROUNDED && defined __AVX512VNNI__ && defined __AVX512BW__
 #define NAME "AVX-512 VNNI"
 #include <immintrin.h>
 enum { WIDTH = 64, EIGHTS = 2, UNSIGNED = 1, FLIP = 0 };
@@ -289,7 +276,7 @@ enum { WIDTH = 64, EIGHTS = 2, UNSIGNED = 1, FLIP = 0 };
 #elif defined ROUNDED && defined __AVX2__
 #include <immintrin.h>
 #define ZIP(half, bits, a, b) (bytes)_mm256_unpack##half##_epi##bits((__m256i)(a), (__m256i)(b))
-#if defined __AVXVNNI__ && !defined NARROW
+#if defined __AVXVNNI__
 #define NAME "AVX-VNNI"
 enum { WIDTH = 32, EIGHTS = 1, UNSIGNED = 1, FLIP = 0 };
 #define DOT(sums, codes, x) \
@@ -324,20 +311,19 @@ struct eight { int8_t x[8]; uint8_t flip[8]; float scale; };
 */
 static inline float fill(struct eight *to, const float *values) {
     uint32_t largest = 0;
-    int rounded[8], sum = 0;
+    int sum = 0;
     for (int i = 0; i < 8; i++) {
         uint32_t size = bits_of(values[i]) & 0x7fffffff;
         largest = size > largest ? size : largest;
     }
     to->scale = largest < 0x7f800000 ? number(largest) / 127 : NAN;
     float factor = to->scale > 1e-30f ? 127 / number(largest) : 0;         // of NaN: 0
-    for (int i = 0; i < 8; i++)                            // to the nearest integer
-        rounded[i] = bits_of(factor * values[i] + 0x1.8p23f) - 0x4b400000;
     for (int i = 0; i < 8; i++) {
-        int turned = FLIP && rounded[i] < 0;
+        int nearest = bits_of(factor * values[i] + 0x1.8p23f) - 0x4b400000;
+        int turned = FLIP && nearest < 0;
         to->flip[i] = 128 - turned;
-        to->x[i] = turned ? -rounded[i] : rounded[i];
-        sum += FLIP && !turned ? 0 : rounded[i];
+        to->x[i] = turned ? -nearest : nearest;
+        sum += FLIP && !turned ? 0 : nearest;
     }
     return to->scale * sum * (BITS == 8 && !FLIP ? 128 * UNSIGNED : 1);
 }
@@ -377,16 +363,17 @@ INLINE ints dot(bytes a, bytes b, const struct eight *x) {
     (to)[3] = ZIP(hi, twice, high_ab, high_cd);                                 \
 } while (0)
 
-/* Adds an eight of rows, or EIGHTS of them, to the sums of all tokens, `size` bytes of each row.
-   next: the rows that follow, of which a processor does not know. sums: [token][register of bytes]
-   [half byte][part][lane]. The upper half of an UNSIGNED byte needs no shift: what is summed up is
-   16 * upper + lower. */
+/* Adds an eight of rows, or EIGHTS of them, to the sums of all tokens, `size` bytes of each row. As
+   many rows follow in `row`, which come next: a processor does not know of them. sums: [token]
+   [register of bytes][half byte][part][lane]. The upper half of an UNSIGNED byte needs no shift:
+   what is summed up is 16 * upper + lower. */
 INLINE void add_eights(
-        const int eights, const uint8_t *const *row, const uint8_t *const *next,
-        const struct eight *x, float *sums, long size, const long tokens, long stride) {
+        const int eights, const uint8_t *const *row, const struct eight *x, float *sums, long size,
+        const long tokens, long stride) {
     for (long j = 0; j < size; j += WIDTH, sums += WIDTH / 4 * CODES) {
         bytes met[2 * EIGHTS][4];
-        for (int r = 0; r < 8 * eights && j % 64 == 0; r++) __builtin_prefetch(next[r] + j, 0, 2);
+        for (int r = 8 * eights; r < 16 * eights && j % 64 == 0; r++)
+            __builtin_prefetch(row[r] + j, 0, 2);
         for (int f = 0; f < 2 * eights; f++) {
 #define AT(r) *(const unaligned *)(row[4 * f + r] + j)
             MEET(8, 16, AT(0), AT(1), AT(2), AT(3), met[f]);
@@ -448,10 +435,10 @@ static inline float fill(struct eight *to, const float *values) {
 }
 
 INLINE void add_eights(
-        const int eights, const uint8_t *const *row, const uint8_t *const *next,
-        const struct eight *x, float *sums, long size, const long tokens, long stride) {
+        const int eights, const uint8_t *const *row, const struct eight *x, float *sums, long size,
+        const long tokens, long stride) {
     for (long j = 0; j < size; j += 64, sums += OUTPUTS) {
-        for (int r = 0; r < 8; r++) __builtin_prefetch(next[r] + j, 0, 2);
+        for (int r = 8; r < 16; r++) __builtin_prefetch(row[r] + j, 0, 2);
         for (long t = 0; t < tokens; t++)
             UNROLL
             for (int k = 0; k < CODES; k++)
@@ -478,7 +465,7 @@ static inline void order(const float *sums, float *ordered) {
    [eight][token]; offset: [span][token]. */
 struct product {
     const uint8_t *codes, *zeros;
-    const char *scales;
+    const void *scales;
     float *y, *offset;
     struct eight *x;
     int *begin, *channel;
@@ -517,51 +504,45 @@ static void list_kept(struct product *p, const float *x, const float *threshold,
         eights += n / 8;
     }
     p->begin[p->spans] = eights;
-    for (int r = 8 * eights; r < 8 * eights + 16 * EIGHTS; r++)      // `next` of the last
+    for (int r = 8 * eights; r < 8 * eights + 16 * EIGHTS; r++)      // what follows the last
         p->channel[r] = eights ? p->channel[8 * eights - 1] : 0;
 }
 
 /* Computes the outputs [first, first + columns) of all tokens. */
 static void outputs(const struct product *p, long first, long columns) {
-    float sums[ROOM] __attribute__((aligned(64))), ordered[OUTPUTS] __attribute__((aligned(64)));
     long tokens = p->tokens, size = (columns + OUTPUTS - 1) / OUTPUTS * 64;
     long stride = size * CODES / 4;
-    const uint8_t *start = p->codes + first * BITS / 8;
-    memset(sums, 0, tokens * stride * sizeof(float));
+    float sums[tokens * stride] __attribute__((aligned(64)));
+    float ordered[OUTPUTS] __attribute__((aligned(64)));
     for (long t = 0; t < tokens; t++) memset(p->y + t * p->out + first, 0, columns * sizeof(float));
     for (long s = 0; s < p->spans; s++) {
         int eights;
+        if (BITS == 4 || s == 0) memset(sums, 0, sizeof sums);       // int8: one scale for all
         for (long k = p->begin[s]; k < p->begin[s + 1]; k += eights) {
-            const uint8_t *row[8 * EIGHTS], *next[8 * EIGHTS];
+            const uint8_t *row[16 * EIGHTS];
             const struct eight *x = p->x + k * tokens;
             eights = k + EIGHTS <= p->begin[s + 1] ? EIGHTS : 1;
-            for (int r = 0; r < 8 * EIGHTS; r++) {
-                row[r] = start + p->channel[8 * k + r] * p->pitch;
-                next[r] = start + p->channel[8 * (k + eights) + r] * p->pitch;
-            }
-            if (eights == 1 && tokens == 1) add_eights(1, row, next, x, sums, size, 1, 0);
-            else if (eights == 1) add_eights(1, row, next, x, sums, size, tokens, stride);
-            else if (tokens == 1) add_eights(EIGHTS, row, next, x, sums, size, 1, 0);
-            else add_eights(EIGHTS, row, next, x, sums, size, tokens, stride);
+            for (int r = 0; r < 16 * EIGHTS; r++)
+                row[r] = p->codes + first * BITS / 8 + p->channel[8 * k + r] * p->pitch;
+            if (eights == 1 && tokens == 1) add_eights(1, row, x, sums, size, 1, 0);
+            else if (eights == 1) add_eights(1, row, x, sums, size, tokens, stride);
+            else if (tokens == 1) add_eights(EIGHTS, row, x, sums, size, 1, 0);
+            else add_eights(EIGHTS, row, x, sums, size, tokens, stride);
         }
-        if (BITS == 8 && s + 1 < p->spans) continue;       // one scale for all spans
+        if (BITS == 8 && s + 1 < p->spans) continue;
         for (long t = 0; t < tokens; t++)
             for (long j = 0; j < columns; j += OUTPUTS) {
                 long n = columns - j < OUTPUTS ? columns - j : OUTPUTS;
                 long at = first + j + (BITS == 8 ? 0 : s * p->out);
-                const void *scales = p->scales + (BITS == 8 ? 4 : 2) * at;
                 float *restrict y = p->y + t * p->out + first + j;
                 float offset = p->offset[s * tokens + t];
                 order(sums + t * stride + j, ordered);
-                for (long i = 0; i < n; i++)
-#if BITS == 8
-                    y[i] = ((const float *)scales)[i] * (ordered[i] - offset);
-#else
-                    y[i] += of_bfloat16(((const uint16_t *)scales)[i])
-                            * (ordered[i] - p->zeros[at + i] * offset);
-#endif
+                for (long i = 0; i < n; i++) {
+                    float scale = BITS == 8 ? ((const float *)p->scales)[at + i]
+                                            : of_bfloat16(((const uint16_t *)p->scales)[at + i]);
+                    y[i] += scale * (ordered[i] - (BITS == 8 ? 1 : p->zeros[at + i]) * offset);
+                }
             }
-        memset(sums, 0, tokens * stride * sizeof(float));
     }
 }
 
@@ -569,7 +550,7 @@ static void outputs(const struct product *p, long first, long columns) {
    channels of a span. threshold: one (step 0) or (in) (step 1). Returns 1 where memory ran out. */
 int codes_product(const float *x, const uint8_t *codes, const void *scales, const uint8_t *zeros,
                   long size, const float *threshold, long step, float *y, long tokens, long in,
-                  long out, int threads) {
+                  long out, long threads) {
     long spans = (in + size - 1) / size, most = spans * ((size + 7) / 8);      // eights
     struct product p = { codes, zeros, scales, y, .spans = spans, .tokens = tokens, .out = out,
                          .pitch = (out + OUTPUTS - 1) / OUTPUTS * 64 };
@@ -582,14 +563,12 @@ int codes_product(const float *x, const uint8_t *codes, const void *scales, cons
     list_kept(&p, x, threshold, step, in, size);
     long worth = 1 + p.begin[spans] * 8 * p.pitch / WORTH;
     if (threads > worth) threads = worth;
-    long share = (out + threads * 128 - 1) / (threads * 128) * 128;
-    long room = ROOM / tokens / 128 * 128;                 // outputs at a time
+    // Equal parts of the outputs, as many for each thread: the sums of one fit the cache
+    long parts = threads * (1 + (tokens * out - 1) / (threads * ROOM));
+    long columns = (out + parts * 128 - 1) / (parts * 128) * 128;
     #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (long part = 0; part < threads; part++) {
-        long end = (part + 1) * share < out ? (part + 1) * share : out;
-        for (long first = part * share; first < end; first += room)
-            outputs(&p, first, end - first < room ? end - first : room);
-    }
+    for (long first = 0; first < out; first += columns)
+        outputs(&p, first, out - first < columns ? out - first : columns);
     free(p.x);
     return 0;
 }
@@ -599,17 +578,10 @@ ROUND_ACTIVATIONS = True                   # where the processor has instruction
 
 
 @functools.cache
-def c_library(bits, rounded, narrow=False):
-    """Return the C library for codes of so many bits; None without a compiler.
-
-    rounded: activations are, where there are instructions for it. narrow: by AVX2's, for tests.
-    """
-    defines = [f"BITS {bits}"] + rounded * ["ROUNDED"] + narrow * ["NARROW"]
-    library = kernel.compiled("".join(f"#define {define}\n" for define in defines) + C_SOURCE)
-    if library is not None:
-        pointer, long = [ctypes.c_void_p], [ctypes.c_long]
-        library.codes_product.argtypes = (4 * pointer + long + pointer + long + pointer + 3 * long
-                                          + [ctypes.c_int])
+def c_library(bits, rounded):
+    """Return the C library for codes of so many bits; rounded: activations are, where that pays."""
+    library = kernel.compiled(f"#define BITS {bits}\n" + "#define ROUNDED\n" * rounded + C_SOURCE)
+    library.codes_product.argtypes = 12 * [ctypes.c_int64]           # addresses and sizes
     return library
 
 
@@ -624,7 +596,7 @@ def instructions(device, bits):
 
 def rounds(weight):
     """Return whether the activations that a weight is multiplied by are rounded."""
-    return "floating point" not in instructions(weight.device, weight.bits)
+    return "floating point" not in instructions(weight.codes.device, weight.bits)
 
 
 def c_call(x, weight, threshold, y):
@@ -641,20 +613,14 @@ def c_call(x, weight, threshold, y):
 
 def c_codes(x, weight, threshold):
     """Compute codes_gemv in C."""
-    if x.device.type != "cpu" or c_library(weight.bits, ROUND_ACTIVATIONS) is None:
-        raise ValueError(f'backend "codes-c" needs a C compiler and tensors on the CPU, not on '
-                         f'{x.device.type}')
     wide = x.float()
-    threshold = threshold.float()
-    y = wide.new_empty(len(x), weight.shape[1])
-    function, arguments = c_call(wide, weight, threshold, y)
-    if function(*arguments):
-        raise MemoryError("no memory for the list of kept channels")
-    return y.to(x.dtype)
+    if not kernel.fits_c(wide):
+        raise ValueError(f'backend "c" needs a C compiler and tensors on the CPU, not on '
+                         f'{x.device.type}')
+    return kernel.run_c(c_call, wide, weight, threshold.float()).to(x.dtype)
 
 
 kernel.BACKENDS |= {"codes-c": c_codes, "codes-torch": torch_codes}        # fused.py: codes-triton
-kernel.C_CALLS["codes-c"] = c_call
 
 
 # --------------------------------------------------------------------------------------------------
@@ -669,8 +635,7 @@ class QuantizedLinear(SparseLinear):
         self.weight_t = weight
 
     def product(self, x):
-        y = codes_gemv(x.flatten(0, -2), self.weight_t, self.threshold)
-        return y.view(*x.shape[:-1], -1)
+        return codes_gemv(x, self.weight_t, self.threshold)
 
     def dense(self, x):
         return codes_dense(x, self.weight_t)
@@ -681,9 +646,11 @@ def bits_by_name(config, bits, head_bits):
 
     With a tied head EMBEDDING stands for both.
     """
-    head = [EMBEDDING] if config.tie_word_embeddings else [EMBEDDING, "lm_head"]
-    return dict.fromkeys(linear_names(config), bits) | dict.fromkeys(
-        head if head_bits < 16 else (), head_bits)
+    bits_of = dict.fromkeys(linear_names(config), bits)
+    if head_bits < 16:
+        head = () if config.tie_word_embeddings else ("lm_head",)
+        bits_of |= dict.fromkeys((EMBEDDING, *head), head_bits)
+    return bits_of
 
 
 @torch.no_grad()
@@ -692,26 +659,20 @@ def quantize(model, bits, group=None, clipping=CLIPPING, head_bits=8):
 
     bits: 8 or 4, of the blocks' linears; head_bits: 16, 8 or 4, of the head and the embedding.
     group: of inputs, at 4 bits; None: `fitting_group`. model.quantization: the settings. Raises
-    InputError, and changes nothing, for a model that is sparse or quantized already, and for
-    weights that cannot be quantized.
+    InputError for a model that is sparse or quantized already, and as quantize_weight does.
     """
     require(not any(isinstance(module, SparseLinear) for module in model.modules()),
             "the model is quantized or sparse already; quantize it first, then make it sparse")
     group = group or fitting_group(model)
     bits_of = bits_by_name(model.config, bits, head_bits)
-    for name, number in bits_of.items():
-        check_weight(model.get_submodule(name).weight, number, group, name)
-    tied = model.config.tie_word_embeddings
     for name in progress(list(bits_of), f"quantizing to int{bits}"):
-        def make(weight_t, bias=None):
-            return QuantizedLinear(quantize_weight(weight_t.t(), bits_of[name], group, clipping),
-                                   bias)
-
-        if name != EMBEDDING or tied:    # a tied embedding reads the head's weight
-            sparsify(model, {"lm_head" if name == EMBEDDING else name: None}, make)
-        else:
-            embedding = make(model.model.embed_tokens.weight.t())
-            model.model.embed_tokens = TransposedEmbedding(embedding.weight_t)
+        weight = quantize_weight(model.get_submodule(name).weight, bits_of[name], group, clipping,
+                                 name)
+        if name == EMBEDDING and not model.config.tie_word_embeddings:
+            model.model.embed_tokens = TransposedEmbedding(weight)
+        else:                            # a tied embedding reads the head's weight
+            name = "lm_head" if name == EMBEDDING else name
+            sparsify(model, {name: None}, lambda _, bias: QuantizedLinear(weight, bias))
     model.quantization = settings_of(bits, group, head_bits)
     return model
 
@@ -730,10 +691,7 @@ def shape(model, settings):
 
     Raises InputError for what quantize.py does not write.
     """
-    settings = {"head_bits": 16} | settings
-    bits, head_bits, group = (settings.get(key) for key in ("bits", "head_bits", "group"))
-    require(settings.get("version") in (1, VERSION) and bits in (4, 8) and head_bits in (4, 8, 16)
-            and type(group) is (int if 4 in (bits, head_bits) else type(None)),
-            f"config.json: quantization_config is {settings}, expected version 1 or {VERSION}, "
-            f"bits 4 or 8, head_bits 4, 8 or 16, and a group where one is 4, else null")
-    quantize(model, bits, group, (1.0,), head_bits)
+    with refusing(f"config.json: quantization_config is {settings}", InputError, KeyError,
+                  TypeError):
+        require(settings["version"] in (1, VERSION), f"expected version 1 or {VERSION}")
+        quantize(model, settings["bits"], settings["group"], (1.0,), settings.get("head_bits", 16))

@@ -1,7 +1,7 @@
 """Drafts: guesses without a model, as many a pass as are fastest here; verifiers that are sparse.
 
 generate.py lets a model guess a few tokens in a row, and the dense model checks them in one pass.
-Here are three more ideas. The first two do not change the text.
+Three more ideas; the first two do not change the text.
 
 Token Recycling (arXiv 2408.08696) guesses without a model. A verify pass computes logits after all
 its tokens, and most of them are thrown away. Keep the likeliest token after each in a table: what
@@ -11,32 +11,28 @@ table, which takes no time:
     table     the ─► x1     x1 ─► x2     x2 ─► the     ...
     guess     the ─► x1 ─► x2 ─► the ...
 
-(The paper keeps eight tokens after each, and verifies a tree of guesses. Trees were measured here
-at 0.19 to 0.71 times the speed of plain decoding: a pass over many tokens costs too much.)
+(The paper verifies a tree of guesses. Here a pass over many tokens costs too much: LOG.md.)
 
 Adaptive lengths. More guesses bring more tokens a pass, but take longer to make and to verify. How
 much longer depends on the machine, and how many are right depends on the text. So `Statistics`
 counts what is accepted, takes the time of every round, and finds the number of guesses with the
 most expected tokens a second.
 
-Sparse verifiers. What verifies may itself be sparse: then speculation writes the text of the sparse
-model, in fewer passes. A token of a verify pass must keep what it keeps in plain decoding, so the
-pass is sparse for each of its tokens.
+Sparse verifiers. Where the verifier is sparse, speculation writes the text of the sparse model in
+fewer passes: each token of a verify pass keeps what it keeps in plain decoding.
 
-The seam: `generate.Speculation`, whose `verifier` is a mode, and whose methods make_draft,
-read_prompt, verify and round are extended here.
+The seam: the methods and the mode `verifier` of `generate.Speculation`.
 
     python -m beyond --draft recycle --compare                Token Recycling beside plain decoding
-    python -m beyond --draft sparse --draft-tokens 3          a fixed number of guesses a pass
     python -m beyond --draft sparse --sparsity 0.4            lossless against the 40 % sparse model
 """
 import contextlib
+from collections import Counter
 
 import torch
 
 import generate
 from kernel import MAX_ROWS
-from model import require
 from sparsify import sparse_mode
 
 MOST = MAX_ROWS - 1      # guesses: a pass over more tokens is no longer bound by memory
@@ -44,14 +40,11 @@ BELIEF = 0.7             # how often a guess is right, believed before any was j
 PART = 256               # tokens of a prompt that are read at once where all logits are wanted
 
 
-# --------------------------------------------------------------------------------------------------
-# A draft without a model. A draft object may have, besides `guess`,
-#     learn(tokens, logits)     which is told all that the verifier computes, the prompt's first
-
 class RecycleDraft:
     """Token Recycling: guesses from the logits that verify passes computed anyway.
 
-    following: {token: the token that was likeliest, the last time, to follow it}.
+    following: {token: the token that was likeliest, the last time, to follow it}. Any draft object
+    may have a `learn`, which is told all that the verifier computes, the prompt's first.
     """
 
     def __init__(self):
@@ -74,28 +67,23 @@ class RecycleDraft:
         self.following |= dict(zip(tokens.tolist(), logits.argmax(-1).tolist()))
 
 
-# --------------------------------------------------------------------------------------------------
-# How many guesses?
-
 class Statistics(generate.Statistics):
     """What a speculative run did, and from it which number of guesses is best.
 
-    judged[i], right[i]: how often the guess at place i was judged, those before it accepted, and
-    how often it was accepted. times: {guesses: seconds of each round with so many}; last: {guesses:
-    the last such round}.
+    judged, right: {place: how often the guess there was judged, those before it accepted; and how
+    often it was accepted}. times: {guesses: seconds of each round with so many}.
     """
 
     def __init__(self):
         super().__init__()
-        self.judged = []
-        self.right = []
+        self.judged = Counter()
+        self.right = Counter()
         self.times = {}
-        self.last = {}
 
     @property
     def acceptance(self):
         """The share of guesses accepted at each place, of those that were judged."""
-        return [right / judged for right, judged in zip(self.right, self.judged)]
+        return [self.right[place] / self.judged[place] for place in sorted(self.judged)]
 
     def __str__(self):
         places = " ".join(f"{share:.0%}" for share in self.acceptance)
@@ -106,14 +94,9 @@ class Statistics(generate.Statistics):
     def record(self, guesses, accepted, draft_seconds, verify_seconds):
         """Count a round: how many tokens were guessed, how many accepted, and its times."""
         super().record(guesses, accepted, draft_seconds, verify_seconds)
-        for place in range(min(guesses, accepted + 1)):
-            if place == len(self.judged):
-                self.judged.append(0)
-                self.right.append(0)
-            self.judged[place] += 1
-            self.right[place] += place < accepted
+        self.judged.update(range(min(guesses, accepted + 1)))
+        self.right.update(range(accepted))
         self.times.setdefault(guesses, []).append(draft_seconds + verify_seconds)
-        self.last[guesses] = self.passes
 
     def expected(self, size):
         """Return how many tokens a round with so many guesses is expected to write.
@@ -121,7 +104,7 @@ class Statistics(generate.Statistics):
         A guess counts if all before it are right. All are right equally often, as far as is known:
         a belief counts as much as four guesses.
         """
-        rate = (sum(self.right) + 4 * BELIEF) / (sum(self.judged) + 4)
+        rate = (self.right.total() + 4 * BELIEF) / (self.judged.total() + 4)
         return sum(rate ** i for i in range(size + 1))
 
     def best_size(self):
@@ -129,8 +112,8 @@ class Statistics(generate.Statistics):
 
         Numbers are tried upwards, the next one as long as it would pay if it cost what the one
         below it does. A number costs the least of its last times, since what disturbs a computer
-        only makes it slower. Every 16th round goes to a neighbour of the best, whose time may have
-        changed.
+        only makes it slower. Every 16th round goes to a neighbour of the best, to each in turn, as
+        its time may have changed.
         """
         rates = {}                                         # {guesses: tokens a second}
         seconds = None
@@ -146,18 +129,14 @@ class Statistics(generate.Statistics):
         best = max(rates, key=rates.get)
         neighbours = [size for size in (best - 1, best + 1) if size in rates]
         if self.passes % 16 == 15 and neighbours:
-            return min(neighbours, key=lambda size: self.last.get(size, 0))
+            return neighbours[self.passes // 16 % len(neighbours)]
         return best
 
-
-# --------------------------------------------------------------------------------------------------
-# Speculation
 
 class Speculation(generate.Speculation):
     """generate.Speculation with more kinds of draft and of verifier.
 
-    draft: as there, or "recycle": no model, Token Recycling. A draft object may have `learn`, as
-        RecycleDraft does.
+    draft: as there, or "recycle": no model, Token Recycling
     draft_tokens: how many tokens to guess a pass; None: what is fastest here, by what was accepted
         and by the clock. Only with a fixed number is sampled text repeatable from a seed.
     sparse_verifier: whether the text is that of `generate` in the mode now in force, rather than
@@ -168,8 +147,6 @@ class Speculation(generate.Speculation):
                  draft_tokens=None, *arguments, sparse_verifier=False, **named):
         state = getattr(model, "sparse_state", None)
         self.mode = state.mode if sparse_verifier and state else "off"       # that of the text
-        require(self.mode != "all" or not state.dense_prefix,
-                "a dense prefix is not for decoding, where every step would begin anew")
         if self.mode != "off":
             self.verifier = "all", state.thresholds.clone()
             self.against = "the sparse model"
@@ -197,18 +174,14 @@ class Speculation(generate.Speculation):
         return logits[-1:]
 
     def verify(self, tokens):
-        """Return the logits (T, vocab) after each of a list of T tokens; a draft learns from them.
-        """
+        """Return the logits (T, vocab) after each of a list of T tokens, and let a draft learn."""
         logits = super().verify(tokens)
         if hasattr(self.draft, "learn"):
             self.draft.learn(torch.tensor(tokens), logits)
         return logits
 
-    def round(self, ids):
-        """Draft, verify, accept: return the tokens that follow `ids`, at least one."""
-        if self.adaptive:
-            self.draft_tokens = self.statistics.best_size()
-        return super().round(ids)
+    def size(self):
+        return self.statistics.best_size() if self.adaptive else super().size()
 
 
 speculate = Speculation                  # as generate.generate_speculative

@@ -1,13 +1,9 @@
 """Whatever folder a person has: older spellings, quantized weights, tokenizers that want a repair.
 
 model.py reads the plain folder, as transformers writes it today, and refuses the rest by name. Here
-is the rest, behind the one call that every chapter uses:
-
-    load_model(name) -> (model, tokenizer)
-
-config.json is respelled as model.py has it, after a check of each number and setting. What is not
-implemented anywhere is refused by name: an adapter that was not merged, another architecture, a
-setting that changes the function.
+is the rest, behind one call: load_model(name) -> (model, tokenizer). config.json is respelled as
+model.py has it, after a check of each number and setting. What is not implemented anywhere is
+refused by name.
 
 Chapters that write a checkpoint anew (rotate.py, quantize.py) share the second half. A model may be
 larger than memory, so this goes file by file:
@@ -18,26 +14,23 @@ larger than memory, so this goes file by file:
 
 The folder gets its name when all of it is there. A run that fails or is stopped leaves nothing.
 
-The seams: `Config.read`, `fill`, `checked_shards`, `write_safetensors` of model.py.
+The seams: `Config.read`, `map_checkpoint`, `read_checkpoint`, `write_safetensors` of model.py.
 """
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 import model as core
 from beyond import codes, fused          # noqa: F401 (fused: codes on a GPU)
-from model import (Config, HubTokenizer, InputError, Llama, checked_shards, fill, find_device,
-                   read_json, refusing, require, write_json, write_safetensors)
+from model import (Config, HubTokenizer, Llama, find_device, in_memory, map_checkpoint,
+                   read_checkpoint, read_json, refusing, require, write_json, write_safetensors)
 
 import torch
-
-INTEGERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
-            "sliding_window")
-BOOLEANS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 
 
 def load_model(name, device="cpu", dtype=None, maker=Llama):
@@ -49,86 +42,70 @@ def load_model(name, device="cpu", dtype=None, maker=Llama):
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     device = find_device(device)
     if str(name).startswith("random:"):
-        preset = str(name).removeprefix("random:")
-        return maker.random(preset, device, dtype or torch.bfloat16), None
+        return maker.random(name, device, dtype or torch.bfloat16), None
     gguf = str(name).endswith(".gguf")
     require(Path(name).is_dir(), f"{name}: " + (
         "python -m beyond.gguf makes a folder of a GGUF file" if gguf else "no such folder"))
-    check_adapter(name)
-    tokenizer = load_tokenizer(name)     # first: it fails sooner
+    read_config(name)                    # first: an adapter, or another model, is refused as such
+    tokenizer = load_tokenizer(name)
     if maker is not Llama:
         return maker.from_pretrained(name, device, dtype), tokenizer
-    return fill(shaped(name), name, device, dtype), tokenizer
+    return in_memory(mapped(name), device, dtype), tokenizer
 
 
-def shaped(folder):
-    """Return the Llama of a folder on the meta device, its linears as they are stored."""
-    model = Llama.shapes(read_config(folder))
-    quantized = read_json(Path(folder) / "config.json").get("quantization_config")
-    if quantized:
-        codes.shape(model, quantized)
-    return model
+def mapped(folder):
+    """Return the Llama of a folder, memory-mapped, its linears as they are stored."""
+    model = Llama.on_meta(read_config(folder))
+    if is_quantized(folder):
+        codes.shape(model, read_json(Path(folder) / "config.json")["quantization_config"])
+    return map_checkpoint(model, folder)
 
 
 # --------------------------------------------------------------------------------------------------
 # config.json
 
-def check_adapter(folder):
-    """Raise InputError for a folder of an adapter, which changes a model that lies elsewhere."""
+def read_config(folder):
+    """Return the Config of a checkpoint folder, however it is spelled."""
     adapter = Path(folder) / "adapter_config.json"
     require(not adapter.exists(),
             f"{adapter}: an adapter; merge it into its base model first (merge_and_unload)")
-
-
-def read_config(folder):
-    """Return the Config of a checkpoint folder, however it is spelled."""
-    check_adapter(folder)
     path = Path(folder) / "config.json"
-    return Config.read(folder, respelled(read_json(path), path))
+    with refusing(f"{path}: not the config.json of a Llama", AttributeError, TypeError):
+        return Config.read(folder, respelled(read_json(path), path))
 
 
 def respelled(raw, path):
     """Return the object of a config.json as model.py spells it, every setting checked."""
-    def refuse(key, expected, found=raw):
-        raise InputError(f"{path}: {key} is {json.dumps(found.get(key))}, expected {expected}")
+    def check(holds, key, expected, source=raw):
+        require(holds, f"{path}: {key} is {json.dumps(source.get(key))}, expected {expected}")
 
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    if not isinstance(architectures, list) or not {"LlamaForCausalLM", "MistralForCausalLM"} & set(
-            map(str, architectures)):
-        refuse("architectures", "LlamaForCausalLM or MistralForCausalLM")
-    for key in INTEGERS:
-        if raw.get(key) is not None and not (type(raw[key]) is int and 0 < raw[key] < 2**31):
-            refuse(key, "a whole number above 0, below 2^31")
-    for key in BOOLEANS:
-        if type(raw.get(key, False)) is not bool:
-            refuse(key, "true or false")
+    architectures = json.dumps(raw.get("architectures") or "LlamaForCausalLM")
+    check(re.search('"(Llama|Mistral)ForCausalLM"', architectures), "architectures",
+          "LlamaForCausalLM or MistralForCausalLM")
+    for field in fields(Config):
+        value = raw.get(field.name)
+        if field.type in (int, int | None) and value is not None:
+            check(type(value) is int and 0 < value < 2**31, field.name,
+                  "a whole number above 0, below 2^31")
     quantized = raw.get("quantization_config")
-    if quantized and (not isinstance(quantized, dict)
-                      or quantized.get("quant_method") != codes.METHOD):
-        refuse("quantization_config", "floating point, or what python -m beyond.quantize writes")
+    check(not quantized or quantized.get("quant_method") == codes.METHOD, "quantization_config",
+          "floating point, or what python -m beyond.quantize writes")
     # Rotary settings stand in rope_theta and rope_scaling, or all together in the newer
     # rope_parameters. If both are there, transformers takes the older one.
-    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = raw.get(key) or {}
-    if not isinstance(rope, dict):
-        refuse(key, "an object")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope = {name: value for name, value in rope.items() if value is not None}
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    kind = rope.pop("type", "default")
+    kind = rope.setdefault("rope_type", kind)
     original = raw.get("original_max_position_embeddings")           # counts before rope's own
-    if rope["rope_type"] != "llama3":
+    if kind == "llama3":
+        rope |= {} if original is None else {"original_max_position_embeddings": original}
+        check(rope.get("low_freq_factor", 0) < rope.get("high_freq_factor", float("inf")),
+              "low_freq_factor", "less than the high_freq_factor", rope)
+    else:
         rope.pop("original_max_position_embeddings", None)
-    elif original is not None:
-        rope["original_max_position_embeddings"] = original
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
-    raw = {name: value for name, value in raw.items()
-           if name not in ("rope_scaling", "rope_parameters", "quantization_config")}
-    raw["rope_parameters"] = rope
-    if rope["rope_type"] == "llama3" and isinstance(rope.get("low_freq_factor"), (int, float)):
-        if rope["low_freq_factor"] >= rope.get("high_freq_factor", float("inf")):
-            refuse("low_freq_factor", "less than the high_freq_factor", rope)
-    return raw
+    return raw | {"rope_scaling": None, "rope_parameters": rope, "quantization_config": None}
 
 
 def is_quantized(folder):
@@ -149,12 +126,11 @@ def load_tokenizer(folder):
     if (folder / "tokenizer.json").exists() or not path.exists():
         return core.load_tokenizer(folder)
     settings = read_json(folder / "tokenizer_config.json", {})
-    with open(path, "rb") as file:
-        if file.read(1) != b"\n":                          # Llama-3's first release, by tiktoken
-            require(settings, f"{path}: not SentencePiece, and neither tokenizer.json nor "
-                              f"tokenizer_config.json names its special tokens")
-            os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")     # else a file is what its path held
-            return HubTokenizer(folder)
+    if path.open("rb").read(1) != b"\n":                   # Llama-3's first release, by tiktoken
+        require(settings, f"{path}: not SentencePiece, and neither tokenizer.json nor "
+                          f"tokenizer_config.json names its special tokens")
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")    # else a file is what its path held
+        return HubTokenizer(folder)
     tokenizer = core.SentencePieceTokenizer(folder)
     if tokenizer.is_complete(folder):
         return tokenizer
@@ -189,26 +165,26 @@ def new_folder(out):
     out = Path(out)
     with refusing(f"{out}: cannot be written", OSError):
         out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)          # mkdtemp makes a folder that only its owner can read
+        temporary = tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent)
+    with temporary as unfinished:
+        yield Path(unfinished)
+        os.chmod(unfinished, 0o755)      # it was made for its owner alone
         os.rename(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def rewrite_checkpoint(folder, model, out, change, config_changes):
     """Write the checkpoint in `folder` anew to the new folder `out`, with its tokenizer.
 
-    model: a Llama on the meta device, which every tensor is checked against
+    model: the Llama of that folder, memory-mapped
     change(path, tensors): returns the tensors {name: tensor} that take the place of those of a file
     config_changes: {key: value}, what is set in config.json
     """
     folder = Path(folder)
     weight_map = {}
     with new_folder(out) as unfinished:
-        for path, tensors in checked_shards(folder, model):
+        stored = read_checkpoint(folder)
+        for path in sorted({path for path, _ in stored.values()}):
+            tensors = {name: tensor for name, (file, tensor) in stored.items() if file == path}
             changed = change(path, tensors)
             write_safetensors(unfinished / path.name, changed, {"format": "pt"})
             weight_map |= dict.fromkeys(changed, path.name)

@@ -24,30 +24,29 @@ these in another order, so they are multiplied one by one, in float32. To make a
 two operations: a shift, and the bits of an exponent around it, for which it reads 128 + code.
 
 The seam: `Block.forward`. `fuse(model)` gives the blocks of a model another one, which takes and
-returns what theirs does. It is a second copy of what model.py and sparsify.py do, so their code is
-looked at first: where that has changed, fused.py says so and steps aside. A block runs as model.py
-has it where its linears are not all sparse now, of few rows and without bias, and where somebody
-looks on: with a hook on any of its modules, as several processes have them (parallel.py).
+returns what theirs does. It is a second copy of what model.py and sparsify.py do: where their code
+has changed, fused.py says so and steps aside. A block with a module or method of a reader's, or
+with a hook, as several processes have them (parallel.py), runs as model.py has it; so do calls that
+are not sparse, or of many rows.
 
     python -m beyond.fused       prints the fingerprints of the code that is replaced
 """
 import ast
 import hashlib
 import inspect
+import pkgutil
 import textwrap
 
 import torch
 
 import kernel
-import model as llama
 from beyond.codes import QuantizedLinear, QuantizedWeight
 from generate import StaticCache
-from kernel import is_interpreted, triton
+from kernel import triton
 from model import MLP, Attention, Block, RMSNorm, note
 from sparsify import SparseLinear
 
 AHEAD = False            # programmatic dependent launch (sm_90 and later); no card has timed it yet
-FUSABLE = {SparseLinear, QuantizedLinear}        # the linears whose work is done here
 
 if triton is not None:
     import triton.language as tl
@@ -69,8 +68,8 @@ if triton is not None:
 
     @triton.jit
     def add_codes(codes_ptr, scale_ptr, zero_ptr, channel_ptr, input_ptr, count, tile, group,
-                  outputs, ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK_IN: tl.constexpr,
-                  WORDS: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr):
+                  outputs, ROWS: tl.constexpr, SPAN: tl.constexpr, WORDS: tl.constexpr,
+                  BITS: tl.constexpr):
         """Return the outputs (BLOCK_OUT,) of a tile of WORDS words, and sums (ROWS, BLOCK_OUT).
 
         The sums are of input, float32, times weight over `count` listed channels, of one group.
@@ -79,12 +78,13 @@ if triton is not None:
             sum of x * scale * (code - zero) = scale * (sum of x * code - zero * sum of x)
         """
         LANES: tl.constexpr = 32 // BITS                   # codes of a word
+        BLOCK_IN: tl.constexpr = 16 if ROWS <= 2 else 8    # channels of a turn
         word = tile * WORDS + tl.arange(0, WORDS)
         words_of_channel = tl.cdiv(outputs, 16 * LANES) * 16
         row = tl.arange(0, ROWS)
         sums = tl.zeros((BLOCK_IN, WORDS, LANES, ROWS), tl.float32)
         total = tl.zeros((BLOCK_IN, ROWS), tl.float32)
-        for start in tl.range(0, count, BLOCK_IN, num_stages=STAGES):
+        for start in tl.range(0, count, BLOCK_IN, num_stages=4):
             index = start + tl.arange(0, BLOCK_IN)
             channel = tl.load(channel_ptr + index)                              # (BLOCK_IN,)
             x = tl.load(input_ptr + row[None, :] * SPAN + index[:, None])       # (BLOCK_IN, ROWS)
@@ -126,9 +126,8 @@ if triton is not None:
                              threshold0_ptr, threshold1_ptr, threshold2_ptr, channel_ptr, input_ptr,
                              partial_ptr, ticket_ptr, y_ptr, rows, channels, outputs0, outputs1,
                              outputs2, per_split, STEP: tl.constexpr, ROWS: tl.constexpr,
-                             SPAN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-                             STAGES: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr,
-                             RESIDUAL: tl.constexpr, AHEAD: tl.constexpr):
+                             SPAN: tl.constexpr, BLOCK_OUT: tl.constexpr, BITS: tl.constexpr,
+                             GATED: tl.constexpr, RESIDUAL: tl.constexpr, AHEAD: tl.constexpr):
         """y[row, j] = sum over channels of kept x[row, i] * weight[i, j], for linears side by side.
 
         grid (tiles of all linears, splits of per_split channels). y (rows, outputs0 + outputs1 +
@@ -141,9 +140,6 @@ if triton is not None:
         tile = tl.program_id(0)
         split = tl.program_id(1)
         splits = tl.num_programs(1)
-        program = split * tl.num_programs(0) + tile
-        channel_ptr += program * SPAN
-        input_ptr += program * SPAN * ROWS
         tiles0 = tl.cdiv(outputs0, BLOCK_OUT)
         tiles1 = tl.cdiv(outputs1, BLOCK_OUT)
         outputs = one_of(tile, tiles0, tiles1, outputs0, outputs1, outputs2)
@@ -154,25 +150,20 @@ if triton is not None:
         zero_ptr = one_of(tile, tiles0, tiles1, zero0_ptr, zero1_ptr, zero2_ptr)
         threshold_ptr = one_of(tile, tiles0, tiles1, threshold0_ptr, threshold1_ptr, threshold2_ptr)
         tile -= first_tile
-        first = split * per_split
-        channel = first + tl.arange(0, SPAN)
-        exists = channel < tl.minimum(first + per_split, channels)
-        row = tl.arange(0, ROWS)[:, None]
-        inside = (row < rows) & exists[None, :]                                 # (ROWS, SPAN)
         begin(AHEAD)
-        x = tl.load(x_ptr + row * channels + channel[None, :], mask=inside, other=0.0)
-        threshold = tl.load(threshold_ptr + channel * STEP, mask=exists, other=0.0)
-        count = list_kept(x, threshold, inside, first, channel_ptr, input_ptr, ROWS, SPAN)
+        channel_ptr, input_ptr, count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr,
+                                                  rows, channels, per_split, STEP, ROWS, SPAN)
+        row = tl.arange(0, ROWS)[:, None]
         if BITS == 0:
             output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                 # (BLOCK_OUT,)
             padded = tl.arange(0, 16)[:, None]
             sums = add_rows(weight_ptr, channel_ptr, input_ptr, count, output, outputs, ROWS, SPAN,
-                            BLOCK_IN, BLOCK_OUT, STAGES)                        # (16, BLOCK_OUT)
+                            BLOCK_OUT)                                          # (16, BLOCK_OUT)
         else:
             padded = row
             output, sums = add_codes(weight_ptr, scale_ptr, zero_ptr, channel_ptr, input_ptr, count,
-                                     tile, split, outputs, ROWS, SPAN, BLOCK_IN,
-                                     BLOCK_OUT * BITS // 32, STAGES, BITS)
+                                     tile, split, outputs, ROWS, SPAN, BLOCK_OUT * BITS // 32,
+                                     BITS)
         width = outputs0 + outputs1 + outputs2
         tl.store(partial_ptr + (split * rows + padded) * width + first_output + output[None, :],
                  sums, mask=(padded < rows) & (output < outputs)[None, :])
@@ -245,53 +236,10 @@ if triton is not None:
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=exists)
 
 
-def launch(function, grid, *arguments, num_warps=4, **constants):
-    """Launch a kernel of this file on the device of its first argument."""
-    x = arguments[0]
-    constants["AHEAD"] = AHEAD and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    if constants["AHEAD"]:
-        constants["launch_pdl"] = True
-    with torch.cuda.device_of(x):        # Triton launches on the current device
-        function[grid](*arguments, num_warps=num_warps, **constants)
-
-
-def joint_gemv(x, weights, thresholds, gated=False, residual=None):
-    """Return the sparse products of one to three linears with the same x, in one launch on a GPU.
-
-    x: (B, in), B from 1 to 8, contiguous; float32, float16 or bfloat16
-    weights: for each linear (in, out_l); or for each a QuantizedWeight, all of one kind
-    thresholds: for each a float32 tensor, all () or all (in,)
-    gated: there are two linears of one width; return silu(first) * second, (B, out)
-    residual: of one linear, (B, out) of x's dtype, contiguous, which is added
-    Returns the outputs side by side, (B, sum of out_l), in x's dtype. Raises ValueError without
-    Triton.
-    """
-    kernel.check_triton(x)
-    rows, channels = x.shape
-    bits, group = kind_of(weights[0])
-    absent = 3 - len(weights)            # linears without outputs, which no tile reaches
-    outputs = [weight.shape[1] for weight in weights] + [0] * absent
-    weights = [*weights, *[weights[0]] * absent]
-    thresholds = [*thresholds, *[thresholds[0]] * absent]
-    if bits:
-        names = ("codes", "scales", "zeros" if group else "codes")
-        pointers = [getattr(weight, name) for name in names for weight in weights]
-        dtype = torch.float32
-    else:
-        pointers = 3 * weights
-        dtype = weights[0].dtype
-    sizes = tile_of(bits, rows, dtype.itemsize)
-    tiles = sum(triton.cdiv(out, sizes["BLOCK_OUT"]) for out in outputs)
-    per_split = group or kernel.span(tiles, channels, x.device)
-    size = max(16, triton.next_power_of_2(per_split))
-    splits = triton.cdiv(channels, per_split)
-    y = torch.empty(rows, outputs[0] if gated else sum(outputs), device=x.device, dtype=x.dtype)
-    launch(joint_product_kernel, (tiles, splits), x, x if residual is None else residual, *pointers,
-           *thresholds, *kernel.scratch(x, dtype, tiles, splits, size, sum(outputs)), y, rows,
-           channels, *outputs, per_split, STEP=thresholds[0].ndim,
-           ROWS=triton.next_power_of_2(rows), SPAN=size, BITS=bits, GATED=gated,
-           RESIDUAL=residual is not None, **sizes)
-    return y
+def ahead(x):
+    """Return what every launch of this file is given, for a tensor's device."""
+    begins_early = AHEAD and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"AHEAD": True, "launch_pdl": True} if begins_early else {"AHEAD": False}
 
 
 def kind_of(weight):
@@ -299,11 +247,56 @@ def kind_of(weight):
     return (0, None) if isinstance(weight, torch.Tensor) else (weight.bits, weight.group)
 
 
-def tile_of(bits, rows, itemsize):
-    """Return the sizes of a tile: for codes of 8 or 4 bits, or for weights of so many bytes."""
-    if not bits:
-        return kernel.TILE[itemsize]
-    return {"BLOCK_IN": 16 if rows < 3 else 8, "BLOCK_OUT": 256 if rows < 2 else 128, "STAGES": 4}
+def joint_gemv(x, weights, thresholds, gated=False, residual=None):
+    """Return the sparse products of one to three linears with the same x, in one launch on a GPU.
+
+    x: (..., in), 1 to 8 rows in all, contiguous; float32, float16 or bfloat16
+    weights: for each linear (in, out_l); or for each a QuantizedWeight, all of one kind
+    thresholds: for each a float32 tensor, all () or all (in,)
+    gated: there are two linears of one width; return silu(first) * second, (..., out)
+    residual: of one linear, (..., out) of x's dtype, contiguous, which is added
+    Returns the outputs side by side, (..., sum of out_l), in x's dtype. Raises ValueError without
+    Triton.
+    """
+    rows = x.shape[:-1].numel()
+    bits, group = kind_of(weights[0])
+    absent = 3 - len(weights)            # linears without outputs, which no tile reaches
+    outputs = [weight.shape[1] for weight in weights] + [0] * absent
+    weights = [*weights, *[weights[0]] * absent]
+    thresholds = [*thresholds, *[thresholds[0]] * absent]
+    names = ("codes", "scales", "zeros" if group else "codes")
+    pointers = ([getattr(weight, name) for name in names for weight in weights] if bits
+                else 3 * weights)
+    y = x.new_empty(*x.shape[:-1], outputs[0] if gated else sum(outputs))
+    kernel.launch_product(
+        joint_product_kernel, x, (x if residual is None else residual, *pointers, *thresholds), y,
+        outputs, torch.float32 if bits else weights[0].dtype, 256 if bits and rows == 1 else 128,
+        group, STEP=thresholds[0].ndim, BITS=bits, GATED=gated, RESIDUAL=residual is not None,
+        **ahead(x))
+    return y
+
+
+# A backend like those of kernel.py, for a QuantizedWeight.
+kernel.BACKENDS["codes-triton"] = (
+    lambda x, weight, threshold: joint_gemv(x, [weight], [threshold]))
+
+
+# --------------------------------------------------------------------------------------------------
+# In the model
+
+def product(x, *linears, **more):
+    """Return joint_gemv of x (..., in) and SparseLinears."""
+    return joint_gemv(x, [linear.weight_t for linear in linears],
+                      [linear.threshold for linear in linears], **more)
+
+
+def norm(x, module):
+    """Return an RMSNorm of x (B, T, hidden)."""
+    y = torch.empty_like(x)
+    size = x.shape[-1]
+    kernel.launch(norm_kernel, (x.numel() // size,), x, module.weight, y, size, module.eps,
+                  BLOCK=triton.next_power_of_2(size), num_warps=8, **ahead(x))
+    return y
 
 
 def rotate_and_append(y, attention, context):
@@ -316,32 +309,16 @@ def rotate_and_append(y, attention, context):
     keys, values = cache.keys[attention.layer], cache.values[attention.layer]
     groups = keys.shape[1]
     q = y.new_empty(B, width // D - 2 * groups, T, D)
-    launch(rotate_kernel, (B * T, width // D), y, context.cos, context.sin, cache.slots, q, keys,
-           values, T, q.shape[1], groups, keys.shape[2], D=D, BLOCK=triton.next_power_of_2(D),
-           num_warps=1)
+    kernel.launch(rotate_kernel, (B * T, width // D), y, context.cos, context.sin, cache.slots, q,
+                  keys, values, T, q.shape[1], groups, keys.shape[2], D=D,
+                  BLOCK=triton.next_power_of_2(D), num_warps=1, **ahead(y))
     return q, keys, values
 
 
-def norm(x, module):
-    """Return an RMSNorm of x (B, T, hidden)."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    size = x.shape[-1]
-    launch(norm_kernel, (x.numel() // size,), x, module.weight, y, size, module.eps,
-           BLOCK=triton.next_power_of_2(size), num_warps=8)
-    return y
+# What a block that runs fused consists of: not of subclasses, nor with methods put on an instance.
+KNOWN = {Attention, MLP, RMSNorm, SparseLinear, QuantizedLinear, QuantizedWeight}
+METHODS = {"forward", "qkv", "gated", "product"}
 
-
-def product(x, *linears, gated=False, residual=None):
-    """Return joint_gemv of linears with x (B, T, in), as (B, T, out)."""
-    y = joint_gemv(x.flatten(0, 1).contiguous(), [linear.weight_t for linear in linears],
-                   [linear.threshold for linear in linears], gated,
-                   None if residual is None else residual.contiguous())
-    return y.view(*x.shape[:-1], -1)
-
-
-# --------------------------------------------------------------------------------------------------
-# In the model
 
 class FusedBlock(Block):
     """A Block of eight launches."""
@@ -350,6 +327,7 @@ class FusedBlock(Block):
         if not self.is_whole(x, context):
             return super().forward(x, context)
         attention, mlp = self.self_attn, self.mlp
+        x = x.contiguous()               # a transposed embedding's is not
         y = norm(x, self.input_layernorm)
         y = product(y, attention.q_proj, attention.k_proj, attention.v_proj)
         y = attention.attend(*rotate_and_append(y, attention, context), context.mask)
@@ -359,20 +337,21 @@ class FusedBlock(Block):
         return product(y, mlp.down_proj, residual=x)
 
     def is_whole(self, x, context):
-        """Return whether the block is all sparse in this call, of few rows, and nobody looks on."""
+        """Return whether the block is as this file knows it, and sparse in a call of few rows."""
         attention, mlp = self.self_attn, self.mlp
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-                   mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        parts = ((attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+                 (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
+        inner = list(self.modules())[1:]
         return (x.shape[0] * x.shape[1] <= kernel.MAX_ROWS
                 and type(context.cache) is StaticCache     # which says where its slots are
-                and all(type(linear) in FUSABLE and linear.bias is None and linear.state is not None
-                        and linear.state.is_sparse() and not linear.state.dense_prefix
-                        for linear in linears)
-                and all(len({kind_of(linear.weight_t) for linear in part}) == 1
-                        for part in (linears[:3], linears[4:6]))
+                and all(type(module) in KNOWN for module in inner)
                 and not any(module._forward_hooks or module._forward_pre_hooks
-                            for module in self.modules())
-                and what_changed(self) is None)
+                            or vars(module).keys() & METHODS for module in (self, *inner))
+                and mlp.activation is torch.nn.functional.silu
+                and all(linear.bias is None and linear.state is not None
+                        and linear.state.is_sparse() and not linear.state.dense_prefix
+                        for part in parts for linear in part)
+                and all(len({kind_of(linear.weight_t) for linear in part}) == 1 for part in parts))
 
 
 def fuse(model):
@@ -382,18 +361,16 @@ def fuse(model):
     before. The model may be made sparse before or after. Where the code that is replaced is not
     that of FINGERPRINTS, one line on standard error says so, and the model stays as it is.
     """
-    usable = triton is not None and (model.device.type == "cuda" or is_interpreted())
-    if not usable or model.dtype == torch.float64:
+    if not kernel.fits_triton(model.model.norm.weight):
         return model
-    changed = [name for name, mark in fingerprints().items() if mark != FINGERPRINTS[name]]
-    changed += [f"model.layers.{i}{what}" for i, block in enumerate(model.model.layers)
-                if (what := what_changed(block))]
+    changed = [name for name, mark in FINGERPRINTS.items() if fingerprint(name) != mark]
     if changed:
         note(f"fused.py steps aside, each linear has a launch of its own: {changed[0]} is not what "
              f"it was written for")
         return model
     for block in model.model.layers:
-        block.__class__ = FusedBlock     # the same module, another forward
+        if type(block) is Block:
+            block.__class__ = FusedBlock     # the same module, another forward
     return model
 
 
@@ -401,54 +378,33 @@ def fuse(model):
 # What this file was written for. Where one of these functions has changed, the launches above would
 # still compute the old one. Change them as well, and then the marks here.
 
-REPLACED = ((llama, "rotate"), (Attention, "qkv"), (Attention, "forward"), (MLP, "gated"),
-            (MLP, "forward"), (Block, "forward"), (RMSNorm, "forward"), (StaticCache, "append"),
-            (SparseLinear, "forward"), (SparseLinear, "keep"), (SparseLinear, "product"),
-            (kernel, "kept"))
 FINGERPRINTS = {
-    "model.rotate": "33eec8e3", "Attention.qkv": "a28a3e7e",
-    "Attention.forward": "122828a7", "MLP.gated": "fbcb3c94",
-    "MLP.forward": "6fef7b62", "Block.forward": "f8ce79d5",
-    "RMSNorm.forward": "c1fb6179", "StaticCache.append": "3a4c5f83",
-    "SparseLinear.forward": "ed96c24c", "SparseLinear.keep": "7543ddcc",
-    "SparseLinear.product": "9b7c4603", "kernel.kept": "61e4299d",
+    "model.rotate": "388ecb7f",
+    "model.Attention.qkv": "a8b9f5c6",
+    "model.Attention.forward": "5e84557b",
+    "model.MLP.gated": "dc689909",
+    "model.MLP.forward": "82d8533b",
+    "model.Block.forward": "95742f27",
+    "model.RMSNorm.forward": "0976a305",
+    "generate.StaticCache.append": "f67c63f8",
+    "sparsify.SparseLinear.forward": "b269e4b9",
+    "sparsify.SparseLinear.product": "7fa3e7b6",
+    "kernel.kept": "86747180",
 }
-KNOWN = FUSABLE | {Block, FusedBlock, Attention, MLP, RMSNorm, llama.Linear, torch.nn.Linear,
-                   QuantizedWeight}
 
 
-def fingerprints():
-    """Return {name: mark} of the code that is replaced, as it is now."""
-    return {f"{owner.__name__}.{name}": fingerprint(getattr(owner, name))
-            for owner, name in REPLACED}
-
-
-def fingerprint(function):
-    """Return a short mark of a function's code, without its name, comments and docstring."""
+def fingerprint(name):
+    """Return a short mark of a function's code, without comments and docstring."""
     try:
-        node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        source = inspect.getsource(pkgutil.resolve_name(name))
     except (OSError, TypeError):
         return ""
-    node.name = ""
+    node = ast.parse(textwrap.dedent(source)).body[0]
     if ast.get_docstring(node) is not None:
         del node.body[0]
     return hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:8]
 
 
-def what_changed(block):
-    """Return the name of what is not model.py's in a block, as ".mlp: gated", or None."""
-    for name, module in block.named_modules():
-        own = vars(module).keys() & {"forward", "qkv", "gated", "keep", "product"}
-        if type(module) not in KNOWN or own:
-            return f"{'.' * bool(name)}{name}: {', '.join(own) or type(module).__name__}"
-    return None if block.mlp.activation is torch.nn.functional.silu else ".mlp: activation"
-
-
-kernel.BACKENDS["codes-triton"] = (
-    lambda x, weight, threshold: joint_gemv(x, [weight], [threshold]))
-
-
 if __name__ == "__main__":
-    marks = [f'"{name}": "{mark}"' for name, mark in fingerprints().items()]
-    for i in range(0, len(marks), 2):
-        print(f"    {', '.join(marks[i:i + 2])},")
+    for name in FINGERPRINTS:
+        print(f'    "{name}": "{fingerprint(name)}",')

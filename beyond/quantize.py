@@ -13,7 +13,7 @@ from beyond import codes
 from beyond.codes import CLIPPING, bits_by_name, fitting_group, quantize, quantize_weight
 from beyond.folders import (check_new_folder, is_quantized, load_model, read_config,
                             rewrite_checkpoint)
-from model import (DEMO, Llama, Parser, block_linears, checked_shards, command_line, linear_names,
+from model import (DEMO, Llama, Parser, block_linears, command_line, linear_names, map_checkpoint,
                    natural, note, progress, require)
 
 
@@ -68,8 +68,7 @@ def quantize_folder(folder, out, bits, group=None, head_bits=8):
     It goes file by file. out None: only measure. Other arguments as of codes.quantize. Returns
     {linear, or EMBEDDING: (relative error, bytes before, bytes after)}.
     """
-    require(not is_quantized(folder), f"{folder}: is quantized already")
-    model = Llama.shapes(read_config(folder))
+    model = map_checkpoint(Llama.on_meta(read_config(folder)), folder)
     group = group or fitting_group(model)
     bits_of = bits_by_name(model.config, bits, head_bits)
     measures = {}
@@ -77,14 +76,16 @@ def quantize_folder(folder, out, bits, group=None, head_bits=8):
     def change(path, tensors):
         changed = {}
         for name in progress(list(tensors), f"quantizing {path.name} to int{bits}"):
-            tensor = tensors.pop(name)
+            weight = tensors.pop(name)
             linear = name.removesuffix(".weight")
             if linear not in bits_of:
-                changed[name] = tensor
+                changed[name] = weight
                 continue
-            quantized = quantize_weight(tensor, bits_of[linear], group,
+            quantized = quantize_weight(weight, bits_of[linear], group,
                                         name=f"{path}: tensor {name}")
-            measures[linear] = measured(tensor, quantized)
+            wide = weight.float()
+            error = (quantized.t() - wide).norm() / wide.norm().clamp(min=1e-30)
+            measures[linear] = error.item(), weight.nbytes, quantized.nbytes
             if out:
                 changed |= {f"{name}_t.{part}": values
                             for part, values in quantized.named_buffers()}
@@ -94,16 +95,8 @@ def quantize_folder(folder, out, bits, group=None, head_bits=8):
         rewrite_checkpoint(folder, model, out, change,
                            {"quantization_config": codes.settings_of(bits, group, head_bits)})
     else:
-        for path, tensors in checked_shards(folder, model):
-            change(path, tensors)
+        change(Path(folder), dict(model.named_parameters()))
     return measures
-
-
-def measured(weight, quantized):
-    """Return (‖w - w'‖ / ‖w‖, bytes before, bytes after) of a weight (out, in) and its codes."""
-    difference = quantized.t() - weight.float()
-    error = difference.norm() / weight.float().norm().clamp(min=1e-30)
-    return error.item(), weight.nbytes, quantized.nbytes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,9 +121,8 @@ def checked_group(arguments):
     require(group is None or group % 32 == 0, f"--group is {group}, expected a multiple of 32")
     require(not folder.startswith("random:"),
             f"{folder} has random weights: commands quantize it as they start, with --quantize")
-    require(Path(folder).is_dir(), f"{folder}: no such folder")
     require(not is_quantized(folder), f"{folder}: is quantized already")
-    return group or fitting_group(Llama.shapes(read_config(folder)))
+    return group or fitting_group(Llama.on_meta(read_config(folder)))
 
 
 def main():

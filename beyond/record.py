@@ -11,17 +11,17 @@ shapes it is a fifth of a step, since weights that stream through the caches evi
                                                                  addresses that it reads and writes
     each step     ──► copy the tokens and where they stand ──► the notes, one after the other, in C
 
-It is the forward of model.py itself that runs while it is recorded. So whoever changes model.py, or
-puts a subclass of his own in place of a linear or a block, sees the change here: what is recorded
-is what was done. An operation for which there is no C function below is noted all the same, and
-PyTorch replays it, a few microseconds slower. Views cost nothing; what depends on no input of the
-step is not repeated. A forward that looks at values while it runs (`if x.max() > 3`) cannot be
-recorded; then one line says so, and the model runs itself.
+It is the forward of model.py itself that is recorded, or that of a subclass in place of a linear or
+a block: whoever changes them sees the change here. An operation for which there is no C function
+below is noted all the same, and PyTorch replays it, a few microseconds slower. Views cost nothing;
+what depends on no input of the step is not repeated. A forward that looks at values while it runs
+(`if x.max() > 3`) cannot be recorded; then one line says so, and the model runs itself.
 
 The seam: `generate(..., make_step=record.make_step)`. The cache of the step is
 `generate.StaticCache`, the one that CUDA graphs use. A chapter that has operations of its own says
 in NOTES how they are noted.
 """
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -34,8 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import kernel
-from generate import GraphStep, StaticCache, plain_step
-from model import note
+from generate import StaticCache, fast_step
 from sparsify import note_tokens
 
 C_NUMBERS = r"""
@@ -111,17 +110,16 @@ int product(const args *a) {
 }
 
 /* y = x / sqrt(mean(x^2) + eps) * weight, over rows of float32.
-   x, y, weight, type of the weight, rows, size, eps */
+   x, y, weight, rows, size, eps */
 int rms_norm(const args *a) {
-    long size = a[5];
-    float weight[size];
-    load(POINTER(2), a[3], 0, size, weight);
-    for (long t = 0; t < a[4]; t++) {
+    const float *weight = POINTER(2);
+    long size = a[4];
+    for (long t = 0; t < a[3]; t++) {
         const float *x = (const float *)a[0] + t * size;
         float *restrict y = (float *)a[1] + t * size, sum = 0;
         #pragma omp simd reduction(+:sum)
         for (long i = 0; i < size; i++) sum += x[i] * x[i];
-        float factor = 1 / sqrtf(sum / size + float_of(a[6]));
+        float factor = 1 / sqrtf(sum / size + float_of(a[5]));
         for (long i = 0; i < size; i++) y[i] = x[i] * factor * weight[i];
     }
     return 0;
@@ -181,55 +179,54 @@ static inline float dot(const float *a, const float *b, long n) {
 
 /* y = softmax(scale q k^T) v over what the mask shows. q, y (G, R, D) float32; k, v (G, S, D), of
    the cache's type; mask (R, S).
-   The positions are taken in tiles, each shared by all queries of a group; a tile that nobody sees
-   is not read. A query keeps the largest of its scores so far; e^(score - largest) and their sum
-   are of that largest one, and shrink when a larger turns up (FlashAttention, arXiv 2205.14135).
-   What is not seen scores -infinity, and `largest` starts above that: their difference is no NaN.
+   The positions, from the first that is seen to the last, are taken in tiles, each shared by all
+   queries of a group. A query keeps the largest of its scores so far; e^(score - largest) and their
+   sum are of that largest one, and shrink when a larger turns up (FlashAttention, arXiv
+   2205.14135). What is not seen scores -infinity, and `largest` starts above that: their difference
+   is no NaN.
    A group is cut in parts, as many as give each thread the same work, which are joined in the end.
    q, k, v, mask, y, type, G, R, S, D, scale, group strides of q, k, v, row strides of q, k, v,
    row stride of the mask, threads */
 #define TILE 32
 int attend(const args *a) {
     const uint8_t *mask = POINTER(3);
-    long type = a[5], G = a[6], R = a[7], S = a[8], D = a[9], end = 0;
+    long type = a[5], G = a[6], R = a[7], D = a[9], first = a[8], end = 0;
     float scale = float_of(a[10]);
-    for (long r = 0; r < R; r++)
-        for (long s = S; s > end; s--) if (mask[r * a[17] + s - 1]) { end = s; break; }
-    long threads = R * G * end * D > 1 << 19 ? a[18] : 1;        // a thread that wakes may be late
-    long parts = 1, tiles = (end + TILE - 1) / TILE;
+    for (long r = 0; r < R; r++) {
+        for (long s = 0; s < first; s++) if (mask[r * a[17] + s]) first = s;
+        for (long s = a[8]; s > end; s--) if (mask[r * a[17] + s - 1]) end = s;
+    }
+    long threads = R * G * (end - first) * D > 1 << 19 ? a[18] : 1;    // one that wakes may be late
+    long parts = 1, tiles = (end - first + TILE - 1) / TILE;
     while (G * parts % threads) parts++;
     float sums[G * parts][R][D], totals[G * parts][R], most[G * parts][R];
+    memset(sums, 0, sizeof sums);
+    memset(totals, 0, sizeof totals);
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long unit = 0; unit < G * parts; unit++) {
-        long g = unit / parts, part = unit % parts, last = tiles * (part + 1) / parts * TILE;
+        long g = unit / parts, part = unit % parts;
+        long last = first + tiles * (part + 1) / parts * TILE;
         if (last > end) last = end;
         const float *q = (const float *)a[0] + g * a[11];
-        float tile[TILE * D], sum[R][D], score[R][TILE], largest[R], total[R];
-        memset(sum, 0, sizeof sum);
-        for (long r = 0; r < R; r++) {
-            largest[r] = -FLT_MAX;
-            total[r] = 0;
-        }
-        for (long start = tiles * part / parts * TILE; start < last; start += TILE) {
-            long n = last - start < TILE ? last - start : TILE, seen = 0;
-            for (long r = 0; r < R && !seen; r++)
-                for (long p = 0; p < n; p++) seen |= mask[r * a[17] + start + p];
-            if (!seen) continue;
+        float tile[TILE * D], score[R][TILE], *total = totals[unit], *largest = most[unit];
+        for (long r = 0; r < R; r++) largest[r] = -FLT_MAX;
+        for (long start = first + tiles * part / parts * TILE; start < last; start += TILE) {
+            long n = last - start < TILE ? last - start : TILE;
             for (long p = 0; p < n; p++)
                 load(POINTER(1), type, g * a[12] + (start + p) * a[15], D, tile + p * D);
             for (long r = 0; r < R; r++) {
                 const uint8_t *sees = mask + r * a[17] + start;
-                float before = largest[r];
-                for (long p = 0; p < n; p++)
-                    score[r][p] = sees[p] ? scale * dot(q + r * a[14], tile + p * D, D) : -INFINITY;
-                for (long p = n; p < TILE; p++) score[r][p] = -INFINITY;
+                float *sum = sums[unit][r], now = largest[r];
                 for (long p = 0; p < TILE; p++)
-                    largest[r] = score[r][p] <= largest[r] ? largest[r] : score[r][p];
-                for (long p = 0; p < TILE; p++) score[r][p] = exponential(score[r][p] - largest[r]);
-                float shrunk = exponential(before - largest[r]);
+                    score[r][p] = p < n && sees[p] ? scale * dot(q + r * a[14], tile + p * D, D)
+                                                   : -INFINITY;
+                for (long p = 0; p < TILE; p++) now = score[r][p] <= now ? now : score[r][p];
+                for (long p = 0; p < TILE; p++) score[r][p] = exponential(score[r][p] - now);
+                float shrunk = exponential(largest[r] - now);
+                largest[r] = now;
                 total[r] *= shrunk;
                 for (long p = 0; p < TILE; p++) total[r] += score[r][p];
-                for (long i = 0; shrunk != 1 && i < D; i++) sum[r][i] *= shrunk;
+                for (long i = 0; shrunk != 1 && i < D; i++) sum[i] *= shrunk;
             }
             for (long p = 0; p < n; p++)
                 load(POINTER(2), type, g * a[13] + (start + p) * a[16], D, tile + p * D);
@@ -237,14 +234,12 @@ int attend(const args *a) {
             for (long r = 0; r < R; r++)
                 for (long p = 0; p < TILE; p += 4) {             // four at a time: sums move less
                     const float *v = tile + p * D, *w = score[r] + p;
+                    float *restrict sum = sums[unit][r];
                     for (long i = 0; i < D; i++)
-                        sum[r][i] += w[0] * v[i] + w[1] * v[i + D] + w[2] * v[i + 2 * D]
-                                     + w[3] * v[i + 3 * D];
+                        sum[i] += w[0] * v[i] + w[1] * v[i + D] + w[2] * v[i + 2 * D]
+                                  + w[3] * v[i + 3 * D];
                 }
         }
-        memcpy(sums[unit], sum, sizeof sum);
-        memcpy(totals[unit], total, sizeof total);
-        memcpy(most[unit], largest, sizeof largest);
     }
     for (long g = 0; g < G; g++)
         for (long r = 0; r < R; r++) {
@@ -265,9 +260,9 @@ int attend(const args *a) {
 typedef struct { int (*function)(const args *); args a[30]; } call;
 
 /* Does what was noted. Returns not 0 if a call failed. */
-int replay(const call *calls, long n) {
+int replay(const call *calls, int n) {
     int failed = 0;
-    for (long i = 0; i < n; i++) failed |= calls[i].function(calls[i].a);
+    for (int i = 0; i < n; i++) failed |= calls[i].function(calls[i].a);
     return failed;
 }
 """
@@ -287,13 +282,9 @@ class Call(ctypes.Structure):
     _fields_ = [("function", ctypes.c_void_p), ("a", ctypes.c_int64 * 30)]      # elementwise's
 
 
-@functools.cache
 def c_functions():
-    """Return C_SOURCE compiled, or None where no C compiler builds it."""
-    library = kernel.compiled(C_SOURCE)
-    if library is not None:
-        library.replay.argtypes = [ctypes.c_void_p, ctypes.c_long]
-    return library
+    """Return C_SOURCE compiled, or None without a C compiler."""
+    return kernel.compiled(C_SOURCE)
 
 
 def written_in_place(name, args, kwargs):
@@ -308,8 +299,8 @@ def written_in_place(name, args, kwargs):
 class Tape(TorchFunctionMode):
     """Notes that do again what a forward did. Inside `with tape:` everything is noted.
 
-    Conversions are noted like all else. But norms and attention in C convert what they read, the
-    weight and the cache, in registers: in the end a conversion that nothing reads is dropped.
+    Conversions are noted like all else. But attention in C converts what it reads of the cache, in
+    registers: in the end a conversion that nothing reads is dropped.
     """
 
     def __init__(self, inputs):
@@ -319,8 +310,7 @@ class Tape(TorchFunctionMode):
         self.alive = []              # every tensor of which an address is noted
         self.changing = {storage_of(tensor) for tensor in inputs}
         self.born = set()            # memory that the forward itself has asked for
-        self.conversions = {}        # {id of a tensor: (it, what it was before)}, while it was that
-        self.places = {}             # {id of a conversion's result: its place in the notes}
+        self.conversions = {}        # {id of a result: (what it was, versions, place in the notes)}
         self.reads = Counter()       # {id of a tensor: how many operations read it}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -345,8 +335,6 @@ class Tape(TorchFunctionMode):
         if target is not None:
             self.note(lambda: function(*args, **kwargs), name, target, args, kwargs)
             self.changing.add(storage_of(target))
-            self.conversions = {key: each for key, each in self.conversions.items()
-                                if storage_of(target) not in map(storage_of, each)}
             return result
         memory = {storage_of(each) for each in results}
         if memory <= {storage_of(tensor) for tensor in tensors}:                # views, or nothing
@@ -355,8 +343,8 @@ class Tape(TorchFunctionMode):
             return result
         self.born |= memory
         if name in ("to", "float"):
-            self.conversions[id(result)] = result, args[0]
-            self.places[id(result)] = len(self.notes) if changing else None
+            self.conversions[id(result)] = (args[0], (result._version, args[0]._version),
+                                            len(self.notes) if changing else None)
         if changing:
             def again():
                 for old, new in zip(results, tensors_in(function(*args, **kwargs))):
@@ -370,11 +358,12 @@ class Tape(TorchFunctionMode):
         write = NOTES.get(name) or getattr(Tape, f"note_{name}", None)
         if name in ELEMENTWISE and kwargs in ({}, {"inplace": False}):
             write = functools.partial(Tape.elementwise, kind=name)
-        with torch._C.DisableTorchFunction():
-            try:
-                noted = write is not None and y is not None and write(self, y, *args, **kwargs)
-            except TypeError:            # arguments that this function of ours does not know
-                noted = False
+        noted = False
+        if write is not None and y is not None:
+            # Suppressed is what arguments and types raise that a function of ours does not know.
+            with torch._C.DisableTorchFunction(), contextlib.suppress(
+                    AttributeError, KeyError, TypeError):
+                noted = write(self, y, *args, **kwargs)
         if not noted:
             self.notes.append(again)
 
@@ -392,16 +381,16 @@ class Tape(TorchFunctionMode):
         return True
 
     def before(self, x):
-        """Return what a converted tensor x was before, else x."""
-        return self.conversions.get(id(x), (x, x))[1]
+        """Return what a converted tensor x was before; x itself if one was written to since."""
+        source, versions, _ = self.conversions.get(id(x), (x, None, None))
+        return source if versions == (x._version, source._version) else x
 
     # The operations that have C functions. Each returns whether it takes these arguments.
 
     def elementwise(self, y, *inputs, kind, **_):
         number, count = ELEMENTWISE[kind]
         inputs = [x if isinstance(x, torch.Tensor) else torch.tensor(float(x)) for x in inputs]
-        if len(inputs) != count or not y.numel() or any(
-                x.ndim > 4 or x.dtype not in C_TYPES for x in (y, *inputs)):
+        if len(inputs) != count or y.ndim > 4:
             return False
         shape = (1,) * (4 - y.ndim) + y.shape
         arguments = [number, count, *shape]
@@ -423,54 +412,44 @@ class Tape(TorchFunctionMode):
     note_contiguous = note_clone = note_flatten = note_reshape
 
     def note_roll(self, y, x, shifts, dims):
-        if not isinstance(shifts, int) or not isinstance(dims, int):
-            return False
         first = shifts % x.shape[dims]
         rest = x.shape[dims] - first
         return (self.note_to(y.narrow(dims, 0, first), x.narrow(dims, rest, first))
                 and self.note_to(y.narrow(dims, first, rest), x.narrow(dims, 0, rest)))
 
-    def note_rms_norm(self, y, x, normalized_shape, weight=None, eps=None):
-        if (not x.dtype == y.dtype == torch.float32 or weight is None or eps is None
-                or len(normalized_shape) != 1 or not x.is_contiguous()
-                or self.before(weight).dtype not in C_TYPES):
-            return False
-        stored = self.before(weight).detach()
-        self.reads[id(weight)] -= 1      # C reads what it was before
+    def note_rms_norm(self, y, x, normalized_shape, weight, eps):
         size = x.shape[-1]
-        return self.call(c_functions().rms_norm, x, y, stored, C_TYPES[stored.dtype],
-                         x.numel() // size, size, float(eps))
+        if (not x.dtype == y.dtype == weight.dtype == torch.float32
+                or tuple(normalized_shape) != (size,)
+                or not (x.is_contiguous() and weight.is_contiguous())):
+            return False
+        return self.call(c_functions().rms_norm, x, y, weight, x.numel() // size, size, float(eps))
 
     def note_index_copy_(self, y, keys, dim, slots, k):
-        rows = keys.stride(-1) == k.stride(-1) == 1
-        if dim != 2 or keys.ndim != 4 or k.shape[0] != 1 or not rows:
+        if dim != 2 or keys.ndim != 4 or len(k) != 1 or not keys.stride(-1) == k.stride(-1) == 1:
             return False
         keys, k = keys[0], k[0]                                      # (G, length, D), (G, T, D)
         size = keys.element_size()
         return self.call(c_functions().index_copy, keys, k, slots, size * k.shape[2], *k.shape[:2],
                          *[size * stride for x in (keys, k) for stride in x.stride()[:2]])
 
-    def note_scaled_dot_product_attention(self, y, q, k, v, attn_mask=None, dropout_p=0.0,
-                                          is_causal=False, scale=None, enable_gqa=False):
-        mask = attn_mask
+    def note_scaled_dot_product_attention(self, y, q, k, v, attn_mask, scale=None):
         tensors = q, self.before(k), self.before(v)
-        dtype = tensors[1].dtype
-        if (mask is None or mask.dtype != torch.bool or mask.ndim != 2 or is_causal or dropout_p
+        if (attn_mask.dtype != torch.bool or attn_mask.ndim != 2 or not y.is_contiguous()
                 or q.ndim != 4 or q.shape[:2] != (1, k.shape[1]) or q.shape[-1] != v.shape[-1]
-                or not y.is_contiguous() or not q.dtype == y.dtype == torch.float32
-                or dtype != tensors[2].dtype or dtype not in C_TYPES
-                or any(x.stride(-1) != 1 for x in (*tensors, mask))):
+                or not q.dtype == y.dtype == torch.float32 or tensors[1].dtype != tensors[2].dtype
+                or any(x.stride(-1) != 1 for x in (*tensors, attn_mask))):
             return False
+        G, R, D = q.shape[1:]
+        self.call(c_functions().attend, *tensors, attn_mask, y, C_TYPES[tensors[1].dtype], G, R,
+                  k.shape[2], D, float(D ** -0.5 if scale is None else scale),
+                  *[x.stride(1) for x in tensors], *[x.stride(2) for x in tensors],
+                  attn_mask.stride(0) if len(attn_mask) > 1 else 0, kernel.THREADS)
         self.reads.subtract(map(id, (k, v)))
-        _, G, R, D = q.shape
-        return self.call(
-            c_functions().attend, *tensors, mask, y, C_TYPES[dtype], G, R, k.shape[2], D,
-            float(D ** -0.5 if scale is None else scale), *[x.stride(1) for x in tensors],
-            *[x.stride(2) for x in tensors], mask.stride(0) if len(mask) > 1 else 0,
-            kernel.THREADS)
+        return True
 
     def product(self, c_call, x, weight_t, threshold):
-        """Do and note a product of a backend, in whose place this stands while it is recorded."""
+        """Do and note a product in C: while it is recorded this stands in kernel.run_c's place."""
         if x.dtype != torch.float32:
             return self.product(c_call, x.float(), weight_t, threshold).to(x.dtype)
         with torch._C.DisableTorchFunction():
@@ -488,7 +467,7 @@ class Tape(TorchFunctionMode):
     def finish(self, result):
         """Make the notes what `replay` wants: Python functions, and runs of C calls as arrays."""
         self.reads[id(result)] += 1
-        dropped = {place for key, place in self.places.items() if not self.reads[key]}
+        dropped = {place for key, (*_, place) in self.conversions.items() if not self.reads[key]}
         notes = [note for place, note in enumerate(self.notes) if place not in dropped]
         self.notes = []
         for in_python, run in itertools.groupby(notes, callable):
@@ -538,7 +517,7 @@ class RecordedStep:
     def step_aside(self, reason):
         """Let the model run itself from now on, and say once why."""
         self.reason = str(reason).partition("\n")[0] or type(reason).__name__
-        say_once(f"record.py steps aside, the model runs itself: {self.reason}")
+        kernel.say_once(f"record.py steps aside, the model runs itself: {self.reason}")
 
     @torch.no_grad()
     def __call__(self, tokens):
@@ -561,8 +540,8 @@ class RecordedStep:
     def tape(self, tokens):
         """Return the tape for so many tokens in the mode in force; None if there can be none."""
         state = getattr(self.model, "sparse_state", None)
-        partly = state is not None and state.mode == "all" and state.dense_prefix
-        if self.reason or partly or tokens.shape[1] > kernel.MAX_ROWS:
+        if (self.reason or tokens.shape[1] > kernel.MAX_ROWS
+                or state is not None and state.dense_prefix):
             return None
         if any(tape.state is not state for tape in self.tapes.values()):
             self.tapes = {}              # the model was made sparse anew
@@ -580,28 +559,16 @@ class RecordedStep:
         place = tokens.clone()
         static = StaticCache(self.cache, tokens.shape[1])
         static.follow(self.cache, tokens.shape[1], self.model.config.sliding_window)
-        inputs = [place, static.positions, static.slots, static.mask, static.keys, static.values,
-                  *self.model.parameters(), *self.model.buffers()]
-        if state is not None:
-            inputs.append(state.thresholds)
-        tape = Tape(inputs)
-        products = {name: functools.partial(tape.product, c_call)
-                    for name, c_call in kernel.C_CALLS.items()}
-        with mock.patch.dict(kernel.BACKENDS, products), tape:
+        tape = Tape(tensors_in(place, vars(static), getattr(state, "thresholds", None),
+                               *self.model.parameters(), *self.model.buffers()))
+        with mock.patch.object(kernel, "run_c", tape.product), tape:
             logits = self.model(place, static)
         tape.finish(logits)
         tape.place, tape.static, tape.logits, tape.state = place, static, logits, state
         return tape
 
 
-say_once = functools.cache(note)
-
-
 def make_step(model, cache, tokens=1):
     """Return the fastest step there is: a CUDA graph on a GPU, a tape on a CPU."""
-    keys = cache.keys                                                # (layers, B, G, length, D)
-    if kernel.best_backend(keys) == "triton":
-        return GraphStep(model, cache, tokens)
-    if not kernel.fits_c(keys) or c_functions() is None or keys.shape[1] > 1:
-        return plain_step(model, cache, tokens)
-    return RecordedStep(model, cache, tokens)
+    recorded = kernel.fits_c(cache.keys) and cache.keys.shape[1] == 1           # of one text
+    return (RecordedStep if recorded else fast_step)(model, cache, tokens)

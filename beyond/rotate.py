@@ -17,16 +17,14 @@ coordinates carry most of the energy while most are small: just what a threshold
     x in the model's basis    ▃ ▅ ▂ ▄ ▃ ▄ ▂ ▅        in its principal directions    ▇ ▅ ▂ ▁ ▁ ▁ ▁ ▁
 
 Directions fit the text that they come from: along the last of them, other text has more energy. So
-they come from the second half of the text, and a calibration from the first. With thresholds from
-the same text, less would be dropped elsewhere than was asked for.
+they come from the second half of the text, and a calibration from the first.
 
 The same holds between v_proj and o_proj, head by head. Attention mixes the values of one head by
 weights, so that a rotation of the values, v' = Rᵀ v, comes out of it as it went in, and is undone
 by o_proj. Each key-value head has its own R; the query heads that share it turn with it.
 
 Sources: rotations, SliceGPT (arXiv 2401.15024) and QuaRot (arXiv 2404.00456); for activation
-sparsity, LaRoSA (arXiv 2507.01299), with a rotation a layer, paid for when running. One for all
-layers is free.
+sparsity, LaRoSA (arXiv 2507.01299), with a rotation a layer, paid for when running.
 
 The seam: it reads a checkpoint folder and writes an ordinary one (folders.py).
 
@@ -36,18 +34,17 @@ import contextlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from beyond.folders import (check_new_folder, is_quantized, load_model, read_config,
                             rewrite_checkpoint)
-from calibrate import BATCH, SINKS, spread
-from model import (DEMO, EMBEDDING, HEAD, Llama, Parser, checked_shards, checkpoint_dtype,
-                   command_line, default_context, natural, progress, read_tokens, require,
-                   windows_of)
+from calibrate import BATCH, SINKS, some_windows
+from model import (EMBEDDING, HEAD, Llama, Parser, command_line, default_context, map_checkpoint,
+                   progress, read_tokens, require)
 
-READS_NORM = {               # which norm's output the linears read that read the stream
-    "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
-    "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm",
-}
+FOLDED = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
+READS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")     # the stream, normalised by
+NORM = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,7 +52,7 @@ READS_NORM = {               # which norm's output the linears read that read th
 
 @torch.no_grad()
 def covariances(model, windows):
-    """Return second moments of the activations over windows (W, T + 1), without their first tokens.
+    """Return second moments of the activations over windows (W, T), without their first tokens.
 
     stream (hidden, hidden) float64: of the normalised stream before the norms' weights, over the
     inputs of all attentions and MLPs. heads (layers, G, D, D) float64: of the attention output of
@@ -71,8 +68,7 @@ def covariances(model, windows):
         return x[:, SINKS:].double().flatten(0, 1)
 
     def add_stream(norm, inputs):
-        x = late(inputs[0])                                                     # (N, hidden)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+        x = F.rms_norm(late(inputs[0]), (hidden,), eps=norm.eps)                # (N, hidden)
         stream.addmm_(x.T, x)
 
     with contextlib.ExitStack() as hooks:      # a handle is a context manager
@@ -84,7 +80,7 @@ def covariances(model, windows):
                 hooks.enter_context(norm.register_forward_pre_hook(add_stream))
             hooks.enter_context(block.self_attn.o_proj.register_forward_pre_hook(add_heads))
         for part in progress(windows.split(BATCH), "rotating, covariances"):
-            model(part[:, :-1].to(model.device), last_only=True)
+            model(part.to(model.device), last_only=True)
     return stream.cpu(), heads.cpu()
 
 
@@ -106,20 +102,20 @@ def principal_directions(moments):
 def rotated(name, tensor, norms, Q, R):
     """Return the tensor `name` of a checkpoint in the new basis, float64.
 
-    norms: {name of a norm's weight: its weight, float64}; Q (hidden, hidden); R (layers, G, D, D)
+    norms: {name of a FOLDED weight: it, float64}; Q (hidden, hidden); R (layers, G, D, D)
     """
     W = tensor.double()
-    if name.endswith("norm.weight"):
+    if name in norms:
         return torch.ones_like(W)
     if name == EMBEDDING:
         return W @ Q
     if name == HEAD:
         return W * norms["model.norm.weight"] @ Q
-    *_, layer, _, linear, kind = name.split(".")
+    *_, layer, part, linear, kind = name.split(".")
     R = R[int(layer)]
     G, D = R.shape[:2]
-    if linear in READS_NORM and kind == "weight":
-        W = W * norms[f"model.layers.{layer}.{READS_NORM[linear]}.weight"] @ Q
+    if linear in READS and kind == "weight":
+        W = W * norms[f"model.layers.{layer}.{NORM[part]}.weight"] @ Q
     if linear == "v_proj":               # the outputs of each head, bias or not, turned by its R
         W = torch.einsum("gde,gd...->ge...", R, W.unflatten(0, (G, D))).flatten(0, 1)
     if linear == "o_proj" and kind == "weight":            # its inputs, by that of their head
@@ -136,68 +132,58 @@ def rotate(folder, out, Q, R, dtype=None):
     embedding does not. That costs vocab * hidden weights more on disk and in memory, none to read.
     """
     check_floating_point(folder)
-    dtype = dtype or checkpoint_dtype(folder)
-    shapes = Llama.shapes(read_config(folder))
-    norms = {}
-    for _, tensors in checked_shards(folder, shapes):
-        norms |= {name: tensor.double() for name, tensor in tensors.items()
-                  if name.endswith("norm.weight")}
+    model = map_checkpoint(Llama.on_meta(read_config(folder)), folder)
+    dtype = dtype or max(model.parameters(), key=torch.numel).dtype
+    norms = {name: weight.double() for name, weight in model.named_parameters()
+             if name.endswith(FOLDED)}
 
     def change(path, tensors):
         changed = {}
-        for name in progress(list(tensors), f"rotating {path.name}"):
-            tensor = tensors.pop(name)
-            tied = name == EMBEDDING and shapes.config.tie_word_embeddings
+        for name, tensor in progress(tensors.items(), f"rotating {path.name}"):
+            tied = name == EMBEDDING and model.config.tie_word_embeddings
             for place in (name, HEAD) if tied else (name,):
                 changed[place] = rotated(place, tensor, norms, Q, R).to(dtype)
         return changed
 
     dtype_name = str(dtype).removeprefix("torch.")
-    rewrite_checkpoint(folder, shapes, out, change, {
+    rewrite_checkpoint(folder, model, out, change, {
         "tie_word_embeddings": False, "torch_dtype": dtype_name, "dtype": dtype_name})
 
 
 def check_floating_point(folder):
     """Raise InputError for a quantized checkpoint folder."""
-    require(not is_quantized(folder), f"{folder}: is quantized; rotate first, then quantize")
+    require(not (Path(folder).is_dir() and is_quantized(folder)),
+            f"{folder}: is quantized; rotate first, then quantize")
 
 
 @torch.no_grad()
 def main():
     parser = Parser(description="Writes a checkpoint anew in the principal directions of its "
-                                "activations.")
-    add = parser.add_argument
-    add("--model", default=str(DEMO), help="checkpoint folder (default: the demo model)")
-    add("--out", required=True,
-        help="folder to write, which must not exist (no default: it is needed)")
-    add("--text", metavar="FILE",
-        help="UTF-8 text to run (default: the standard library's held-in part)")
-    add("--tokens", type=natural, default=50_000,
-        help="how many tokens of it at most (default: 50000)")
-    parser.add_device()
-    add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="to write (default: the checkpoint's own)")
+                                "activations; --dtype: to write.")
+    parser.add_model()
+    parser.add_text("held-in", 50_000)
+    parser.add_argument("--out", required=True,
+                        help="folder to write, which must not exist (no default: it is needed)")
     arguments = parser.parse_args()
     folder, out, device = arguments.model, arguments.out, arguments.device
     check_new_folder(out)
     require(not folder.startswith("random:"),
             f"{folder} has random weights, whose activations have no directions")
-    if Path(folder).is_dir():
-        check_floating_point(folder)
+    check_floating_point(folder)
     model, tokenizer = load_model(folder, device)
     tokens, source = read_tokens(tokenizer, arguments.text, "train")
-    context = default_context(model)
+    context = default_context(model, arguments.context)
     second_half = tokens[-max(arguments.tokens, len(tokens) // 2):]
-    windows = windows_of(spread(second_half, arguments.tokens, context), context)
-    check = windows[:1, :-1]
+    context = min(context, arguments.tokens)
+    windows = some_windows(model, second_half, arguments.tokens // context, context)
+    check = windows[:1].cpu()
     before = model(check.to(device)).cpu()
     stream, heads = covariances(model, windows)
     del model
-    Q = principal_directions(stream)
-    R = principal_directions(heads)
-    rotate(folder, out, Q, R, arguments.dtype and getattr(torch, arguments.dtype))
+    rotate(folder, out, principal_directions(stream), principal_directions(heads),
+           arguments.dtype and getattr(torch, arguments.dtype))
     after = load_model(out, device)[0](check.to(device)).cpu()
-    print(f"{out}: {folder} in the principal directions of {windows[:, 1:].numel():,} tokens of "
+    print(f"{out}: {folder} in the principal directions of {windows.numel():,} tokens of "
           f"{source}")
     energy = torch.linalg.eigvalsh(stream).flip(0).cumsum(0)
     carriers = [int((energy < share * energy[-1]).sum()) + 1 for share in (0.5, 0.9, 0.99)]

@@ -15,12 +15,12 @@ The seam: a `Calibration` holds distributions and tables of shares, wherever the
 import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from beyond.folders import read_config
-from calibrate import (BINS, HIGHEST, LINEARS, LOWEST, SITES, Calibration, output_of, shapes_of,
-                       table_of, uniform_table)
-from model import InputError, Parser, check_output, command_line, require
+from calibrate import BINS, HIGHEST, LINEARS, LOWEST, SITES, Calibration, output_of, shares_at
+from model import Parser, command_line, refusing, require
 
 
 def import_teal(folder, config):
@@ -40,9 +40,15 @@ def import_teal(folder, config):
     require(not (folder / "histograms" / f"layer-{config.num_hidden_layers}").exists(),
             f"{folder}: statistics of more layers than the model's {config.num_hidden_layers}")
     calibration = Calibration(
-        shapes_of(config), f"the statistics TEAL's authors publish for {folder.name}",
-        torch.stack(inputs).view(-1, len(SITES), BINS), {"uniform": uniform_table(len(paths))})
-    calibration.tables["greedy"] = table_of(paths, calibration.weight_shares())
+        config, f"the statistics TEAL's authors publish for {folder.name}",
+        torch.stack(inputs).view(-1, len(SITES), BINS),
+        {"uniform": (torch.zeros(0), torch.zeros(0, len(paths), len(LINEARS)))})
+    size = calibration.weight_shares()
+    tables = [(path[1:] @ size, path[1:]) for path in paths]         # of each block
+    levels = torch.arange(1, 100, dtype=torch.float64) / 100         # each that all paths reach
+    levels = levels[levels < min(reached[-1] for reached, _ in tables) + 1e-9]           # rounding
+    shares = [torch.stack([shares_at(table, level) for table in tables]) for level in levels]
+    calibration.tables["greedy"] = levels, torch.stack(shares)       # (L, layers, 7)
     return calibration
 
 
@@ -53,23 +59,16 @@ def authors_histogram(path, key):
     share 0.5 + s/2 of x lies, as if x were symmetric. So a share 2 * cdf(v) - 1 of |x| is taken to
     lie below v.
     """
-    try:
+    with refusing(f"{path}: not a histogram of TEAL's authors", Exception):     # of many kinds
         tensors = torch.load(path, weights_only=True)
         centers = tensors[f"{key}_centers"].double()
         counts = tensors[key].double()
-        whole = (centers.shape == counts.shape and len(centers) > 1
-                 and bool((centers.diff() > 0).all() and (counts >= 0).all() and counts.sum() > 0))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception:                    # what torch.load raises for other files is of many kinds
-        whole = False
-    require(whole, f"{path}: not a histogram of TEAL's authors: expected {key} and {key}_centers")
-    edges = torch.linspace(LOWEST, HIGHEST, BINS + 1, dtype=torch.float64).exp2()
-    below = counts.cumsum(0) / counts.sum()                          # at each center
-    after = torch.searchsorted(centers, edges).clamp(1, len(centers) - 1)
-    fraction = (edges - centers[after - 1]) / (centers[after] - centers[after - 1])
-    cdf = below[after - 1] + fraction * (below[after] - below[after - 1])
-    share = torch.where(edges > centers[-1], 1.0, 2 * cdf - 1).clamp(0, 1).cummax(0).values
+        require((centers.diff() > 0).all() and (counts >= 0).all() and counts.sum() > 0,
+                f"expected counts of {key}, and their centers rising")
+        below = counts.cumsum(0) / counts.sum()                      # at each center
+        edges = torch.linspace(LOWEST, HIGHEST, BINS + 1, dtype=torch.float64).exp2()
+        cdf = torch.from_numpy(np.interp(edges, centers, below, right=1.0))
+    share = (2 * cdf - 1).clamp(min=0)
     share[0] = 0
     share[-1] = 1
     return (share.diff() * 2**40).long()
@@ -81,19 +80,15 @@ def authors_path(path):
     At its far end, from 72 % on in some, shares reach 1 and more. The path is cut there.
     """
     names = [linear.split(".")[1].removesuffix("_proj") for linear in LINEARS]
-    try:
+    rows = [[0.0] * len(LINEARS)]
+    with refusing(f"{path}: not a greedy path of TEAL's authors", OSError, LookupError, TypeError,
+                  ValueError):
         with open(path, newline="") as file:
-            rows = [[float(row[name]) for name in names] for row in csv.DictReader(file)]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError):
-        rows = []
-    shares = torch.tensor([[0.0] * len(LINEARS), *rows], dtype=torch.float64)
-    too_large = (~(shares < 1)).any(1).nonzero()
-    shares = shares[:int(too_large[0])] if len(too_large) else shares
-    require(len(shares) > 1 and bool((shares.diff(dim=0) > -1e-6).all() and (shares >= 0).all()),
-            f"{path}: not a greedy path of TEAL's authors: expected rising shares below 1 under "
-            f"{', '.join(names)}")
+            rows += [[float(row[name]) for name in names] for row in csv.DictReader(file)]
+        shares = torch.tensor(rows, dtype=torch.float64)
+        shares = shares[(shares < 1).all(1).cumprod(0).bool()]
+        require(len(shares) > 1 and (shares >= 0).all() and (shares.diff(dim=0) > -1e-6).all(),
+                f"expected rising shares below 1 under {', '.join(names)}")
     return shares.cummax(0).values
 
 
@@ -106,7 +101,6 @@ def main():
                         help="(default: calibration.safetensors in the checkpoint folder)")
     arguments = parser.parse_args()
     path = output_of(arguments)
-    check_output(path, "--out")
     calibration = import_teal(arguments.teal, read_config(arguments.model))
     calibration.save(path)
     print(f"{path}: {calibration.source}; allocations: {', '.join(calibration.allocations)}")

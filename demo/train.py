@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from demo import corpus                                                     # noqa: E402
 from model import (Config, Llama, Parser, check_output, command_line, find_device,      # noqa: E402
-                   load_tokenizer, progress, read_header, read_safetensors, replacing, require,
+                   load_tokenizer, progress, read_safetensors, replacing, require,
                    write_safetensors)
 
 CONFIG = Config(hidden_size=256, intermediate_size=768, num_hidden_layers=7, num_attention_heads=8,
@@ -169,10 +169,11 @@ def main():
     first = 0
     state_path = arguments.state / "state.safetensors"
     if state_path.exists():
-        first = int(read_header(state_path)[1].get("step", -1))
+        metadata = {}
+        state = read_safetensors(state_path, metadata)
+        first = int(metadata.get("step", -1))
         require(first >= 0,
                 f"{state_path}: not the state of a training run: its header names no step")
-        state = read_safetensors(state_path)
         with torch.no_grad():
             for parameter, name in names.items():
                 parameter.copy_(state[name])

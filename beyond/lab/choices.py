@@ -2,12 +2,10 @@
 
     choices     the true continuation of a passage among four. The others continue other passages
                 of the same article, so that the subject alone does not tell. Chance gives 25 %
-    pages       the perplexity of a word of the articles: the harness's own task wikitext, on this
-                text
+    pages       the perplexity of a word of the articles, as in the harness's own task wikitext
 
-The text is cut into articles at lines as " = Robert Boulter = ", as WikiText has them, and its
-spaces around punctuation are taken out as the harness does it. Without --text it is the held-out
-part of the standard library, a file an article.
+The text is cut into articles at lines as " = Robert Boulter = ", as WikiText has them. Without
+--text it is the held-out part of the standard library, a file an article.
 
     python -m beyond.lab.choices --text wikitext-2/test.txt --out tasks
     python -m beyond.harness --model FOLDER --tasks choices pages --include-path tasks
@@ -17,41 +15,27 @@ import random
 import re
 from pathlib import Path
 
-from model import Parser, command_line, natural, replacing, require, write_json
-
-try:
-    import lm_eval
-    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
-except ImportError:                      # main says so
-    lm_eval = None
+from model import Parser, command_line, natural, refusing, replacing, require, write_json
 
 
-def articles_of(text):
-    """Return the articles of a text in which WikiText's headings may stand."""
-    parts = re.split(r"(?m)^(?= = [^=].* = $)", text)
-    return [part for part in parts if part.strip()]
-
-
-def items_of(articles, number, before, after, seed=0):
-    """Return {"context", "choices", "answer"} for passages drawn from articles with a seed.
+def items_of(articles, number, before, after):
+    """Return {"context", "choices", "answer"} for passages drawn from articles, the same each time.
 
     articles: texts. before, after: words of a context and of each of its four choices. No two
     passages of an article overlap, and the wrong choices are those of its other passages.
     """
-    draw = random.Random(seed)
-    passages = []
+    draw = random.Random(0)
+    passages = []                        # of (context, end, the ends of its article)
     for words in (article.split(" ") for article in articles):
-        starts = range(0, len(words) - before - after, before + after)
         own = [(" ".join(words[i:i + before]), " ".join(words[i + before:i + before + after]))
-               for i in starts]
-        passages += [(own, i) for i in range(len(own)) if len({end for _, end in own}) >= 4]
+               for i in range(0, len(words) - before - after, before + after)]
+        ends = {end for _, end in own}
+        passages += [(context, end, ends) for context, end in own if len(ends) >= 4]
     require(len(passages) >= number, f"the text has {len(passages)} passages for {number} items: "
                                      f"give more text, or fewer --items")
     items = []
-    for own, i in draw.sample(passages, number):
-        context, true = own[i]
-        wrong = draw.sample(sorted({end for _, end in own} - {true}), 3)
-        choices = draw.sample([true, *wrong], 4)
+    for context, true, ends in draw.sample(passages, number):
+        choices = draw.sample([true, *draw.sample(sorted(ends - {true}), 3)], 4)
         items.append({"context": context, "choices": choices, "answer": choices.index(true)})
     return items
 
@@ -68,7 +52,9 @@ def write_task(folder, name, documents, **settings):
 
 
 def main():
-    require(lm_eval is not None, 'tasks need lm_eval: pip install "lm_eval[hf]==0.4.13"')
+    with refusing('tasks need lm_eval: pip install "lm_eval[hf]==0.4.13"', ImportError):
+        import lm_eval
+        from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
     parser = Parser(description="Makes tasks for lm-evaluation-harness from a text.")
     add = parser.add_argument
     add("--text", metavar="FILE",
@@ -83,7 +69,8 @@ def main():
         from demo import corpus
         articles = clean = [text for _, text in corpus.files("held-out")]
     else:
-        articles = articles_of(Path(arguments.text).read_text(encoding="utf-8"))
+        parts = re.split(r"(?m)^(?= = [^=].* = $)", Path(arguments.text).read_text("utf-8"))
+        articles = [part for part in parts if part.strip()]
         clean = [wikitext_detokenizer({"page": article}) for article in articles]
     items = items_of(clean, arguments.items, arguments.before, arguments.after)
     arguments.out.mkdir(parents=True, exist_ok=True)

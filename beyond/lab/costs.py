@@ -8,22 +8,22 @@ that of plain decoding.
     python -m beyond.lab.costs                        --draft sparse, at 75 %
     python -m beyond.lab.costs --draft recycle --model random:llama-3.2-1b --quantize int8
 """
-import torch
+import statistics
 
 from beyond import drafts, record
-from beyond.lab.timing import load_sparse
+from beyond.lab.timing import load_sparse, rate
 from beyond.quantize import add_quantize
 from calibrate import load_calibration
-from generate import Sampling, random_source, verdict
-from kernel import median_time
+from generate import generate
 from model import DEMO, Parser, command_line, load_model, progress, read_tokens, require, share
 from sparsify import sparse_mode, sparsify
 
 SIZES = range(1, drafts.MOST + 1)        # guesses a pass
 PROMPT = 64                              # tokens
+TOKENS = 96                              # that are written after it
 
 
-def demo_tokens_a_pass(draft, sparsity, texts=8, new_tokens=96):
+def demo_tokens_a_pass(draft, sparsity, texts=8):
     """Return {guesses: tokens a pass} of a draft on the demo model, at temperature 1, top-p 0.9.
 
     draft: "sparse", at a sparsity, or "recycle".
@@ -36,7 +36,7 @@ def demo_tokens_a_pass(draft, sparsity, texts=8, new_tokens=96):
     for size in progress(SIZES, "tokens a pass on the demo model, guesses"):
         written = passes = 0
         for seed, prompt in enumerate(prompts):
-            run = drafts.speculate(model, prompt, new_tokens, draft, draft_tokens=size,
+            run = drafts.speculate(model, prompt, TOKENS, draft, draft_tokens=size,
                                    temperature=1.0, top_p=0.9, seed=seed,
                                    make_step=record.make_step)
             list(run)
@@ -46,60 +46,35 @@ def demo_tokens_a_pass(draft, sparsity, texts=8, new_tokens=96):
     return rates
 
 
-@torch.no_grad()
 def draft_costs(model, draft, sparsity):
     """Print what drafts cost on a random model, and what they bring with the demo's acceptance.
 
-    draft: "sparse" or "recycle". model: one made sparse, with the draft's thresholds. The tokens
-    after a prompt are timed; verify passes are dense.
+    draft: "sparse" or "recycle". model: one made sparse, with the draft's thresholds; verify passes
+    are dense.
     """
     tokens_a_pass = demo_tokens_a_pass(draft, sparsity)
     # Random logits are flat; at 0.2 they are as sharp as those of a text.
-    sampling = Sampling(temperature=0.2, top_p=0.9)
-    generator = random_source(model, 0)
-    prompt = torch.arange(1, PROMPT + 1, device=model.device)[None]
-    token = prompt[:, :1]
-    cache = model.make_cache(1, PROMPT + drafts.MOST + 1)
-    recycled = drafts.RecycleDraft()
-
-    def milliseconds(call):
-        """Return the median time of a call that begins after the prompt."""
-        def again(_):
-            cache.used = PROMPT
-            call()
-        return 1e3 * median_time(again, model.device)
-
-    def one_token(mode):
-        """Return the milliseconds of a step with one token, and of choosing the next."""
-        with sparse_mode(model, mode):
-            step = record.make_step(model, cache)
-            return milliseconds(lambda: sampling.choose(step(token)[:, -1], generator)[0].item())
-
+    how = dict(temperature=0.2, top_p=0.9, seed=0, make_step=record.make_step)
+    prompt = list(range(1, PROMPT + 1))
     with sparse_mode(model, "off"):
-        model(prompt, cache, last_only=True)
-        plain = one_token("off")
-        print(f"a plain step {plain:.1f} ms, {1e3 / plain:.1f} tokens/s")
-        if draft == "sparse":
-            guess = one_token("all")
-            print(f"a draft step at {sparsity:.0%} {guess:.1f} ms")
-        print(f"{'guesses':>8} {'draft ms':>9} {'verify ms':>10} {'tokens a pass':>14} "
-              f"{'tokens/s':>9} {'ratio':>7}")
-        verify = record.make_step(model, cache)
-        for size in SIZES:
-            guesses = [1] * size
+        plain = rate(generate(model, prompt, TOKENS, **how))
+    print(f"a plain step {1e3 / plain:.1f} ms, {plain:.1f} tokens/s")
+    print(f"{'guesses':>8} {'draft ms':>9} {'verify ms':>10} {'tokens a pass':>14} "
+          f"{'tokens/s':>9} {'ratio':>7}")
+    for size in SIZES:
+        times = []                       # of each pass: seconds to draft, and to verify
 
-            def verified():
-                logits = verify(token.expand(1, size + 1))[0]                   # (size + 1, vocab)
-                verdict(logits, guesses, None, sampling, generator)
-                if draft == "recycle":
-                    recycled.learn(token[0].expand(size + 1), logits)
+        def note(guesses, accepted, *seconds):
+            if guesses == size:          # the last has fewer
+                times.append(seconds)
 
-            drafting = size * guess if draft == "sparse" else milliseconds(
-                lambda: recycled.guess([1], size))
-            verifying = milliseconds(verified)
-            rate = tokens_a_pass[size] / (drafting + verifying)                 # a millisecond
-            print(f"{size:8} {drafting:9.1f} {verifying:10.1f} {tokens_a_pass[size]:14.2f} "
-                  f"{1e3 * rate:9.1f} {rate * plain:6.2f}x", flush=True)
+        run = drafts.speculate(model, prompt, TOKENS, draft, draft_tokens=size, **how)
+        run.statistics.record = note
+        list(run)
+        drafting, verifying = map(statistics.median, zip(*times[1:]))    # the first sets up
+        speed = tokens_a_pass[size] / (drafting + verifying)
+        print(f"{size:8} {1e3 * drafting:9.1f} {1e3 * verifying:10.1f} {tokens_a_pass[size]:14.2f} "
+              f"{speed:9.1f} {speed / plain:6.2f}x", flush=True)
     print("times: this model's, with random weights, sampled at temperature 0.2; tokens a pass: "
           "the demo model's, at 1; both top-p 0.9")
 

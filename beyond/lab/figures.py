@@ -49,48 +49,39 @@ def draw_distributions(calibration, path):
     """Draw the density of x at the four sites of an early, a middle and a late block, as a PNG."""
     layers = len(calibration.counts)                                 # (layers, 4, BINS)
     edges = torch.exp2(torch.arange(0, BINS + 1, 8) / PER_OCTAVE + LOWEST)
-    middles = (edges[1:] + edges[:-1]) / 2
     figure, axes = pyplot().subplots(3, 4, figsize=(10, 6), layout="constrained")
     for layer, row in zip((0, layers // 2, layers - 1), axes):
         for site, axis in enumerate(row):
             counts = calibration.counts[layer, site]
-            share = counts.view(-1, 8).sum(1) / counts.sum()
-            density = share / edges.diff() / 2             # of x: half lies on either side of 0
+            # Half of x lies on either side of 0.
+            density = counts.view(-1, 8).sum(1) / counts.sum() / edges.diff() / 2
             reach = quantile(counts, 0.98).item()
-            shown = (middles <= reach) & (middles > reach / 400)
-            axis.fill_between(torch.cat((-middles[shown].flip(0), middles[shown])),
-                              torch.cat((density[shown].flip(0), density[shown])),
-                              color="tab:blue", alpha=0.5, lw=0)
+            shown = int((edges < reach / 400).sum())       # further in there are few
+            for side in (-1, 1):
+                axis.stairs(density[shown:], side * edges[shown:], fill=True, color="tab:blue",
+                            alpha=0.5)
             for sparsity, style in ((0.25, ":"), (0.5, "--"), (0.65, "-")):
                 threshold = quantile(counts, sparsity).item()
-                axis.vlines((-threshold, threshold), 0, 1, color="tab:red", lw=0.9, ls=style,
-                            transform=axis.get_xaxis_transform(),
-                            label=f"{sparsity:.0%} lie inside")
-            axis.set(yticks=[], xlim=(-reach, reach), ylim=(0, None))
-            axis.set_title(f"{SITES[site]}, block {layer}", fontsize=9)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("density")
-    for axis in axes[2]:
-        axis.set_xlabel("activation x")
-    axes[0, 3].legend(fontsize=7, loc="upper right")
+                axis.axvspan(-threshold, threshold, fill=False, ec="tab:red", lw=0.9, ls=style,
+                             label=f"{sparsity:.0%} lie inside")
+            axis.set(yticks=[], xlim=(-reach, reach), title=f"{list(SITES)[site]}, block {layer}")
+    figure.supxlabel("activation x")
+    figure.supylabel("density")
+    axes[0, 3].legend(fontsize=7)
     save_figure(figure, path)
 
 
 def draw_allocations(calibration, path, sparsity=0.5):
     """Draw the share that each allocation makes each linear drop, over depth, as a PNG."""
     names = calibration.allocations
-    rows = -(-len(names) // 3)
-    figure, axes = pyplot().subplots(rows, 3, figsize=(9, 2.8 * rows), sharey=True,
+    figure, axes = pyplot().subplots(1, len(names), figsize=(3 * len(names), 2.8), sharey=True,
                                      layout="constrained", squeeze=False)
-    for axis, allocation in zip(axes.flat, names):
+    for axis, allocation in zip(axes[0], names):
         shares = calibration.shares(sparsity, allocation)            # (layers, 7)
         lines = axis.plot(shares * 100, marker="o", ms=3, lw=1.2)
         axis.axhline(sparsity * 100, color="grey", lw=0.8, ls="--")
         axis.set(title=allocation, xlabel="block", ylim=(0, 100))
-    for axis in axes.flat[len(names):]:
-        axis.remove()
-    for axis in axes[:, 0]:
-        axis.set_ylabel(f"sparsity of each linear\nat {sparsity:.0%} of all (%)")
+    axes[0, 0].set_ylabel(f"sparsity of each linear\nat {sparsity:.0%} of all (%)")
     figure.legend(lines, [linear.split(".")[1].removesuffix("_proj") for linear in LINEARS],
                   loc="outside right center")
     save_figure(figure, path)
@@ -104,14 +95,14 @@ def main():
                         help="where the PNG files go (default: figures)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    paths = [arguments.out / name for name in ("distributions.png", "allocations.png")]
-    for path in paths:
-        check_figure(path, "--out")
+    distributions = arguments.out / "distributions.png"
+    allocations = arguments.out / "allocations.png"
+    check_figure(distributions, "--out")
     model, _ = load_model(arguments.model, arguments.device, arguments.dtype)
     calibration = load_calibration(model, arguments.model, arguments.calibration)
-    for draw, path in zip((draw_distributions, draw_allocations), paths):
-        draw(calibration, path)
-        print(path)
+    draw_distributions(calibration, distributions)
+    draw_allocations(calibration, allocations)
+    print(f"{distributions}\n{allocations}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
                  take over at the least cost. Measured for every pair of layers: how far the
                  distributions of the next token move (KL, in nats) when one layer alone reads what
                  an earlier one chose. Writes FOLDER/attend.json
-    perplexity   of the last 512 tokens of windows as long as the context, read one by one
+    perplexity   of the last 512 tokens, half at most, of windows as long as the context, which are
+                 read one by one
     needle       a sentence with a number, hidden in a text at ten depths and asked for at its end.
                  The text is read as a prompt is, the question token by token (as in Quest), since
                  the model finds the number there or nowhere
@@ -14,23 +15,20 @@
 A part of 16 is a sixteenth of the text's positions, which a layer reads. With --out the text goes
 to FOLDER/attend_NAME.txt, with a figure beside it.
 
-    python -m beyond.lab.longtext layers --model FOLDER --text FILE
     python -m beyond.lab.longtext perplexity --model FOLDER --text FILE --out figures
-    python -m beyond.lab.longtext needle --model FOLDER --text FILE --out figures
     python -m beyond.lab.longtext speed --model random:llama-3.2-1b --behind 1000 8000 32000
 """
 import functools
 import math
 import statistics
-from dataclasses import replace
+from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from beyond import attend, record
-from beyond.attend import Plan, plan_of, read_less
+from beyond.attend import Plan, read_less
 from beyond.folders import read_config
 from beyond.lab.figures import check_figure, pyplot, save_figure
 from beyond.lab.timing import ROUNDS, WARM_UP, circumstances, seconds_of
@@ -39,76 +37,29 @@ from calibrate import load_calibration
 from model import (Parser, block_linears, check_output, command_line, default_context, linear_names,
                    natural, preset_config, progress, read_tokens, replacing, require, share,
                    windows_of, write_json)
-from sparsify import counted, realised_sparsity, sparse_mode, sparsify
+from sparsify import skipped_share, sparse_mode, sparsify
 
 MODES = {"dense": "off", "sparse": "decode"}                   # {weights: sparse_mode}
 QUESTION = "The secret number of {} is"
 PLACES = ("Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Quito", "Riga", "Accra", "Hanoi", "Turin")
 ANSWER = 8               # tokens in which a number of five digits has room
 ROOM = 64                # tokens in which a sentence with one, a question and an answer have room
-
-
-class Setting(NamedTuple):
-    """A way to decode."""
-    weights: str                     # "dense" or "sparse"
-    cache: str                       # "whole", or a name in attend.SCORES
-    part: int                        # a layer reads 1 / part of the positions
-    plan: Plan
-
-    def __str__(self):
-        """The first columns of a table."""
-        positions = "all" if self.part == 1 else f"1/{self.part}"
-        return f"{self.weights:>8} {self.cache:>8} {positions:>10}"
-
-
 COLUMNS = f"{'weights':>8} {'cache':>8} {'positions':>10}"
 
 
 def settings_of(arguments, config, positions):
-    """Return the Settings that the command line asks for, behind a text of so many positions.
+    """Return (the ways to decode behind a text of so many positions, the layers that read all).
 
-    For each kind of weights the whole cache comes first.
+    A way is (weights, "dense" or "sparse"; cache, "whole" or a name in attend.SCORES; the part of
+    the positions that most layers read, as text; Plan). For each kind of weights the whole cache
+    comes first.
     """
-    ways = [("whole", 1, Plan(config.max_position_embeddings, ()))]
-    ways += [(by, part, plan_of(arguments, config, max(1, positions // part), by))
+    layers = attend.layers_of(arguments.model, config)
+    ways = [("whole", "all", Plan(config.max_position_embeddings, ()))]
+    ways += [(by, f"1/{part}", Plan(max(1, positions // part), layers, by))
              for by in arguments.by for part in arguments.parts]
-    return [Setting(weights, *way) for weights in MODES for way in ways
-            if weights == "dense" or arguments.sparsity]
-
-
-class Page:
-    """The output of a command: it is printed, and with a folder written there, with a figure."""
-
-    def __init__(self, folder, name):
-        self.path = folder and folder / f"attend_{name}.png"
-        self.text = ""
-        self.panels = {}                 # of the figure: {title: {label: [(x, y), ...]}}
-        if self.path:
-            check_figure(self.path, "--out")
-
-    def say(self, text):
-        print(text, flush=True)
-        self.text += f"{text}\n"
-
-    def add(self, panel, label, x, y):
-        self.panels.setdefault(panel, {}).setdefault(label, []).append((x, y))
-
-    def write(self, xlabel, ylabel, lowest=None):
-        """Write the text and the figure, its panels side by side."""
-        if self.path is None:
-            return
-        with replacing(self.path.with_suffix(".txt")) as file:
-            file.write(self.text.encode())
-        width = 1.4 + 3.2 * len(self.panels)
-        figure, axes = pyplot().subplots(1, len(self.panels), figsize=(width, 3.1), sharey=True,
-                                         layout="constrained", squeeze=False)
-        for axis, (panel, lines) in zip(axes[0], self.panels.items()):
-            for label, points in lines.items():
-                axis.plot(*zip(*points), marker="o", ms=3.5, lw=1.3, label=label)
-            axis.set(title=panel, xlabel=xlabel, ylim=(lowest, None))
-        axes[0, 0].set_ylabel(ylabel)
-        axes[0, 0].legend()
-        save_figure(figure, self.path)
+    return [(weights, *way) for weights in MODES for way in ways
+            if weights == "dense" or arguments.sparsity], layers
 
 
 def listed(numbers):
@@ -118,7 +69,6 @@ def listed(numbers):
 # --------------------------------------------------------------------------------------------------
 # Behind a text
 
-@torch.no_grad()
 def behind(model, tokens, room):
     """Return a cache that holds tokens (N,), read dense and whole, with room for more."""
     cache = model.make_cache(1, len(tokens) + room)
@@ -127,62 +77,50 @@ def behind(model, tokens, room):
     return cache
 
 
-@torch.no_grad()
-def step_behind(model, cache, used, setting):
-    """Return a step as a setting says, token -> logits (1, vocab), behind `used` positions."""
-    cache.used = used
-    read_less(model, setting.plan)
-    with sparse_mode(model, MODES[setting.weights]):
-        step = record.make_step(model, cache)
-
-    @torch.no_grad()
-    def run(token):
-        with sparse_mode(model, MODES[setting.weights]):
-            return step(torch.tensor([[token]], device=model.device))[0]
-    return run
-
-
-def losses_behind(model, cache, used, tokens, setting):
-    """Return the cross-entropy (N,) of tokens[1:], as tokens (N + 1,) are read one by one."""
-    step = step_behind(model, cache, used, setting)
-    # One by one, since a step may overwrite the logits of the one before.
-    losses = [F.cross_entropy(step(token.item()), following[None])
-              for token, following in zip(tokens, tokens[1:].to(model.device))]
-    return torch.stack(losses).double()
-
-
-def measure_perplexity(arguments, model, tokenizer, tokens, page):
-    """Measure the command `perplexity`, on tokens (N,)."""
-    context, scored = arguments.context, arguments.scored
-    used = context - scored
-    windows = windows_of(tokens, context)[:arguments.texts]
-    settings = settings_of(arguments, model.config, context)
-    results = {setting: [] for setting in settings}
-    skipped = []
-    for window in progress(windows, "perplexity, texts"):
-        cache = behind(model, window[:used], scored)
-        with counted(model), sparse_mode(model, "all"), torch.no_grad():
-            model(window[None, used:-1].to(model.device), cache, last_only=True)
-        skipped.append(realised_sparsity(model))
-        for setting in settings:
-            results[setting].append(losses_behind(model, cache, used, window[used:], setting))
-    page.say(f"perplexity of the last {scored} of {context} tokens, {len(windows)} texts; layers "
-             f"that read all: {listed(settings[-1].plan.layers)}; sparse weights: "
-             f"{statistics.mean(skipped):.1%} skipped")
-    page.say(f"{COLUMNS} {'read':>7} {'perplexity':>11} {'over whole':>11}")
+def steps_behind(model, tokens, room, settings):
+    """Yield (setting, step as it says, token -> logits (1, vocab)), each behind tokens (N,)."""
+    cache = behind(model, tokens, room)
     for setting in settings:
-        losses = torch.cat(results[setting])
-        read = setting.plan.share(model.config, used, context)
-        row = f"{setting} {read:7.1%} {losses.mean().exp():11.3f}"
-        if setting.cache == "whole":
-            whole = losses
+        weights, _, _, plan = setting
+        cache.used = len(tokens)
+        read_less(model, plan)
+        with sparse_mode(model, MODES[weights]):
+            step = record.make_step(model, cache)
+            yield setting, lambda token: step(torch.tensor([[token]], device=model.device))[0]
+
+
+def measure_perplexity(arguments, model, tokenizer, tokens):
+    """Return the lines of the table `perplexity`, on tokens (N,), and what `draw` is given."""
+    context = arguments.context
+    scored = min(512, context // 2)
+    windows = windows_of(tokens, context)[:arguments.texts].to(model.device)
+    settings, layers = settings_of(arguments, model.config, context)
+    losses = defaultdict(list)
+    for window in progress(windows, "perplexity, texts"):
+        text, rest = window[:context - scored], window[context - scored:]
+        for setting, step in steps_behind(model, text, scored, settings):
+            losses[setting] += [F.cross_entropy(step(token), following[None])
+                                for token, following in zip(rest.tolist(), rest[1:])]
+    skipped = [skipped_share(model, window.tolist(), context - scored) for window in windows]
+    lines = [f"perplexity of the last {scored} of {context} tokens, {len(windows)} texts; layers "
+             f"that read all: {listed(layers)}; sparse weights: "
+             f"{statistics.mean(skipped):.1%} skipped",
+             f"{COLUMNS} {'read':>7} {'perplexity':>11} {'over whole':>11}"]
+    points = defaultdict(list)
+    for weights, cache, part, plan in settings:
+        loss = torch.stack(losses[weights, cache, part, plan]).double()
+        read = plan.share(model.config, context - scored, context)
+        row = f"{weights:>8} {cache:>8} {part:>10} {read:7.1%} {loss.mean().exp():11.3f}"
+        if cache == "whole":
+            whole = loss
         else:
-            over = losses - whole
+            over = loss - whole
             ratio = over.mean().exp().item() - 1
             row += f" {ratio:+6.1%} ± {over.std().item() / math.sqrt(len(over)):.1%}"
-            page.add(f"{setting.weights} weights", setting.cache, 100 * read, 100 * ratio)
-        page.say(row)
-    page.write("share of the cache read (%)", "perplexity above the whole cache's (%)")
+            points[f"{weights} weights", cache].append((100 * read, 100 * ratio))
+        lines.append(row)
+    axes = "share of the cache read (%)", "perplexity above the whole cache's (%)"
+    return lines, (points, *axes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,9 +139,8 @@ def hide(tokenizer, text, number, place, depth):
             torch.tensor(tokenizer.encode(question, bos=False)))
 
 
-def answers(model, tokenizer, cache, used, question, number, setting):
-    """Return whether a model writes the number after the question, read token by token."""
-    step = step_behind(model, cache, used, setting)
+def answers(tokenizer, step, question, number):
+    """Return whether the number is written after the question, which is read token by token."""
     for token in question.tolist():
         logits = step(token)
     written = [logits.argmax().item()]
@@ -212,40 +149,36 @@ def answers(model, tokenizer, cache, used, question, number, setting):
     return tokenizer.decode(written).strip().startswith(str(number))
 
 
-def measure_needle(arguments, model, tokenizer, tokens, page):
-    """Measure the command `needle`, in tokens (N,)."""
+def measure_needle(arguments, model, tokenizer, tokens):
+    """Return the lines of the table `needle`, in tokens (N,), and what `draw` is given."""
     length, prompts, depths = arguments.context - ROOM, arguments.prompts, len(PLACES)
-    require(length > 0, f"--context {arguments.context}, expected more than {ROOM}: so many are "
-                        f"for the sentence, the question and the answer")
     texts = windows_of(tokens, length)[:, :-1]
-    needed = -(-prompts // depths)
-    require(len(texts) >= needed, f"the text has {len(tokens)} tokens, {prompts} prompts of "
-                                  f"{arguments.context} need {needed} times {length}")
-    settings = settings_of(arguments, model.config, length)
+    settings, layers = settings_of(arguments, model.config, length)
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(10000, 100000, (prompts,), generator=generator)
-    found = torch.zeros(len(settings), prompts, dtype=torch.int64)
+    found = {setting: torch.zeros(prompts, dtype=torch.int64) for setting in settings}
     for i, number in enumerate(progress(numbers.tolist(), "needle, prompts")):
         depth = (i % depths + 0.5) / depths
-        text, question = hide(tokenizer, texts[i // depths], number, PLACES[i % depths], depth)
-        cache = behind(model, text, ROOM)
-        for s, setting in enumerate(settings):
-            found[s, i] = answers(model, tokenizer, cache, len(text), question, number, setting)
-    page.say(f"a number hidden in {arguments.context} tokens and asked for at the end: found, of "
+        text, question = hide(tokenizer, texts[i // depths % len(texts)], number,
+                              PLACES[i % depths], depth)
+        for setting, step in steps_behind(model, text, ROOM, settings):
+            found[setting][i] = answers(tokenizer, step, question, number)
+    lines = [f"a number hidden in {arguments.context} tokens and asked for at the end: found, of "
              f"those that are with the whole cache; layers that read all: "
-             f"{listed(settings[-1].plan.layers)}")
-    page.say(f"{COLUMNS} {'found':>9}  by depth, {depths} of them")
-    for setting, these in zip(settings, found):
+             f"{listed(layers)}",
+             f"{COLUMNS} {'found':>9}  by depth, {depths} of them"]
+    points = defaultdict(list)
+    for (weights, cache, part, plan), these in found.items():
         total = prompts
-        if setting.cache == "whole":
+        if cache == "whole":
             known = these
         else:
             these, total = these & known, known.sum().item()
-            page.add(f"{setting.weights} weights", setting.cache, 100 / setting.part,
-                     100 * these.sum().item() / max(1, total))
-        page.say(f"{setting} {these.sum():3} of {total:2}  "
-                 + listed(these[depth::depths].sum().item() for depth in range(depths)))
-    page.write("positions that a layer reads (%)", "numbers still found (%)")
+            points[f"{weights} weights", cache].append(
+                (100 * plan.positions / length, 100 * these.sum().item() / max(1, total)))
+        lines.append(f"{weights:>8} {cache:>8} {part:>10} {these.sum():3} of {total:2}  "
+                     + listed(these[depth::depths].sum().item() for depth in range(depths)))
+    return lines, (points, "positions that a layer reads (%)", "numbers still found (%)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,10 +192,10 @@ WAYS = {                 # {name: (sparse_mode, whether steps read less)}
 
 def show_sizes(arguments):
     """Print what a step of each model reads behind texts of several lengths: `sizes`."""
+    texts = arguments.behind or [1000, 4000, 8000, 32000]
     print(f"{'MB a step, bfloat16':22} {'weights':>8} {f'{arguments.sparsity:.0%} of them':>11} "
-          + f"{'cache,':>7}" + "".join(f"{used:>9,}" for used in arguments.behind))
-    print(f"{'':22} {'':8} {'skipped':>11} {'a token':>7}"
-          + f"{'tokens':>9}" * len(arguments.behind))
+          + f"{'cache,':>7}" + "".join(f"{used:>9,}" for used in texts))
+    print(f"{'':22} {'':8} {'skipped':>11} {'a token':>7}" + f"{'tokens':>9}" * len(texts))
     for name in arguments.model:
         preset = name.removeprefix("random:")
         config = read_config(name) if preset == name else preset_config(preset)
@@ -272,94 +205,80 @@ def show_sizes(arguments):
         token = layers * 2 * config.num_key_value_heads * config.head_dim
         print(f"{Path(preset).name:22} {blocks + head:8,.0f} "
               f"{blocks * (1 - arguments.sparsity) + head:11,.0f} {token:7.3f}"
-              + "".join(f"{used * token:9,.0f}" for used in arguments.behind))
+              + "".join(f"{used * token:9,.0f}" for used in texts))
 
 
-@torch.no_grad()
-def time_behind(model, used, plan):
-    """Return {name in WAYS: milliseconds of a step behind `used` tokens}; all ways take turns.
+def measure_speed(arguments, model, tokenizer, tokens):
+    """Return the lines of the table `speed`, and what `draw` is given.
 
-    The cache holds random numbers, of which neighbours have nothing in common.
+    The cache holds random numbers, of which neighbours have nothing in common. All ways take turns.
     """
-    cache = model.make_cache(1, used + 1)
-    cache.keys.normal_()
-    cache.values.normal_()
+    texts = arguments.behind or [1000, 2000, 4000, 8000]
+    layers = attend.layers_of(arguments.model, model.config)
+    lines = [circumstances(arguments.model, model),
+             f"weights: {arguments.sparsity:.0%} skipped; cache: 1/{arguments.part} of the "
+             f"positions, layers that read all: {listed(layers)}",
+             f"{'ms a step':>10}" + "".join(f"{name:>9}" for name in WAYS)
+             + f"{'both/weights':>14}"]
+    points = {("skipped in part", name): [] for name in WAYS}
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
-    reading = read_less(model, plan)
-    steps = {}
-    times = {name: [] for name in WAYS}
-    for _ in range(ROUNDS):
-        for name, (mode, less) in WAYS.items():
+    for used in progress(texts, "timing steps behind several texts"):
+        cache = model.make_cache(1, used + 1)
+        cache.keys.normal_()
+        cache.values.normal_()
+        reading = read_less(model, Plan(max(1, used // arguments.part), layers))
+        steps = {}
+        times = defaultdict(list)
+        for name, (mode, less) in list(WAYS.items()) * ROUNDS:
             with sparse_mode(model, mode), reading.switched(less):
                 cache.used = used
                 if name not in steps:
                     steps[name] = record.make_step(model, cache)
-                seconds = seconds_of(lambda: steps[name](token), model.device)
-                times[name].append(1e3 * seconds)
-    return {name: statistics.median(times[name][WARM_UP:]) for name in WAYS}
-
-
-def measure_speed(arguments, model, tokenizer, tokens, page):
-    """Measure the command `speed`."""
-    longest = model.config.max_position_embeddings
-    require(max(arguments.behind) < longest or arguments.model.startswith("random:"),
-            f"--behind {max(arguments.behind)} does not fit the model's context of {longest}")
-    plans = {used: plan_of(arguments, model.config, max(1, used // arguments.part), "tidal")
-             for used in arguments.behind}
-    page.say(circumstances(arguments.model, model))
-    page.say(f"weights: {arguments.sparsity:.0%} skipped; cache: 1/{arguments.part} of the "
-             f"positions, layers that read all: {listed(plans[arguments.behind[0]].layers)}")
-    page.say(f"{'ms a step':>10}" + "".join(f"{name:>9}" for name in WAYS)
-             + f"{'both/weights':>14}")
-    for used, plan in progress(list(plans.items()), "timing steps behind several texts"):
-        timed = time_behind(model, used, plan)
-        page.say(f"{used:10}" + "".join(f"{one:9.2f}" for one in timed.values())
-                 + f"{timed['weights'] / timed['both']:13.2f}x")
-        for name, milliseconds in timed.items():
-            page.add("skipped in part", name, used, milliseconds)
-    page.write("tokens before the step", "ms a step", lowest=0)
+                times[name].append(seconds_of(lambda: steps[name](token), model.device))
+        timed = {name: 1e3 * statistics.median(times[name][WARM_UP:]) for name in WAYS}
+        lines.append(f"{used:10}" + "".join(f"{one:9.2f}" for one in timed.values())
+                     + f"{timed['weights'] / timed['both']:13.2f}x")
+        for name in WAYS:
+            points["skipped in part", name].append((used, timed[name]))
+    return lines, (points, "tokens before the step", "ms a step")
 
 
 # --------------------------------------------------------------------------------------------------
 # Which layers are to read all?
 
-def choices(q, k, sees, plan, by):
-    """Return what each of T queries q (1, H, T, D) would choose of k (1, G, S, D), (T, S) bool.
+def choices(q, k, sees, K, by):
+    """Return which K each of T queries q (1, H, T, D) would choose of k (1, G, S, D), (T, S) bool.
 
     sees (T, S): the positions that a query can see.
     """
     chosen = torch.zeros_like(sees)
     for t in range(len(sees)):
-        chosen[t, attend.choose(q[:, :, t:t + 1], k, sees[t:t + 1], plan, by)[0]] = True
+        chosen[t, attend.choose(q[:, :, t:t + 1], k, sees[t:t + 1], K, by)[0]] = True
     return chosen & sees
 
 
-@torch.no_grad()
-def costs_of_taking_over(model, tokens, scored, plan, label=""):
+def costs_of_taking_over(model, tokens, scored, K):
     """Return what it costs that a layer reads what another chose, float64 (layers + 1, layers).
 
     [i, l]: the KL in nats from the whole cache's distributions, a mean over the last `scored` of
-    tokens (N,), where layer l alone reads what layer i - 1 chose, i <= l. Row 0: the last positions
-    and the first, which are read where no layer has chosen. label: what the progress is called.
+    tokens (N,), where layer l alone reads K positions that layer i - 1 chose, i <= l. Row 0: the
+    last positions and the first, which are read where no layer has chosen.
     """
-    used = len(tokens) - scored
-    cache = behind(model, tokens[:used], scored)
+    cache = behind(model, tokens[:-scored], scored)
+    used = cache.used
     rest = tokens[None, used:].to(model.device)
-    window = model.config.sliding_window or len(tokens)
-    sees = torch.ones(scored, len(tokens), dtype=torch.bool, device=model.device)
-    sees = sees.tril(used).triu(used + 1 - window)
     attentions = [block.self_attn for block in model.model.layers]
     own = [attention.attend for attention in attentions]
-    chosen = []
+    chosen = []                          # (scored, N) bool: by no layer, by layer 0, ...
+
+    def note_choice(whole, q, k, v, mask):
+        for by in ("tidal",) if chosen else ("window", "tidal"):
+            chosen.append(choices(q, k, mask, K, by))
+        return whole(q, k, v, mask)
 
     def log_p():
         cache.used = used
         return model(rest, cache)[0].log_softmax(-1)
-
-    def note_choice(whole, q, k, v, mask):
-        for by in ("tidal",) if chosen else ("window", "tidal"):
-            chosen.append(choices(q, k, sees, plan, by))
-        return whole(q, k, v, mask)
 
     for attention, whole in zip(attentions, own):
         attention.attend = functools.partial(note_choice, whole)
@@ -368,7 +287,7 @@ def costs_of_taking_over(model, tokens, scored, plan, label=""):
         attention.attend = whole
     costs = torch.full((len(own) + 1, len(own)), float("inf"), dtype=torch.float64)
     pairs = [(i, layer) for layer in range(len(own)) for i in range(layer + 1)]
-    for i, layer in progress(pairs, f"{label}what taking over costs, pairs of layers"):
+    for i, layer in progress(pairs, "what taking over costs, pairs of layers"):
         attentions[layer].attend = lambda q, k, v, mask: own[layer](q, k, v, chosen[i])
         costs[i, layer] = F.kl_div(log_p(), expected, reduction="sum", log_target=True) / scored
         attentions[layer].attend = own[layer]
@@ -395,80 +314,88 @@ def best_layers(costs, count):
     return min((total + paid(last, layers), before) for last, (total, before) in ways.items())
 
 
-def measure_layers(arguments, model, tokenizer, tokens, page):
-    """Measure the command `layers`, on tokens (N,), and write the best layers."""
-    context, layers, scored = arguments.context, len(model.model.layers), arguments.scored
-    count = arguments.count or layers // 3
-    require(count <= layers, f"--count {count}, expected at most {layers}, the model's layers")
+def measure_layers(arguments, model, tokenizer, tokens):
+    """Write attend.json by what tokens (N,) tell, and return the lines of the table `layers`."""
     path = Path(arguments.model) / attend.LAYERS_FILE
     check_output(path, "--model")
-    plan = plan_of(arguments, model.config, max(1, context // arguments.part), "tidal")
+    context, layers = arguments.context, model.config.num_hidden_layers
+    scored = min(128, context // 2)
+    K = max(1, context // arguments.part)
     windows = windows_of(tokens, context - 1)[:arguments.texts]
-    costs = sum(costs_of_taking_over(model, window, scored, plan, f"text {i} of {len(windows)}, ")
-                for i, window in enumerate(windows, start=1)) / len(windows)
-    page.say(f"{len(windows)} texts of {context} tokens, of which the last {scored} count; "
-             f"1/{arguments.part} of the positions")
-    page.say(f"{'read all':>8} {'KL':>8} {'cache read':>11}  layers")
-    for number in range(1, layers // 2 + 1):
-        total, best = best_layers(costs, number)
-        read = replace(plan, layers=best).share(model.config, context - 1, context)
-        page.say(f"{number:8} {total:8.4f} {read:11.1%}  {listed(best)}")
-    best = best_layers(costs, count)[1]
+    costs = sum(costs_of_taking_over(model, window, scored, K) for window in windows) / len(windows)
+    lines = [f"{len(windows)} texts of {context} tokens, of which the last {scored} count; "
+             f"1/{arguments.part} of the positions",
+             f"{'read all':>8} {'KL':>8} {'cache read':>11}  layers"]
+    for count in range(1, layers // 2 + 1):
+        total, best = best_layers(costs, count)
+        read = Plan(K, best).share(model.config, context - 1, context)
+        lines.append(f"{count:8} {total:8.4f} {read:11.1%}  {listed(best)}")
+    best = best_layers(costs, layers // 3)[1]
     write_json(path, {"layers": best})
-    page.say(f"{path}: {listed(best)}")
+    return [*lines, f"{path}: {listed(best)}"], None
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-COMMANDS = {             # {name: (its function of arguments, model, tokenizer, tokens, page; help)}
-    "sizes": (show_sizes, "what a step reads, on paper"),
-    "layers": (measure_layers, "which layers are to read all"),
-    "perplexity": (measure_perplexity, "of the last tokens of long texts"),
-    "needle": (measure_needle, "numbers hidden in long texts and asked for"),
-    "speed": (measure_speed, "milliseconds a step"),
+COMMANDS = {             # {name: (its function, what it measures, its options)}
+    "sizes": (show_sizes, "what a step reads, on paper", "model sparsity behind"),
+    "layers": (measure_layers, "which layers are to read all", "text context texts part"),
+    "perplexity": (measure_perplexity, "the perplexity of the last tokens of long texts",
+                   "text context texts by parts sparsity out"),
+    "needle": (measure_needle, "whether numbers hidden in long texts are found",
+               "text context prompts by parts sparsity out"),
+    "speed": (measure_speed, "milliseconds a step", "behind part sparsity out"),
 }
 ONE = {"metavar": "N", "type": natural}
 SEVERAL = ONE | {"nargs": "+"}
-OPTIONS = [              # (commands that have it, option, default or what None means, help, more)
-    ("sizes", "--model", ["random:llama-3-8b", "random:llama-2-7b"],
-     "checkpoint folders, or random:PRESET", {"nargs": "+"}),
-    ("layers perplexity needle", "--text", "the standard library's", "UTF-8 text", {}),
-    ("layers perplexity needle", "--context", "the model's context", "tokens of a text", ONE),
-    ("layers", "--scored", 128, "tokens at its end that count", ONE),
-    ("perplexity", "--scored", 512, "tokens at its end that count", ONE),
-    ("layers perplexity", "--texts", 2, "how many at most", ONE),
-    ("needle", "--prompts", 40, "how many", ONE),
-    ("perplexity needle", "--by", list(attend.SCORES), "how positions are chosen",
-     {"nargs": "+", "choices": attend.SCORES}),
-    ("perplexity needle", "--parts", [4, 8, 16], "a layer reads 1/N of the positions", SEVERAL),
-    ("layers speed", "--part", 16, "a layer reads 1/N of the positions", ONE),
-    ("sizes perplexity needle speed", "--sparsity", 0.5,
-     "share of the blocks' weights to skip; 0: only dense", {"metavar": "S", "type": share}),
-    ("sizes", "--behind", [1000, 4000, 8000, 32000], "tokens before a step", SEVERAL),
-    ("speed", "--behind", [1000, 2000, 4000, 8000], "tokens before a step", SEVERAL),
-    ("layers", "--count", "a third", "how many are to read all", ONE),
-    ("perplexity needle speed", "--out", "the text is printed", "where text and figure go",
-     {"metavar": "FOLDER", "type": Path}),
-]
+OPTIONS = {
+    "model": {"nargs": "+", "default": ["random:llama-3-8b", "random:llama-2-7b"],
+              "help": "checkpoint folders, or random:PRESET (default: two presets)"},
+    "text": {"help": "UTF-8 text (default: the standard library's)"},
+    "context": ONE | {"help": "tokens of a text (default: the model's context)"},
+    "texts": ONE | {"default": 2, "help": "how many at most (default: 2)"},
+    "prompts": ONE | {"default": 40, "help": "how many (default: 40)"},
+    "by": {"nargs": "+", "choices": attend.SCORES, "default": list(attend.SCORES),
+           "help": "how positions are chosen (default: in all ways)"},
+    "parts": SEVERAL | {"default": [4, 8, 16],
+                        "help": "layers read 1/N of the positions (default: 4 8 16)"},
+    "part": ONE | {"default": 16, "help": "layers read 1/N of the positions (default: 16)"},
+    "sparsity": {"type": share, "default": 0.5, "metavar": "S",
+                 "help": "share of the blocks' weights to skip; 0: only dense (default: 0.5)"},
+    "behind": SEVERAL | {"help": "tokens before a step (default: 1000 and three more)"},
+    "out": {"type": Path, "metavar": "FOLDER",
+            "help": "where text and figure go (default: the text is printed)"},
+}
 
 
 def make_parser():
     """Return the Parser of all commands, each of which has options of its own."""
     parser = Parser(description="Measures what reading less of the cache costs, and brings.")
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    for name, (_, measures) in COMMANDS.items():
-        command = commands.add_parser(name, help=measures, description=f"Measures {measures}.")
-        if name != "sizes":
+    for what, (_, measures, options) in COMMANDS.items():
+        command = commands.add_parser(what, help=measures, description=f"Measures {measures}.")
+        if what != "sizes":
             command.add_model()
             add_quantize(command)
-            attend.add_layers(command)
-        for which, option, default, text, more in OPTIONS:
-            if name in which.split():
-                told = listed(default) if isinstance(default, list) else default
-                command.add_argument(option, default=None if isinstance(default, str) else default,
-                                     help=f"{text} (default: {told})", **more)
+        for option in options.split():
+            command.add_argument(f"--{option}", **OPTIONS[option])
     return parser
+
+
+def draw(path, points, xlabel, ylabel):
+    """Draw {(panel, label): [(x, y), ...]} as lines in panels side by side, a PNG."""
+    panels = sorted({panel for panel, _ in points})
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(1.4 + 3.2 * len(panels), 3.1),
+                                     sharey=True, layout="constrained", squeeze=False)
+    for (panel, label), line in points.items():
+        axis = axes[0, panels.index(panel)]
+        axis.plot(*zip(*line), marker="o", ms=3.5, lw=1.3, label=label)
+        axis.set(title=panel, xlabel=xlabel)
+        axis.axhline(0, color="grey", lw=0.8)
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, 0].legend()
+    save_figure(figure, path)
 
 
 def main():
@@ -479,16 +406,16 @@ def main():
         return
     require(what == "speed" or not arguments.model.startswith("random:"),
             f"{arguments.model} has random weights: only its speed can be measured")
-    page = Page(getattr(arguments, "out", None), what)
+    out = getattr(arguments, "out", None)
+    if out:
+        check_figure(out / f"attend_{what}.png", "--out")
     model, tokenizer = load(arguments)
-    plan_of(arguments, model.config, 1, "tidal").check(model.config)
     tokens = None
     if what != "speed":
         context = arguments.context or model.config.max_position_embeddings
         arguments.context = default_context(model, context)
-        scored = getattr(arguments, "scored", 0)
-        require(scored < context - 1,
-                f"--scored {scored}, expected less than the {context} tokens of a text")
+        require(context > ROOM, f"--context {context}, expected more than {ROOM}: so many are for "
+                                f"the end of a text")
         part = "train" if what == "layers" else "held-out"
         tokens, _ = read_tokens(tokenizer, arguments.text, part)
     if what != "layers":
@@ -496,7 +423,12 @@ def main():
         if arguments.sparsity:
             thresholds = load_calibration(model, arguments.model).thresholds(arguments.sparsity)
         sparsify(model, thresholds | {"lm_head": None})
-    COMMANDS[what][0](arguments, model, tokenizer, tokens, page)
+    lines, figure = COMMANDS[what][0](arguments, model, tokenizer, tokens)
+    print(*lines, sep="\n")
+    if out:
+        with replacing(out / f"attend_{what}.txt") as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
+        draw(out / f"attend_{what}.png", *figure)
 
 
 if __name__ == "__main__":

@@ -20,235 +20,200 @@ wina-turned. A low rank is two narrow matrices more.
 """
 import contextlib
 import functools
-import math
+from typing import Callable, NamedTuple
 
 import torch
 
-from calibrate import BATCH, SINKS, count, quantile
+from calibrate import BATCH, BINS, SINKS, histogram, quantile
 from kernel import kept
-from model import block_linears, linear_names, progress
+from model import linear_names, progress
 from sparsify import sparse_mode
 
 PEERS = ("wina", "cats", "wina-turned", "larosa", "rsparse")
 LOW_RANK = 0.1           # of a linear's weights: what rsparse's low rank has
 
 
-class Reads(contextlib.ExitStack):
-    """A dense model with a peer's hooks, inside a `with`; counts the weights that it does not read.
-
-    mode: "all", or "decode": calls with one token are sparse; prefix: positions that stay dense at
-    the start of a call, with "all"; more: weights that each token reads beside the linears.
-    """
-
-    def __init__(self, model, mode, prefix, more=0):
-        super().__init__()
-        self.enter_context(sparse_mode(model, "off"))
-        self.mode = mode
-        self.prefix = prefix if mode == "all" else 0
-        self.more = more
-        self.total = len(model.model.layers) * sum(linear_sizes(model.config).values())
-        self.skipped = {}                # {what it is of: (inputs dropped, seen, weights)}
-
-    def is_sparse(self, x):
-        """Return whether the call is sparse that gives a module x (B, T, ...)."""
-        return self.mode == "all" or x.shape[1] == 1
-
-    def add(self, name, keep, size):
-        """Keep all of the prefix in keep (B, T, n), of a matrix of `size` weights, and count."""
-        keep[:, :self.prefix] = True
-        counted = keep[:, self.prefix:]
-        dropped, seen, _ = self.skipped.get(name, (0, 0, size))
-        dropped += counted.numel() - counted.sum().item()
-        self.skipped[name] = dropped, seen + counted.numel(), size
-
-    def sparsity(self):
-        """Return the share of the weights not read, `more` set off; 0.0 if no call was sparse."""
-        skipped = sum(dropped / seen * size for dropped, seen, size in self.skipped.values())
-        return (skipped - self.more) / self.total if self.skipped else 0.0
-
-
-def linear_sizes(config):
-    """Return {name of a block's linear: its weights}."""
-    return {name: math.prod(shape) for name, shape in block_linears(config).items()}
-
-
-def cats_size(config):
-    """Return the weights of a block that CATS acts on: those of up and down."""
-    sizes = linear_sizes(config)
-    return sizes["mlp.up_proj"] + sizes["mlp.down_proj"]
+class Place(NamedTuple):
+    """Where a peer drops values: in the input of a linear, or, for cats, in its output."""
+    linear: str              # its name
+    weights: int             # that are not read if all of the values are dropped
+    change: Callable         # values (B, T, n) -> (what is put in their place, which are kept)
+    of_output: bool = False
 
 
 @contextlib.contextmanager
-def cats(thresholds, model, mode, prefix=0):
-    """Skip channels of the MLPs with |activation(gate)| up to thresholds (layers,), in a `with`."""
-    with Reads(model, mode, prefix) as reads:
-        for block, threshold in zip(model.model.layers, thresholds.to(model.device)):
-            def drop(module, inputs, gate, mlp=block.mlp, threshold=threshold):     # (B, T, middle)
-                if not reads.is_sparse(gate):
-                    return gate
-                keep = kept(mlp.activation(gate), threshold)
-                reads.add(module, keep, cats_size(model.config))
-                return gate * keep       # an activation of 0 is 0: the channel's product is gone
-            reads.enter_context(block.mlp.gate_proj.register_forward_hook(drop))
-        yield reads.sparsity
+def skipping(model, places, more, dense_prefix=0):
+    """Make a dense model skip weights as a peer does, in a `with`: a way of judge.py.
 
-
-@contextlib.contextmanager
-def turned(bases, weights, share, more, model, mode, prefix=0):
-    """Keep the largest entries of linears' inputs in bases of their own, in a `with`.
-
-    bases: {linear: (in, in), orthogonal, in columns, or None}; weights: {linear: (in,)} with which
-    |x| is multiplied, or {}; share: of each linear's inputs that is dropped, in every token; more:
-    weights read beside the linears.
+    Afterwards sparsify.realised_sparsity is the peer's. more: weights that each token reads beside
+    the linears. dense_prefix: of sparse_mode.
     """
-    with Reads(model, mode, prefix, more) as reads:
-        for name, basis in bases.items():
-            def drop(module, inputs, name=name, basis=basis):
-                x = inputs[0]
-                if not reads.is_sparse(x):
-                    return x
-                z = x if basis is None else x @ basis                           # (B, T, in)
-                size = z.abs().float() * weights.get(name, 1.0)
-                dropped = size.topk(round(share * z.shape[-1]), largest=False).indices
-                keep = torch.ones_like(z, dtype=torch.bool).scatter_(-1, dropped, False)
-                reads.add(name, keep, module.in_features * module.out_features)
-                return z * keep if basis is None else (z * keep) @ basis.T
-            reads.enter_context(model.get_submodule(name).register_forward_pre_hook(drop))
-        yield reads.sparsity
+    counts = [[0, 0] for _ in places]        # values dropped, and seen
+
+    def change(place, counted, x):
+        y, keep = place.change(x[:, dense_prefix:])
+        counted[0] += keep.numel() - keep.sum().item()
+        counted[1] += keep.numel()
+        return torch.cat((x[:, :dense_prefix], y), 1)
+
+    with sparse_mode(model, "off"), contextlib.ExitStack() as hooks:
+        for place, counted in zip(places, counts):
+            linear = model.get_submodule(place.linear)
+            of = functools.partial(change, place, counted)
+            if place.of_output:
+                hook = linear.register_forward_hook(lambda module, inputs, y, of=of: of(y))
+            else:
+                hook = linear.register_forward_pre_hook(lambda module, inputs, of=of: of(inputs[0]))
+            hooks.enter_context(hook)
+        yield
+    skipped = sum(dropped / seen * place.weights for place, (dropped, seen) in zip(places, counts))
+    model.realised = (skipped - more) / sum(sizes_of(model).values())
 
 
-def stream_readers(model):
-    """Return [(layer, names of linears that read one input of the stream), ...], two a layer."""
-    readers = (("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"),
-               ("mlp.gate_proj", "mlp.up_proj"))
-    return [(layer, [f"model.layers.{layer}.{name}" for name in names])
-            for layer in range(len(model.model.layers)) for names in readers]
+def sizes_of(model):
+    """Return {name of a linear in the blocks: its weights}."""
+    linears = {name: model.get_submodule(name) for name in linear_names(model.config)}
+    return {name: linear.in_features * linear.out_features for name, linear in linears.items()}
 
 
-@torch.no_grad()
-def column_norms(model, bases):
-    """Return {linear: (in,) float32}: the norms of its columns in `bases`, for `turned`."""
-    norms = {}
-    for name, basis in bases.items():
+# --------------------------------------------------------------------------------------------------
+# What the peers do to the values at a Place
+
+def cats(activation, threshold, gate):
+    """Drop the channels of an MLP with |activation(gate)| up to a threshold ()."""
+    keep = kept(activation(gate), threshold)
+    return gate * keep, keep             # an activation of 0 is 0: the channel's product is gone
+
+
+def rsparse(V, threshold, x):
+    """Send what a threshold () drops through a low rank, the weight behind V Vᵀ; V (in, rank)."""
+    keep = kept(x, threshold)
+    return x * keep + (x * ~keep) @ V @ V.T, keep
+
+
+def turned(basis, weights, share, x):
+    """Keep the largest entries of x in a basis, a share of which is dropped in every token.
+
+    basis: (in, in), orthogonal, in columns, or None; weights: (in,), with which |x| is multiplied.
+    """
+    z = x if basis is None else x @ basis                                       # (B, T, in)
+    size = z.abs().float() * weights
+    dropped = size.topk(round(share * z.shape[-1]), largest=False).indices
+    keep = torch.ones_like(z, dtype=torch.bool).scatter_(-1, dropped, False)
+    return z * keep if basis is None else (z * keep) @ basis.T, keep
+
+
+# --------------------------------------------------------------------------------------------------
+# What they take from the weights and from text. Each maker returns a function of the share that is
+# dropped, which returns the Places, and how many weights are read beside the linears.
+
+def make_cats(model, windows):
+    linears = [block.mlp.gate_proj for block in model.model.layers]
+    activations = [block.mlp.activation for block in model.model.layers]
+    counts = torch.zeros(len(linears), BINS, dtype=torch.int64)
+    with contextlib.ExitStack() as hooks:
+        for linear, activation, row in zip(linears, activations, counts):
+            def add(module, inputs, y, activation=activation, row=row):
+                row += histogram(activation(y)[:, SINKS:]).cpu()
+            hooks.enter_context(linear.register_forward_hook(add))
+        for part in progress(windows.split(BATCH), "cats, gates"):
+            model(part, last_only=True)
+    size = 2 * linears[0].in_features * linears[0].out_features      # of up and down
+
+    def places_at(share):
+        thresholds = quantile(counts, share).float().to(model.device)
+        return [Place(f"model.layers.{i}.mlp.gate_proj", size,
+                      functools.partial(cats, activation, threshold), of_output=True)
+                for i, (activation, threshold) in enumerate(zip(activations, thresholds))]
+    return places_at, 0
+
+
+def make_rsparse(model, calibration):
+    sizes = sizes_of(model)
+    directions = {}                      # {linear: (in, rank)}, its strongest, in columns
+    more = 0
+    for name in progress(list(sizes), "rsparse, singular directions"):
         weight = model.get_submodule(name).weight.float()                       # (out, in)
-        norms[name] = (weight if basis is None else weight @ basis.float()).norm(dim=0)
-    return norms
+        rank = round(LOW_RANK * sizes[name] / sum(weight.shape))
+        V = torch.linalg.svd(weight, full_matrices=False).Vh[:rank].T
+        directions[name] = V.to(model.activation_dtype)
+        more += rank * sum(weight.shape)
+
+    def places_at(share):
+        thresholds = calibration.thresholds(share, "uniform")
+        return [Place(name, sizes[name],
+                      functools.partial(rsparse, V, thresholds[name].to(model.device)))
+                for name, V in directions.items()]
+    return places_at, more
 
 
-@torch.no_grad()
-def wina_bases(model):
-    """Return the bases of wina-turned: the right singular vectors of the k and gate projections."""
-    bases = dict.fromkeys(linear_names(model.config))
-    for _, names in progress(stream_readers(model), "wina, bases"):
-        first = model.get_submodule(names[0]).weight.float()                    # (out, in)
-        basis = torch.linalg.svd(first).Vh.T.to(model.activation_dtype)
-        bases |= dict.fromkeys(names, basis)
+def make_turned(name, model, windows):       # wina, wina-turned or larosa
+    sizes = sizes_of(model)
+    bases = dict.fromkeys(sizes)
+    if name == "wina-turned":
+        bases |= stream_bases(model, lambda layer, first: torch.linalg.svd(
+            model.get_submodule(first).weight.float()).Vh.T)
+    elif name == "larosa":
+        moments = second_moments(model, windows).double()
+        bases |= stream_bases(
+            model, lambda layer, first: torch.linalg.eigh(moments[layer]).eigenvectors)
+    norms = dict.fromkeys(sizes, 1.0)
+    if name != "larosa":                 # of the columns
+        for linear, basis in bases.items():
+            weight = model.get_submodule(linear).weight.float()                 # (out, in)
+            norms[linear] = (weight if basis is None else weight @ basis.float()).norm(dim=0)
+
+    def places_at(share):
+        return [Place(linear, size, functools.partial(turned, bases[linear], norms[linear], share))
+                for linear, size in sizes.items()]
+    turns = {"wina": 0, "larosa": 1, "wina-turned": 2}[name]         # of the stream, in a layer
+    return places_at, turns * model.config.hidden_size ** 2 * len(model.model.layers)
+
+
+def stream_bases(model, basis_of):
+    """Return {linear: basis (in, in)} of the inputs that are read from the stream, two in a layer.
+
+    basis_of(layer, first): that of a k_proj or gate_proj and of what else reads its input.
+    """
+    bases = {}
+    for layer in progress(range(len(model.model.layers)), "bases"):
+        for readers in (("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"),
+                        ("mlp.gate_proj", "mlp.up_proj")):
+            names = [f"model.layers.{layer}.{reader}" for reader in readers]
+            basis = basis_of(layer, names[0]).to(model.device, model.activation_dtype)
+            bases |= dict.fromkeys(names, basis)
     return bases
 
 
-@torch.no_grad()
-def larosa_bases(model, windows):
-    """Return the bases of larosa: the principal directions of the layers' inputs in windows."""
+def second_moments(model, windows):
+    """Return (layers, hidden, hidden), of what layers read from the stream in windows."""
     size = model.config.hidden_size
-    moments = torch.zeros(model.config.num_hidden_layers, size, size, device=model.device)
+    moments = torch.zeros(len(model.model.layers), size, size, device=model.device)
     with contextlib.ExitStack() as hooks:
-        for layer, names in stream_readers(model):
-            def add(module, inputs, of=moments[layer]):
+        for block, of in zip(model.model.layers, moments):
+            def add(module, inputs, of=of):
                 x = inputs[0][:, SINKS:].flatten(0, 1).float()
                 of += x.T @ x
-            hooks.enter_context(model.get_submodule(names[0]).register_forward_pre_hook(add))
+            for linear in (block.self_attn.k_proj, block.mlp.gate_proj):
+                hooks.enter_context(linear.register_forward_pre_hook(add))
         for part in progress(windows.split(BATCH), "larosa, principal directions"):
             model(part, last_only=True)
-    bases = dict.fromkeys(linear_names(model.config))
-    for layer, names in stream_readers(model):
-        basis = torch.linalg.eigh(moments[layer].double()).eigenvectors
-        bases |= dict.fromkeys(names, basis.to(model.device, model.activation_dtype))
-    return bases
+    return moments
 
 
 @torch.no_grad()
-def low_ranks(model):
-    """Return {linear: (U (r, out), V (in, r))} of its strongest singular directions."""
-    ranks = {}
-    for name in progress(linear_names(model.config), "rsparse, singular directions"):
-        weight = model.get_submodule(name).weight.float()                       # (out, in)
-        rank = round(LOW_RANK * weight.numel() / sum(weight.shape))
-        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        ranks[name] = ((S[:rank, None] * U.T[:rank]).to(model.activation_dtype),
-                       Vh[:rank].T.to(model.activation_dtype))
-    return ranks
-
-
-def weights_of(ranks):
-    """Return how many weights `low_ranks` has."""
-    return sum(part.numel() for pair in ranks.values() for part in pair)
-
-
-@contextlib.contextmanager
-def rsparse(ranks, thresholds, model, mode, prefix=0):
-    """Send what thresholds drop through a low rank, in a `with`; ranks: of `low_ranks`."""
-    with Reads(model, mode, prefix, weights_of(ranks)) as reads:
-        dropped = {}
-        for name, (U, V) in ranks.items():
-            def drop(module, inputs, name=name):
-                x = inputs[0]
-                dropped[name] = None
-                if not reads.is_sparse(x):
-                    return x
-                keep = kept(x, thresholds[name].to(x.device))
-                reads.add(name, keep, module.in_features * module.out_features)
-                dropped[name] = x * ~keep
-                return x * keep
-
-            def add(module, inputs, y, name=name, U=U, V=V):
-                return y if dropped[name] is None else y + dropped[name] @ V @ U
-            linear = model.get_submodule(name)
-            reads.enter_context(linear.register_forward_pre_hook(drop))
-            reads.enter_context(linear.register_forward_hook(add))
-        yield reads.sparsity
-
-
-def gate_counts(model, windows):
-    """Return the distributions (layers, BINS) of |activation(gate)| in windows, for cats."""
-    watched = []
-    for block in model.model.layers:
-        activation = block.mlp.activation
-        watched.append((block.mlp.gate_proj, lambda x, y, activation=activation: activation(y)))
-    return count(model, windows, watched, "cats, gates")
-
-
 def peer_maker(name, model, calibration, windows):
-    """Return a function of a sparsity: the peer as `Setting` takes it, or None if out of its reach.
+    """Return a function of a sparsity, which returns the peer's way; None: out of its reach.
 
     windows (W, T): held-in text, for what is made of text.
     """
-    config = model.config
-    size = sum(linear_sizes(config).values())              # of a block
-    more = 0                             # weights that are read beside the linears
-    reach = 1.0                          # the share of the weights that it acts on
-    if name == "cats":
-        gates = gate_counts(model, windows)
-        reach = cats_size(config) / size
+    places_at, more = (make_cats(model, windows) if name == "cats" else
+                       make_rsparse(model, calibration) if name == "rsparse" else
+                       make_turned(name, model, windows))
+    total = sum(sizes_of(model).values())
+    reach = sum(place.weights for place in places_at(0.0))
 
-        def make(share):
-            return functools.partial(cats, quantile(gates, share).float())
-    elif name == "rsparse":
-        ranks = low_ranks(model)
-        more = weights_of(ranks)
-
-        def make(share):
-            return functools.partial(rsparse, ranks, calibration.thresholds(share, "uniform"))
-    else:
-        turns = {"wina": 0, "larosa": 1, "wina-turned": 2}[name]     # of the stream, in a layer
-        bases = (dict.fromkeys(linear_names(config)) if name == "wina" else wina_bases(model)
-                 if name == "wina-turned" else larosa_bases(model, windows))
-        weights = {} if name == "larosa" else column_norms(model, bases)
-        more = turns * config.hidden_size ** 2 * config.num_hidden_layers
-
-        def make(share):
-            return functools.partial(turned, bases, weights, share, more)
-
-    def peer_at(level):                  # what is read beside the linears is dropped in them
-        share = (level + more / (config.num_hidden_layers * size)) / reach
-        return make(share) if share < 0.99 else None
-    return peer_at
+    def way_at(level):                   # what is read beside the linears is dropped in them
+        share = (level * total + more) / reach
+        return functools.partial(skipping, model, places_at(share), more) if share < 0.99 else None
+    return way_at

@@ -1,21 +1,18 @@
 """How fast it is: products at the shapes of a Llama, and whole steps.
 
 A product is bound by memory: its limit is the bytes of the weights that it must read over the
-bandwidth. `python kernel.py` times one dtype. Here several are timed, those of 8 and 4 bits
-(codes.py) beside the library's products in bfloat16, and all of them are drawn.
+bandwidth. `python kernel.py` times one dtype; here several are timed, those of 8 and 4 bits
+(codes.py) beside the library's products in bfloat16.
 
 A step of decoding is more than its products: between them lie hundreds of small operations, which
 sparsity does not make faster. `--steps` times a step as the model runs it and as record.py replays
-it, and says what part of it is not products.
+it.
 
-The seams: a product is a function of x, weight and threshold; a step is make_step(model, cache).
-
-    python -m beyond.lab.timing --dtype bfloat16 int8 int4 --figure speed.png       products
-    python -m beyond.lab.timing --steps --model random:llama-3.2-1b                 a step
-    python -m beyond.lab.timing --gguf FILE --bits 4                random weights for llama.cpp
+    python -m beyond.lab.timing --dtype bfloat16 int8 int4                    products
+    python -m beyond.lab.timing --steps --model random:llama-3.2-1b           a step
+    python -m beyond.lab.timing --gguf FILE --bits 4          random weights for llama.cpp
 """
 import collections
-import ctypes
 import functools
 import itertools
 import statistics
@@ -28,7 +25,6 @@ import torch
 from beyond import quantize, record
 from beyond.codes import QuantizedWeight, codes_gemv
 from beyond.gguf import gguf_name, package, writing
-from beyond.lab.figures import check_figure, pyplot, save_figure
 from calibrate import load_calibration
 from generate import plain_step
 from kernel import median_time, threshold_dropping, time_shape
@@ -86,17 +82,8 @@ def load_sparse(arguments, sparsity):
 # --------------------------------------------------------------------------------------------------
 # Products
 
-def memory_bandwidth(device, size=1 << 30):
-    """Return the bytes a second that are read from memory (on a GPU: read and written)."""
-    a = torch.randint(255, (size,), dtype=torch.uint8, device=device)
-    if device.type == "cuda":
-        b = torch.empty_like(a)
-        return 2 * a.numel() / median_time(lambda i: b.copy_(a), device)
-    return a.numel() / median_time(lambda i: a.view(torch.float32).amax(), device)
-
-
 def time_product(inputs, outputs, kind, device, levels, total=512_000_000):
-    """Print, and return, the times of one shape, as kernel.time_shape does, and its bytes.
+    """Print the times of one shape, as kernel.time_shape does.
 
     kind: a dtype of the weight by its name, "int8" or "int4"; the latter stand beside the library's
     products in bfloat16. total: bytes of weights, more than any cache holds.
@@ -104,7 +91,7 @@ def time_product(inputs, outputs, kind, device, levels, total=512_000_000):
     dtype = getattr(torch, "bfloat16" if kind in BITS else kind)
     times = time_shape(inputs, outputs, dtype, device, () if kind in BITS else levels, total=total)
     if kind not in BITS:
-        return times, inputs * outputs * dtype.itemsize
+        return
     best = min(times.values())
     weights = [random_codes(inputs, outputs, BITS[kind], device)]
     size = weights[0].nbytes
@@ -116,43 +103,11 @@ def time_product(inputs, outputs, kind, device, levels, total=512_000_000):
     print(f"{kind}, {size / 1e6:.0f} MB")
     for level in levels:
         thresholds = [threshold_dropping(x, level) for x in xs]
-        name = f"ours, {level:.0%}"
-        times[name] = median_time(lambda i: codes_gemv(xs[i % 8], weights[i % len(weights)],
-                                                       thresholds[i % 8]), device)
+        seconds = median_time(lambda i: codes_gemv(xs[i % 8], weights[i % len(weights)],
+                                                   thresholds[i % 8]), device)
         read = size * (1 - round(level * inputs) / inputs)
-        print(f"{name:>12} {times[name] * 1e3:9.3f} {read / times[name] / 1e9:7.1f} "
-              f"{best / times[name]:6.2f}x", flush=True)
-    return times, size
-
-
-def draw_speed(timed, levels, bandwidth, path):
-    """Draw speed over the best dense way against sparsity, a panel for each dtype, as a PNG.
-
-    timed: {(kind, inputs, outputs): what time_product returns}; bandwidth: bytes a second, from
-    which dotted lines say what would be possible.
-    """
-    plt = pyplot()
-    kinds = list(dict.fromkeys(kind for kind, *_ in timed))
-    figure, axes = plt.subplots(1, len(kinds), figsize=(max(4, 2.6 * len(kinds)), 3), sharey=True,
-                                layout="constrained", squeeze=False)
-    dropped = [100 * level for level in levels]
-    for (kind, inputs, outputs), (times, size) in timed.items():
-        axis = axes[0, kinds.index(kind)]
-        dense = min(seconds for name, seconds in times.items() if not name.startswith("ours"))
-        ratios = [dense / times[f"ours, {level:.0%}"] for level in levels]
-        line, = axis.plot(dropped, ratios, marker="o", ms=3, lw=1.2, label=f"{inputs} x {outputs}")
-        limit = [dense * bandwidth / size / (1 - level) for level in levels]
-        axis.plot(dropped, limit, ls=":", lw=1, color=line.get_color())
-    for kind, axis in zip(kinds, axes[0]):
-        axis.axhline(1, color="grey", lw=0.8)
-        axis.set(title=kind, xlabel="channels dropped (%)", yscale="log")
-        ratios = [1, 2, 4, 8, 16, 32, 64]
-        axis.set_yticks(ratios, [f"{ratio}x" for ratio in ratios])
-        axis.minorticks_off()
-    axes[0, 0].set_ylabel("speed over the best dense way")
-    axes[0, 0].legend(fontsize=7, title="dotted: what reading the\nkept bytes would allow",
-                      title_fontsize=7)
-    save_figure(figure, path)
+        print(f"{f'ours, {level:.0%}':>12} {seconds * 1e3:9.3f} {read / seconds / 1e9:7.1f} "
+              f"{best / seconds:6.2f}x", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,47 +117,32 @@ ROUNDS = 23
 WARM_UP = 3              # of them, which set things up
 
 
-def products_of(step):
-    """Return a function that does the products of a step alone; None if it is not recorded."""
-    functions = record.c_functions()
-    product = functions and ctypes.cast(functions.product, ctypes.c_void_p).value
-    calls = [call for tape in getattr(step, "tapes", {}).values() for run in tape.notes
-             if not callable(run) for call in run if call.function == product]
-    array = (record.Call * len(calls))(*calls)
-    return functools.partial(functions.replay, array, len(calls)) if calls else None
-
-
 @torch.no_grad()
 def time_steps(model, behind):
     """Return the seconds of a step that looks back at `behind` tokens, {(what, mode): median}.
 
-    what: "recorded", "not recorded", and where a step is recorded on a CPU "products": those of the
-    recorded step alone. mode: "off" (dense) and "decode" (sparse). All take turns. Before them
-    "prompt": a pass over `behind` tokens, dense.
+    what: "recorded", "not recorded"; mode: "off" (dense) and "decode" (sparse). All take turns.
+    Before them "prompt": a pass over `behind` tokens, dense.
     """
     cache = model.make_cache(1, behind + 1)
     prompt = torch.ones(1, behind, dtype=torch.int64, device=model.device)
     times = collections.defaultdict(list)
-
-    def timed(name, mode, call, used=behind):
-        cache.used = used
-        times[name, mode].append(seconds_of(call, model.device))
-
-    calls = {}
     with sparse_mode(model, "off"):
         for _ in progress(range(WARM_UP + 3), "timing prompts"):
-            timed("prompt", "off", lambda: model(prompt, cache, last_only=True), used=0)
+            cache.used = 0
+            times["prompt", "off"].append(
+                seconds_of(lambda: model(prompt, cache, last_only=True), model.device))
+    calls = {}
     for mode in ("off", "decode"):
         with sparse_mode(model, mode):
             step = record.make_step(model, cache)
         calls["recorded", mode] = functools.partial(step, prompt[:, :1])
         calls["not recorded", mode] = functools.partial(plain_step(model, cache), prompt[:, :1])
-        calls["products", mode] = products_of(step)
     for _ in progress(range(ROUNDS), "timing steps"):
         for (name, mode), call in calls.items():
+            cache.used = behind
             with sparse_mode(model, mode):
-                if call:
-                    timed(name, mode, call)
+                times[name, mode].append(seconds_of(call, model.device))
     return {key: statistics.median(seconds[WARM_UP:]) for key, seconds in times.items()}
 
 
@@ -224,12 +164,12 @@ def write_gguf(path, config, bits):
         writer.add_token_merges(["t 1"])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
-        blocks = {f"{name}.weight" for name in linear_names(config)}
-        for name, parameter in Llama.shapes(config).named_parameters():
+        for name, parameter in Llama.on_meta(config).named_parameters():
             if parameter.ndim == 1:
-                writer.add_tensor(gguf_name(name), torch.ones(parameter.shape).numpy())
+                writer.add_tensor(gguf_name(name), numpy.ones(parameter.shape, numpy.float32))
                 continue
-            kind = gguf.GGMLQuantizationType["Q4_0" if name in blocks and bits == 4 else "Q8_0"]
+            of_block = name.removesuffix(".weight") in linear_names(config)
+            kind = gguf.GGMLQuantizationType["Q4_0" if of_block and bits == 4 else "Q8_0"]
             rows, columns = parameter.shape
             values = gguf.quants.quantize(0.02 * torch.randn(64, columns).numpy(), kind)
             writer.add_tensor(gguf_name(name), numpy.resize(values, (rows, values.shape[1])),
@@ -243,68 +183,55 @@ def time_products():
     """Do what the command line asks for without --steps."""
     parser = Parser(description="Times dense against sparse matrix-vector products, here. --steps "
                                 "times a step of decoding instead, and has its own --help.")
-    parser.add_argument("--shapes", metavar="PRESET", choices=PRESETS,
-                        help=f"whose linears: {', '.join(PRESETS)} (default: llama-2-7b, with "
-                             f"--gguf llama-3.2-1b)")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"],
-                        choices=["float32", "bfloat16", "float16", *BITS],
-                        help="of the weights (default: float32 bfloat16)")
-    parser.add_argument("--sparsity", nargs="+", type=share, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
-                        help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
+    add = parser.add_argument
+    add("--shapes", metavar="PRESET", choices=PRESETS,
+        help=f"whose linears: {', '.join(PRESETS)} (default: llama-2-7b, with --gguf "
+             f"llama-3.2-1b)")
+    add("--dtype", nargs="+", default=["float32", "bfloat16"],
+        choices=["float32", "bfloat16", "float16", *BITS],
+        help="of the weights (default: float32 bfloat16)")
+    add("--sparsity", nargs="+", type=share, default=[0, 0.25, 0.4, 0.5, 0.65, 0.9],
+        help="shares of the channels to drop (default: 0 0.25 0.4 0.5 0.65 0.9)")
     parser.add_device()
-    parser.add_argument("--figure", metavar="FILE",
-                        help="draw the ratios, and what the bandwidth allows, as a PNG "
-                             "(default: no figure)")
-    parser.add_argument("--gguf", metavar="FILE",
-                        help="instead: write random weights of the --shapes for llama.cpp, to time "
-                             "it beside ours (default: no)")
-    parser.add_argument("--bits", type=int, choices=[8, 4], default=4,
-                        help="with --gguf: of the blocks' linears; the head has 8 (default: 4)")
+    add("--gguf", metavar="FILE",
+        help="instead: write random weights of the --shapes for llama.cpp, to time it beside ours "
+             "(default: no)")
+    add("--bits", type=int, choices=[8, 4], default=4,
+        help="with --gguf: of the blocks' linears; the head has 8 (default: 4)")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.shapes or ("llama-3.2-1b" if arguments.gguf else "llama-2-7b")]
     if arguments.gguf:
         check_output(arguments.gguf, "--gguf")
         return write_gguf(arguments.gguf, preset, arguments.bits)
-    if arguments.figure:
-        check_figure(arguments.figure)
     device = find_device(arguments.device)
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    bandwidth = memory_bandwidth(device)
-    print(f"{name}, torch {torch.__version__}. Random weights, more than a cache holds. "
-          f"memory bandwidth: {bandwidth / 1e9:.1f} GB/s\n"
+    print(f"{name}, torch {torch.__version__}. Random weights, more than a cache holds.\n"
           f"GB/s: bytes of kept weights over time. ratio: to the fastest of PyTorch's ways")
-    timed = {}
     shapes = sorted({shape[::-1] for shape in block_linears(preset).values()})
-    for kind, (inputs, outputs) in itertools.product(arguments.dtype, shapes):
-        timed[kind, inputs, outputs] = time_product(inputs, outputs, kind, device,
-                                                    arguments.sparsity)
-    if arguments.figure:
-        draw_speed(timed, arguments.sparsity, bandwidth, arguments.figure)
+    for kind, shape in itertools.product(arguments.dtype, shapes):
+        time_product(*shape, kind, device, arguments.sparsity)
 
 
 def show_steps():
     """Do what the command line asks for with --steps."""
     parser = Parser(description="Times a step of decoding, dense and sparse: recorded and "
                                 "replayed, and run by the model.")
-    parser.add_argument("--steps", action="store_true", required=True, help="(default: products)")
+    add = parser.add_argument
+    add("--steps", action="store_true", required=True, help="(default: products)")
     parser.add_model()
     quantize.add_quantize(parser)
-    parser.add_argument("--sparsity", type=share, default=0.5, metavar="S",
-                        help="share of the blocks' weights to skip (default: 0.5)")
-    parser.add_argument("--behind", type=natural, default=16, metavar="N",
-                        help="how many tokens a step looks back at (default: 16)")
+    add("--sparsity", type=share, default=0.5, metavar="S",
+        help="share of the blocks' weights to skip (default: 0.5)")
+    add("--behind", type=natural, default=16, metavar="N",
+        help="how many tokens a step looks back at (default: 16)")
     arguments = parser.parse_args()
     times = time_steps(load_sparse(arguments, arguments.sparsity), arguments.behind)
     print(f"{f'ms a step, behind {arguments.behind} tokens':28} {'dense':>8} "
           f"{f'{arguments.sparsity:.0%} sparse':>12}")
     for name in ("recorded", "not recorded"):
         print(f"{name:28} {1e3 * times[name, 'off']:8.1f} {1e3 * times[name, 'decode']:12.1f}")
-    if ("products", "off") in times:
-        dense, sparse = (max(0, 1 - times["products", mode] / times["recorded", mode])
-                         for mode in ("off", "decode"))
-        print(f"{'recorded, but for products':28} {dense:8.1%} {sparse:12.1%}")
     print(f"{f'a prompt of {arguments.behind} tokens':28} {1e3 * times['prompt', 'off']:8.1f}")
 
 

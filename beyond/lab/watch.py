@@ -12,108 +12,91 @@ The picture has a column for each token behind the prompt:
              bar. From there on the sparse model is judged on a text that it would not have written
 
 With --text the tokens are those of a file, behind its first 16.
-The seam: `sparse_mode` switches one model between dense and sparse, and `SparseLinear.keep` says
-what is kept of an input.
 
     python -m beyond.lab.watch --figure FILE.png [--model FOLDER] [--prompt TEXT] [--sparsity 0.5]
     python -m beyond.lab.watch --figure FILE.png --text FILE
 """
 import contextlib
+import math
 import warnings
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from beyond.folders import load_model
 from beyond.lab.figures import check_figure, pyplot, save_figure
 from calibrate import load_calibration
-from generate import PROMPT, StreamDecoder, check_prompt, first_difference, generate, plain_step
-from model import Parser, command_line, natural, read_tokens, require, share
-from sparsify import SparseLinear, sparse_mode, sparsify
+from generate import PROMPT, check_prompt, first_difference, generate, plain_step, stream
+from model import (Parser, block_linears, command_line, linear_names, natural, read_tokens, require,
+                   share)
+from sparsify import sparse_mode, sparsify
 
 PROMPT_TOKENS = 16       # of a --text, which are read dense
 MOST_LABELS = 72         # tokens whose text can be read side by side
 LONGEST_LABEL = 12       # characters
 
 
-class Watched(NamedTuple):
-    """What was seen while N tokens were read behind a prompt."""
-    skipped: torch.Tensor            # (N, layers) float64: shares of a block's weights not read
-    kl: torch.Tensor                 # (N,) of the next token's distribution, from the dense, nats
-    same: torch.Tensor               # (N,) bool: the likeliest next token is the dense model's
-
-
 @torch.no_grad()
 def watch(model, prompt, ids):
-    """Return what is Watched while a sparse model reads `ids` behind a prompt, which is dense.
+    """Return what is seen while a sparse model reads N `ids` behind a prompt, which is dense.
 
-    prompt, ids: lists of token ids.
+    prompt, ids: lists of token ids. Returns skipped (N, layers) float64, the shares of a block's
+    weights that are not read; kl (N,), of the next token's distribution from the dense model's, in
+    nats; and same (N,) bool, whether the likeliest next token is the dense model's.
     """
     check_prompt(model, prompt, len(ids))
     tokens = torch.tensor([[*prompt, *ids]], device=model.device)
     behind = slice(len(prompt), None)
     skipped = torch.zeros(len(ids), len(model.model.layers), dtype=torch.float64)
+    sizes = [math.prod(shape) for shape in block_linears(model.config).values()]
     log_p = {}                                                                  # (N, vocab) each
     with contextlib.ExitStack() as hooks:
-        for block, of in zip(model.model.layers, skipped.T):
-            linears = linears_of(block)
-            whole = sum(linear.weight.numel() for linear in linears)
-            for linear in linears:
-                def see(linear, inputs, of=of, share=linear.weight.numel() / whole):
-                    if linear.state.is_sparse():
-                        dropped = ~linear.keep(inputs[0])[0, behind]            # (N, in)
-                        of += share * dropped.double().mean(-1).cpu()
-                if getattr(linear, "state", None):
-                    hooks.enter_context(linear.register_forward_pre_hook(see))
+        for i, name in enumerate(linear_names(model.config)):
+            layer, of_block = divmod(i, len(sizes))
+
+            def see(linear, inputs, of=skipped[:, layer], share=sizes[of_block] / sum(sizes)):
+                if linear.state.is_sparse():
+                    dropped = ~linear.keep(inputs[0])[0, behind]                # (N, in)
+                    of += share * dropped.double().mean(-1).cpu()
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(see))
         for mode in ("off", "all"):
             with sparse_mode(model, mode, dense_prefix=len(prompt)):
                 log_p[mode] = model(tokens)[0, behind].log_softmax(-1).cpu()
     kl = F.kl_div(log_p["all"], log_p["off"], reduction="none", log_target=True).sum(-1)
-    return Watched(skipped, kl, log_p["all"].argmax(-1) == log_p["off"].argmax(-1))
-
-
-def linears_of(block):
-    """Return the linears of a block, sparse or not."""
-    return [linear for linear in block.modules() if isinstance(linear, (nn.Linear, SparseLinear))]
+    return skipped, kl, log_p["all"].argmax(-1) == log_p["off"].argmax(-1)
 
 
 def labels(tokenizer, prompt, ids):
     """Return what to write for each of `ids` as it follows a prompt; white space becomes signs."""
-    decoder = StreamDecoder(tokenizer, prompt)
-    pieces = tokenizer.pieces()
-    pieces += [f"<{i}>" for i in range(len(pieces), max(ids, default=0) + 1)]   # ids that only pad
-    texts = [decoder.add(token) or pieces[token] for token in ids]
+    pieces = dict(enumerate(tokenizer.pieces()))           # other ids only pad the vocabulary
+    texts = [text or pieces.get(token, f"<{token}>")
+             for token, text in zip(ids, stream(ids, tokenizer.decode, list(prompt)))]
     signs = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥"})
     return [(text.strip() or text.translate(signs))[:LONGEST_LABEL] for text in texts]
 
 
-def draw(watched, rows, parting, title, path):
+def draw(skipped, kl, same, rows, parting, title, path):
     """Draw what was watched as a PNG.
 
     rows: {name: labels of tokens}, first the text that was watched. parting: how many tokens the
     greedy texts, "dense" and "sparse", have in common.
     """
-    count = len(watched.kl)
+    count = len(kl)
     shown = rows if count <= MOST_LABELS else {}           # else only their numbers fit
     figure, axes = pyplot().subplots(
         2 + len(shown), sharex=True, figsize=(9, 4.2 + 0.8 * len(shown)), layout="constrained",
         height_ratios=[1.4, 2.8] + [0.8] * len(shown))
-    for same, colour, label in ((True, "tab:blue", "the likeliest next token is the same"),
-                                (False, "tab:red", "it is another")):
-        heights = watched.kl.where(watched.same == same, 0.0).tolist()
-        axes[0].bar(range(count), heights, color=colour, label=label)
+    for chosen, colour, label in ((same, "tab:blue", "the likeliest next token is the same"),
+                                  (~same, "tab:red", "it is another")):
+        axes[0].bar(range(count), kl.where(chosen, 0.0).tolist(), color=colour, label=label)
     axes[0].set(ylabel="KL (nats)", title=title)
     axes[0].legend(ncols=2, loc="upper right")
     axes[0].margins(y=0.3)               # room for the legend
-    low, high = torch.quantile(watched.skipped, torch.tensor([0.01, 0.99]).double()).tolist()
-    image = axes[1].imshow(100 * watched.skipped.T.numpy(), vmin=100 * low, vmax=100 * high,
-                           aspect="auto", origin="lower", interpolation="nearest")
-    axes[1].set(ylabel="block", xlim=(-0.5, count - 0.5),
-                xlabel="" if shown else "tokens behind the prompt")
+    low, high = torch.quantile(100 * skipped, torch.tensor([0.01, 0.99]).double()).tolist()
+    image = axes[1].imshow(100 * skipped.T.numpy(), vmin=low, vmax=high, aspect="auto",
+                           origin="lower", interpolation="nearest")
+    axes[1].set(ylabel="block", xlabel="tokens behind the prompt", xlim=(-0.5, count - 0.5))
     axes[1].grid(False)
-    axes[1].tick_params(bottom=not shown, labelbottom=not shown)
     axes[1].yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes[:2], label="weights skipped (%)", pad=0.01, extend="both")
     for axis, (name, texts) in zip(axes[2:], shown.items()):
@@ -134,21 +117,22 @@ def draw(watched, rows, parting, title, path):
 def main():
     parser = Parser(description="Draws what sparsity skips and changes, token by token.")
     parser.add_model()
-    begin = parser.add_mutually_exclusive_group()
-    begin.add_argument("--prompt", default=PROMPT,
-                       help="text to continue (default: the beginning of a class)")
-    begin.add_argument("--text", metavar="FILE",
-                       help=f"watch UTF-8 text, its first {PROMPT_TOKENS} tokens the prompt "
-                            f"(default: what the dense model writes)")
-    parser.add_argument("--tokens", type=natural, default=48,
-                        help="how many after the prompt, at most (default: 48)")
-    parser.add_argument("--sparsity", type=share, default=0.5, metavar="S",
-                        help="share of the blocks' weights to skip (default: 0.5)")
+    begin = parser.add_mutually_exclusive_group().add_argument
+    begin("--prompt", default=PROMPT,
+          help="text to continue (default: the beginning of a class)")
+    begin("--text", metavar="FILE",
+          help=f"watch UTF-8 text, its first {PROMPT_TOKENS} tokens the prompt (default: what the "
+               f"dense model writes)")
+    add = parser.add_argument
+    add("--tokens", type=natural, default=48,
+        help="how many after the prompt, at most (default: 48)")
+    add("--sparsity", type=share, default=0.5, metavar="S",
+        help="share of the blocks' weights to skip (default: 0.5)")
     parser.add_calibration()
-    parser.add_argument("--allocation", help="how the sparsity is shared out (default: the best "
-                                             "that the calibration holds)")
-    parser.add_argument("--figure", required=True, metavar="FILE",
-                        help="the PNG to write (no default: it is needed)")
+    add("--allocation", help="how the sparsity is shared out (default: the best that the "
+                             "calibration holds)")
+    add("--figure", required=True, metavar="FILE",
+        help="the PNG to write (no default: it is needed)")
     arguments = parser.parse_args()
     check_figure(arguments.figure)
     require(not arguments.model.startswith("random:"),
@@ -164,7 +148,7 @@ def main():
                                           f"than the {PROMPT_TOKENS} of the prompt")
         ids = ids[:min(PROMPT_TOKENS + arguments.tokens, model.config.max_position_embeddings)]
         prompt = ids[:PROMPT_TOKENS]
-        texts = {"text": ids[PROMPT_TOKENS:]}
+        texts["text"] = ids[PROMPT_TOKENS:]
         arguments.tokens = len(texts["text"])
     sparsify(model, thresholds)
     for name, mode in (("dense", "off"), ("sparse", "decode")):
@@ -174,16 +158,15 @@ def main():
     parting = first_difference(texts["dense"], texts["sparse"])
     name, tokens = next(iter(texts.items()))
     require(tokens, "the dense model writes nothing behind the prompt: no token to watch")
-    watched = watch(model, prompt, tokens)
+    skipped, kl, same = watch(model, prompt, tokens)
     title = (f"{arguments.sparsity:.0%} {arguments.allocation or calibration.allocations[0]}: "
-             f"{watched.skipped.mean():.1%} of the blocks' weights skipped, mean KL "
-             f"{watched.kl.mean():.3f}")
+             f"{skipped.mean():.1%} of the blocks' weights skipped, mean KL {kl.mean():.3f}")
     rows = {name: labels(tokenizer, prompt, ids) for name, ids in texts.items()}
-    draw(watched, rows, parting, title, arguments.figure)
+    draw(skipped, kl, same, rows, parting, title, arguments.figure)
     for each, ids in {"prompt": prompt, **texts}.items():
         print(f"{each:>6}: {tokenizer.decode(ids)!r}")
     print(title)
-    print(f"watched: {name}, {len(tokens)} tokens; after {(~watched.same).sum()} of them the "
+    print(f"watched: {name}, {len(tokens)} tokens; after {(~same).sum()} of them the "
           f"likeliest next token is another")
     if texts["dense"] == texts["sparse"]:
         print(f"the greedy texts are the same, all {parting} tokens")

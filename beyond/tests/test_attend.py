@@ -15,8 +15,8 @@ from beyond.attend import Plan, read_less
 from beyond.lab import longtext
 from beyond.tests import conftest
 from beyond.tests.conftest import close, refused, tokens_like
-from generate import StaticCache, plain_step
-from model import DEMO, load_tokenizer
+from generate import plain_step
+from model import DEMO, load_model, load_tokenizer
 from model import attend as whole_attention
 from sparsify import sparsify
 
@@ -47,21 +47,18 @@ def mask_of(S, first, end):
 # --------------------------------------------------------------------------------------------------
 # Choosing, and attention to the chosen positions
 
-@pytest.mark.parametrize("K, first, recent", [(1, 0, 1), (2, 1, 1), (3, 2, 1), (8, 4, 4),
-                                              (64, 4, 32), (128, 4, 64), (1000, 4, 64)])
-def test_the_first_and_the_last_positions_are_always_read(K, first, recent):
-    assert attend.always_read(K) == (first, recent)
-
-
 @pytest.mark.parametrize("by", attend.SCORES)
-@pytest.mark.parametrize("shows", [None, (0, 90), (0, 61), (30, 61), (50, 61)])
-def test_the_positions_with_the_largest_scores_are_chosen_and_attended_to(by, shows):
+@pytest.mark.parametrize("K", [1, 3, 20])
+@pytest.mark.parametrize("shows", [None, (0, 61), (30, 61), (50, 61)])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_the_positions_with_the_largest_scores_are_chosen_and_attended_to(by, K, shows, numbers):
     """By hand: scores, the K largest of them, and attention head by head."""
-    K = 20
     q, k, v = random_qkv(90)
     shown = list(range(*(shows or (0, 90))))
-    mask = None if shows is None else mask_of(90, *shows)
-    positions = attend.choose(q, k, mask, Plan(K, (), by), by)
+    mask = mask_of(90, *shows) if shows else None
+    if shows and numbers:                # as a CUDA graph has it: added to q kᵀ
+        mask = torch.zeros(1, 90).double().masked_fill(~mask, -torch.inf)
+    positions = attend.choose(q, k, mask, K, by)
     products = torch.einsum("hd,hsd->hs", q[0, :, 0], k[0].repeat_interleave(3, 0))
     scores = {"tidal": products, "window": torch.arange(90.0).expand(6, 90)}.get(by)
     if by == "pages":                    # a page whose last positions are not there ends earlier
@@ -70,8 +67,7 @@ def test_the_positions_with_the_largest_scores_are_chosen_and_attended_to(by, sh
         bounds = [torch.maximum(q[0] * page.amax(1, keepdim=True),
                                 q[0] * page.amin(1, keepdim=True)).sum(-1) for page in pages]
         scores = torch.cat(bounds, 1).repeat_interleave(16, 1)
-        assert (products[:, shown] <= scores[:, shown] + 1e-9).all()
-    first, recent = attend.always_read(K)
+    first, recent = {1: (0, 1), 3: (2, 1), 20: (4, 10)}[K]
     always = {s for s in shown if s < first or s > shown[-1] - recent}
     rest = sorted(set(shown) - always, key=lambda s: -scores.sum(0)[s])
     expected = sorted(always | set(rest[:K - len(always)]))
@@ -86,8 +82,8 @@ def test_the_positions_with_the_largest_scores_are_chosen_and_attended_to(by, sh
         assert torch.allclose(y[0, h, 0], weights @ known[0, h // 3, expected], atol=1e-12)
 
 
-def choose_and_attend(q, k, v, mask, plan):
-    positions = attend.choose(q, k, mask, plan, plan.by)
+def choose_and_attend(q, k, v, mask):
+    positions = attend.choose(q, k, mask, 100, "tidal")
     return positions, attend.attend_to(whole_attention, q, k, v, mask, positions)
 
 
@@ -100,12 +96,11 @@ def test_c_does_what_pytorch_does(monkeypatch, dtype, threads, first, end):
     q, k, v = random_qkv(300, D=136)                       # as much as is shared by threads
     q, k, v = q.float(), k.to(dtype), v.to(dtype)
     mask = mask_of(300, first, end)
-    plan = Plan(100, ())
-    expected, exact = choose_and_attend(q.double(), k.double(), v.double(), mask, plan)
+    expected, exact = choose_and_attend(q.double(), k.double(), v.double(), mask)
     k[:, :, end:] = v[:, :, end:] = float("nan")           # positions to come are not read
     tape = record.Tape([q, k, v, mask])
     with tape:
-        positions, y = choose_and_attend(q, k, v, mask, plan)
+        positions, y = choose_and_attend(q, k, v, mask)
     tape.finish(y)
     assert tape.notes and not any(map(callable, tape.notes))
     positions.zero_()
@@ -142,27 +137,13 @@ def by_masks(model, tokens, plan, past):
         nonlocal chosen
         own = plan.by if plan.chooses(layer) else "window" if chosen is None else None
         if own and (plan.chooses(layer) or layer not in plan.layers):
-            chosen = longtext.choices(q, k, sees, plan, own).reshape(-1, N, N)[0]
+            chosen = longtext.choices(q, k, sees, plan.positions, own).reshape(-1, N, N)[0]
             chosen[:past] = sees[:past]
         return whole_attention(q, k, v, sees if layer in plan.layers else chosen)
 
     for layer, block in enumerate(model.model.layers):
         block.self_attn.attend = functools.partial(attention, layer)
     return model(tokens)[0, past:]
-
-
-def static_step(model, cache, numbers=False):
-    """Return a step as a CUDA graph has it: the cache has one length, and the mask is added."""
-    static = StaticCache(cache, 1)
-    if numbers:
-        static.numbers = cache.keys.new_zeros(()), cache.keys.new_full((), float("-inf"))
-
-    def step(tokens):
-        static.follow(cache, 1, model.config.sliding_window)
-        logits = model(tokens, static)
-        cache.advance(1)
-        return logits
-    return step
 
 
 def steps(model, tokens, past, make_step=plain_step):
@@ -175,36 +156,20 @@ def steps(model, tokens, past, make_step=plain_step):
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("window", [None, 26])
-def test_a_step_reads_what_was_planned(plan, window):
+@pytest.mark.parametrize("dtype, make_step", [(torch.float64, plain_step),
+                                              (torch.float32, record.make_step)])
+def test_a_step_reads_what_was_planned(plan, window, dtype, make_step):
     """The first steps see less than K positions, the last ones more."""
-    graph_step = functools.partial(static_step, numbers=window is None)
-    for dtype, kinds in ((torch.float64, (plain_step, graph_step)),
-                         (torch.float32, (record.make_step,))):
-        model = tiny_model(dtype, sliding_window=window)
-        tokens = tokens_like(model, 1, 44)
-        whole = steps(model, tokens, 16)
-        expected = by_masks(tiny_model(dtype, sliding_window=window), tokens, plan, 16)
-        for make_step in kinds:
-            read_less(model, Plan(12, (0, 2)))             # the second plan counts
-            reading = read_less(model, plan)
-            ours = steps(model, tokens, 16, make_step)
-            assert close(ours, expected)
-            assert close(ours[-8:], whole[-8:], 0.01) == (plan.positions >= (window or 44))
-            reading.active = False
-            assert close(steps(model, tokens, 16, make_step), whole)
-
-
-@needs_c
-def test_all_of_a_recorded_step_is_c():
-    """The operations of the chapter, too: Python is left for the embedding and the angles."""
-    model = tiny_model(torch.bfloat16)
-    numbers = []
-    for plan in (None, Plan(20, (0, 1, 3))):
-        if plan:
-            read_less(model, plan)
-        tape, = record.make_step(model, model.make_cache(1, 100)).tapes.values()
-        numbers.append(sum(map(callable, tape.notes)))
-    assert numbers[0] == numbers[1]
+    model = tiny_model(dtype, sliding_window=window)
+    tokens = tokens_like(model, 1, 44)
+    whole = steps(model, tokens, 16)
+    read_less(model, Plan(12, (0, 2)))                     # the second plan counts
+    reading = read_less(model, plan)
+    ours = steps(model, tokens, 16, make_step)
+    assert close(ours[-8:], whole[-8:], 0.01) == (plan.positions >= (window or 44))
+    reading.active = False
+    assert close(steps(model, tokens, 16, make_step), whole)
+    assert close(ours, by_masks(model, tokens, plan, 16))
 
 
 def test_texts_side_by_side_choose_for_themselves():
@@ -245,7 +210,7 @@ def test_another_attention_is_followed_or_left_alone(capsys):
         assert said.count("attend.py steps aside") == said.count("of layer 2 depends") == stays
 
 
-def test_the_command_line(run, monkeypatch):
+def test_the_command_line(run):
     write = functools.partial(run, beyond, "--prompt", PROMPT, "--max-new-tokens", 16,
                               "--temperature", 0, "--device", "cpu")
     whole, compared = write("--sparsity", 0), write("--attend", 64)
@@ -255,14 +220,6 @@ def test_the_command_line(run, monkeypatch):
     for by in attend.SCORES:
         out = write("--sparsity", 0, "--attend", 32, "--attend-by", by, "--attend-layers", 0, 2)
         assert 0.2 < float(out.split("% of the cache read")[0].split()[-1]) / 100 < 0.7
-    chosen = []
-    choose = attend.choose
-    monkeypatch.setattr(attend, "choose", lambda *each: chosen.append(each) or choose(*each))
-    for more in ([], ["--draft-tokens", 1], ["--draft-tokens", 3, "--dtype", "float32"]):
-        drafted = write("--draft", "sparse", "--attend", 32, "--compare", *more)
-        assert "the same text, all 16 tokens" in drafted   # speculation loses nothing
-        assert "of the cache read by the draft" in drafted and chosen
-        chosen.clear()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,61 +240,52 @@ def test_the_best_layers_are_those_of_all_choices():
         assert total == pytest.approx(paid(layers)) == pytest.approx(every)
 
 
-@pytest.mark.parametrize("scored", [20, 1])
-def test_what_it_costs_to_take_over_is_what_steps_lose(scored):
+def test_what_it_costs_to_take_over_is_what_steps_lose():
     """The costs, found for many tokens at once, are those of tokens that are read one by one."""
     model = tiny_model()
     tokens = tokens_like(model, 60)
-    costs = longtext.costs_of_taking_over(model, tokens, scored, Plan(16, ()))
-    expected = model(tokens[None])[0, -scored:].log_softmax(-1)
+    costs = longtext.costs_of_taking_over(model, tokens, 20, 16)
+    expected = model(tokens[None])[0, -20:].log_softmax(-1)
     for layers in ((0, 1, 2, 3), (0, 1, 3, 4), (1, 2, 3, 4)):
         read_less(model, Plan(16, layers))
-        log_p = steps(model, tokens[None], 60 - scored).log_softmax(-1)
-        kl = F.kl_div(log_p, expected, reduction="sum", log_target=True).item() / scored
+        log_p = steps(model, tokens[None], 40).log_softmax(-1)
+        kl = F.kl_div(log_p, expected, reduction="sum", log_target=True).item() / 20
         borrower = min({*range(5)} - {*layers})
         assert costs[borrower, borrower] == pytest.approx(kl, rel=1e-3) and kl > 1e-6
     assert all(costs[i, layer] == float("inf") for layer in range(5) for i in range(layer + 1, 6))
 
 
-def test_losses_are_those_of_the_whole_text():
-    model = tiny_model()
-    tokens = tokens_like(model, 61)
-    cache = longtext.behind(model, tokens[:40], 20)
-    setting = longtext.Setting("dense", "whole", 1, Plan(256, ()))
-    losses = longtext.losses_behind(model, cache, 40, tokens[40:], setting)
-    logits = model(tokens[None, :60])[0, 40:]
-    assert torch.allclose(losses, F.cross_entropy(logits, tokens[41:], reduction="none"), atol=1e-5)
-
-
 def test_a_needle_is_hidden_at_the_end_of_a_line():
     tokenizer = load_tokenizer(DEMO)
-    lines = "one two\nthree four\nfive six seven\neight\n" * 5
-    text = torch.tensor(tokenizer.encode(lines, bos=False))
-    sentence = "\nThe secret number of Oslo is 48217.\n"
+    text = torch.tensor(tokenizer.encode("one two\nthree four\nfive six seven\n" * 5, bos=False))
     for depth in (0.05, 0.5, 0.95):
         tokens, question = longtext.hide(tokenizer, text, 48217, "Oslo", depth)
+        assert tokenizer.decode(question.tolist()) == "\nThe secret number of Oslo is"
         written = tokenizer.decode(tokens.tolist())
-        before, after = written.split(sentence)
+        before, after = written.split("\nThe secret number of Oslo is 48217.\n")
         assert not before or before.endswith("\n")
         assert abs(len(before) / len(before + after) - depth) < 0.1
-        assert tokenizer.decode(question.tolist()) == "\nThe secret number of Oslo is"
 
 
 def test_each_measurement_runs(run, tmp_path):
     pytest.importorskip("matplotlib")
     text, folder = tmp_path / "text.txt", tmp_path / "model"
-    text.write_text(Path(attend.__file__).read_text() * 2)
+    text.write_text(Path(attend.__file__).read_text())
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__", "training"))
     common = ["--model", folder, "--text", text, "--context", 96, "--device", "cpu"]
-    out = run(longtext, "layers", *common, "--texts", 1, "--part", 8, "--scored", 12, "--count", 2)
+    out = run(longtext, "layers", *common, "--texts", 1, "--part", 8)
     layers = json.loads((folder / "attend.json").read_text())["layers"]
     assert len(layers) == 2 and out.endswith(f"attend.json: {layers[0]} {layers[1]}\n")
     costs = [float(line.split()[1]) for line in out.splitlines()[2:-1]]
     assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
     common += ["--parts", 8, "--out", tmp_path]
-    told = run(longtext, "perplexity", *common, "--scored", 12, "--texts", 1)
+    told = run(longtext, "perplexity", *common, "--texts", 1)
     rows = [line.split() for line in told.splitlines()[2:]]
     assert [row[1] for row in rows] == 2 * ["whole", "tidal", "window", "pages"]
+    model, tokenizer = load_model(DEMO)
+    tokens = torch.tensor(tokenizer.encode(text.read_text()))[:97]
+    loss = F.cross_entropy(model(tokens[None, :96])[0, 48:].double(), tokens[49:])
+    assert float(rows[0][4]) == pytest.approx(loss.exp().item(), rel=1e-3)
     assert rows[0][3] == "100.0%" and rows[1][3] == rows[2][3] < "50"
     assert f"layers that read all: {layers[0]} {layers[1]}; sparse weights: " in told
     assert told == (tmp_path / "attend_perplexity.txt").read_text()
@@ -354,12 +302,11 @@ def test_the_bytes_of_a_step(run):
     assert row.split() == "llama-2-7b 13,214 6,738 0.524 524 2,097 4,194 16,777".split()
 
 
-@pytest.mark.parametrize("layers", ["[0, 7]", "3", "[-1]", "[true]", "null"])
-def test_the_file_of_layers(tmp_path, layers):
-    arguments = longtext.make_parser().parse_args(["speed", "--model", str(tmp_path)])
+def test_the_file_of_layers(tmp_path):
     for count, default in ((9, (2, 5, 8)), (1, (0,))):
         config = tiny_model(num_hidden_layers=count).config
-        assert attend.plan_of(arguments, config, 1, "tidal").layers == default
-    (tmp_path / "attend.json").write_text(f'{{"layers": {layers}}}')
-    with refused(match="attend.json: layers is .*, expected a list of numbers"):
-        attend.plan_of(arguments, tiny_model(num_hidden_layers=7).config, 1, "tidal")
+        assert attend.layers_of(tmp_path, config) == default
+    for layers in ("[0, 1]", "3", "[-1]", "null"):
+        (tmp_path / "attend.json").write_text(f'{{"layers": {layers}}}')
+        with refused(match="attend.json: layers is .*, expected a list of numbers"):
+            attend.layers_of(tmp_path, config)

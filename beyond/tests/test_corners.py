@@ -7,7 +7,6 @@ import platform
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -17,18 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import calibrate
 import kernel
 import model as llama
 import test_all
 from beyond.tests.conftest import NO_COMPILER, ROOT
-from calibrate import Calibration, Table
-from generate import StaticCache, generate_speculative, plain_step
-from model import (DEMO, Config, Llama, linear_names, load_tokenizer, read_header, read_safetensors,
+from calibrate import Calibration
+from generate import generate_speculative, plain_step
+from model import (DEMO, Config, Llama, linear_names, load_tokenizer, read_safetensors,
                    write_safetensors)
 from sparsify import sparse_mode, sparsify
 from test_all import (DEVICE, distance, greedy, read_by_transformers, read_config, reference,
-                      refused, stepwise, tiny_model, tokens_of)
+                      refused, tiny_model, tokens_of)
 
 COMPILER = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
 
@@ -36,66 +34,45 @@ COMPILER = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
 # --------------------------------------------------------------------------------------------------
 # Damaged files, and large ones
 
+def raw(header, data=b"", length=None):
+    """Return the bytes of a safetensors file; length: what it says that its header has."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (length or len(header)).to_bytes(8, "little") + header + data
+
+
 X = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-REPEATED = b'{"x": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+DAMAGED = [
+    b"1234", raw({"x": X}, bytes(4)), raw({"x": X}, bytes(12)), raw({"x": X}, bytes(8), 10**12),
+    raw(b"not json"), raw(b"[" * 100_000), raw(b"[]"), raw({"x": {"dtype": "F32"}}),
+    *(raw({"x": X | change}, bytes(16)) for change in (
+        {"dtype": "F13"}, {"shape": [3]}, {"shape": [-2]}, {"data_offsets": [0]},
+        {"data_offsets": [8, 16]}, {"shape": [2**40, 2**40, 0], "data_offsets": [0, 0]})),
+    raw({"x": X, "y": X | {"data_offsets": [4, 12]}}, bytes(12)),
+    raw({"__metadata__": {"a": 1}, "x": X}, bytes(8)),
+    raw(b'{"x": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)),
+]
 
 
-def write_raw(path, header, data=b"", length=None):
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
-
-
-def test_safetensors_are_read_as_the_package_reads_them(tmp_path):
-    """Metadata of every kind, and data that begin 3 bytes past a multiple of 8."""
+def test_safetensors_are_read_or_refused_as_by_the_package(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "x"
-    for metadata in (None, {}, {"format": "pt"}, [], 0, "", {"a": None}):
-        raw = json.dumps({"__metadata__": metadata, "x": X}).encode()
-        write_raw(path, raw + b" " * ((3 - len(raw)) % 8), struct.pack("<ff", 1.5, -2.0))
-        try:
-            expected = safetensors.load_file(path)["x"]
-        except Exception:
-            with refused(match="__metadata__ is no text|its header is damaged"):
-                read_header(path)
-        else:
-            assert torch.equal(read_safetensors(path)["x"], expected)
-            assert read_header(path)[1] == (metadata or {})
-
-
-@pytest.mark.parametrize("header, data, length, message", [
-    (None, b"1234", None, "truncated, or no safetensors file: 4 bytes"),
-    ({"x": X}, bytes(4), None, "truncated, or no safetensors file"),
-    ({"x": X}, bytes(8), 10**12, "of which the header should be 1000000000000"),
-    ({"x": X}, bytes(12), None, "tensors of 8 bytes in 12 bytes of data"),
-    *((damaged, b"", None, "its header is damaged") for damaged in (
-        b"not json", b"[" * 100_000, b"[]", {"x": {"dtype": "F32"}})),
-    ({"x": X | {"dtype": "F13"}}, bytes(8), None, "dtype 'F13' is not known"),
-    *(({"x": X | change}, bytes(16), None, "does not fill data_offsets") for change in (
-        {"shape": [3]}, {"shape": [-2]}, {"shape": [True, 2]}, {"data_offsets": [8, 0]},
-        {"data_offsets": [0]}, {"shape": [2**63, 0], "data_offsets": [0, 0]},
-        {"shape": [2**40, 2**40, 0], "data_offsets": [0, 0]})),
-    ({"x": X | {"data_offsets": [8, 16]}}, bytes(16), None, "begins at byte 8, the one before"),
-    ({"x": X, "y": X | {"data_offsets": [4, 12]}}, bytes(12), None, "begins at byte 4, the one"),
-    ({"__metadata__": {"a": 1}, "x": X}, bytes(8), None, "__metadata__ is no text"),
-    (REPEATED, bytes(8), None, "a name stands twice"),
-])
-def test_safetensors_the_package_refuses_are_refused(tmp_path, header, data, length, message):
-    path = tmp_path / "bad.safetensors"
-    write_raw(path, header, data, length) if header is not None else path.write_bytes(data)
-    with refused(match=f"bad.safetensors: .*{re.escape(message)}") as error:
-        read_safetensors(path)
-    assert "\n" not in str(error.value)
-    safetensors = pytest.importorskip("safetensors.torch")
-    with pytest.raises(Exception):
-        safetensors.load_file(path)
+    header = json.dumps({"x": X}).encode()                 # data 3 bytes past a multiple of 8
+    path.write_bytes(raw(header + b" " * ((3 - len(header)) % 8), b"numbers!"))
+    assert torch.equal(read_safetensors(path)["x"], safetensors.load_file(path)["x"])
+    for damaged in DAMAGED:
+        path.write_bytes(damaged)
+        with pytest.raises(Exception):
+            safetensors.load_file(path)
+        with refused(match=f"^{path}: ") as error:
+            read_safetensors(path)
+        assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_that_does_not_fit(tmp_path):
     reference(tmp_path, shard="60KB")
-    shard, other = sorted(tmp_path.glob("*.safetensors"))[:2]
+    shard = min(tmp_path.glob("*.safetensors"))
     whole = shard.read_bytes()
-    own, others = ({name: tensor.clone() for name, tensor in read_safetensors(path).items()}
-                   for path in (shard, other))
+    own = {name: tensor.clone() for name, tensor in read_safetensors(shard).items()}
     first, last = [*own][0], [*own][-1]
 
     def change(**tensors):
@@ -103,15 +80,14 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
 
     for spoil, message in [
         (lambda: write_safetensors(shard, {name: own[name] for name in own if name != last}),
-         f"tensors are missing from the checkpoint: {last}"),
-        (change(**others), "a second one of its name"),
-        (change(extra=torch.zeros(2)), "tensor extra: not part of"),
+         f"tensors are missing, or not of this Llama: {last}"),
+        (change(extra=torch.zeros(2)), "not of this Llama: extra"),
         (change(**{first: torch.zeros(3, 3)}), r"float32 \[3, 3\], config.json makes it"),
         (change(**{first: own[first].long()}), "torch.int64 .* makes it torch.float32"),
         (change(**{first: own[first] + math.inf}), f"{first} holds NaN or numbers beyond torch.fl"),
         (change(**{last: own[last] * math.nan}), f"tensor {last} holds NaN"),
-        (lambda: shard.write_bytes(whole[:-10]), "truncated"),
-        (shard.unlink, f"{shard.name}: cannot be read: No such file"),
+        (lambda: shard.write_bytes(whole[:-10]), shard.name),
+        (shard.unlink, f"{shard.name}: cannot be read.*: No such file"),
         ((tmp_path / "model.safetensors.index.json").unlink, "no checkpoint: neither"),
     ]:
         spoil()
@@ -122,25 +98,27 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
 def test_a_file_larger_than_memory_can_be_opened(tmp_path):
     size = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     path = tmp_path / "large"
-    write_raw(path, {"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    path.write_bytes(raw({"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}))
     os.truncate(path, path.stat().st_size + size)          # a hole: it takes no disk
     assert read_safetensors(path)["x"][size - 1] == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path, monkeypatch):
-    def anonymous():                                       # memory that is not pages of files
+    measured = []                                          # without the pages of files
+
+    def measure():
         status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+        measured.append(1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1]))
 
     def watch():
         while not loaded.wait(0.002):
-            measured.append(anonymous())
+            measure()
 
     monkeypatch.setitem(llama.PRESETS, "one block", Config(2048, 8192, 1, 32, 8, 64, 8000, 64))
     Llama.random("one block").save_pretrained(tmp_path)
     ctypes.CDLL(None).malloc_trim(0)                       # what was freed is not to be used again
-    measured = [anonymous()]
+    measure()
     loaded = threading.Event()
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -151,7 +129,6 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, monkeypatch
     assert weights > 1.5e8
     assert 0.9 < (max(measured) - measured[0]) / weights < 1.15
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()      # no file stays open
-    assert model(tokens_of(model, 1, 4)).isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,36 +146,26 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 llama.PRESETS["small"] = llama.Config(1280, 1200, 1, 4, 2, 320, 600, 256)
 tokens = torch.arange(128)[None]
+def run(model):
+    x = model.embed(tokens).requires_grad_()
+    model.model.layers[0](x, model.context(tokens)).square().sum().backward()
+    with torch.no_grad():
+        return model(tokens, model.make_cache(1, 128)), x.grad
 for dtype in (torch.bfloat16, torch.float16):
     model = llama.Llama.random("small", dtype=dtype)
     multiplied.clear()
-    with torch.no_grad(), Watch():
-        logits = model(tokens, model.make_cache(1, 128))
-    assert len(multiplied) > 9
+    with Watch():
+        ours = run(model)
+    assert len(multiplied) > 30
     assert {dtype for _, dtype in multiplied} == {torch.float32}, multiplied
-    exact = model.float()(tokens)
-    assert (logits - exact).norm() < 0.01 * exact.norm()
+    for result, exact in zip(ours, run(model.float())):
+        assert (result - exact).norm() < 0.01 * exact.norm()
 """
 
 
 def test_no_16_bit_product_runs_where_the_processor_has_no_instructions_for_it():
     old = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     subprocess.run([sys.executable, "-c", WITHOUT_INSTRUCTIONS], env=old, cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("product", [llama.InFloat32.apply, kernel.dense])
-def test_products_have_a_backward_pass(monkeypatch, product, dtype):
-    monkeypatch.setattr(llama.InFloat32, "BLOCK", 1)
-    monkeypatch.setattr(llama, "can_multiply", lambda dtype: dtype == torch.float32)
-    x, weight = torch.randn(2, 5, 12), torch.randn(12, 150).to(dtype)
-    gradient = torch.randn(2, 5, 150)
-    with torch.enable_grad():
-        x.requires_grad_()
-        y = product(x, weight)
-        y.backward(gradient)
-    assert distance(y.detach(), x.detach() @ weight.float()) < 1e-6
-    assert distance(x.grad, gradient @ weight.float().t()) < 1e-6
 
 
 @NO_COMPILER
@@ -228,46 +195,6 @@ def test_every_number_of_16_bits_is_widened_exactly(dtype):
         weight_t = every[:, shift:].contiguous()
         y = kernel.sparse_gemv(torch.ones(1, 1), weight_t, 0.0, "c")
         assert torch.equal(y.nan_to_num(7.0), weight_t.float().nan_to_num(7.0))
-
-
-@NO_COMPILER
-def test_small_float16_where_a_process_flushes_denormals():
-    torch.manual_seed(0)
-    small = (0.02 * torch.randn(300, 40)).half()
-    torch.set_flush_denormal(True)
-    y = kernel.sparse_gemv(1e-3 * torch.ones(1, 300), small, 0.0, "c")
-    torch.set_flush_denormal(False)
-    assert distance(y, 1e-3 * small.double().sum(0)[None]) < 2**-9
-
-
-@pytest.mark.parametrize("backend", ["c", "triton"])
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("T", [1, 4])
-def test_a_static_cache_gives_the_same_steps(T, window, backend, monkeypatch):
-    monkeypatch.setattr(kernel, "best_backend", lambda x: backend)
-    model = tiny_model(sliding_window=window)
-    tokens = tokens_of(model, 1, 14)
-    expected = stepwise(model, tokens, [2, *[T] * (12 // T)])[:, 2:]
-    cache = model.make_cache(1, 20)
-    model(tokens[:, :2], cache)
-    cache.keys[:, :, :, 2:] = 1e9        # what is not used yet must not be seen
-    cache.values[:, :, :, 2:] = 1e9
-    static = StaticCache(cache, T)
-    memory = static.positions, static.slots, static.mask
-    logits = []
-    for part in tokens[:, 2:].split(T, dim=1):
-        static.follow(cache, T, window)
-        logits.append(model(part, static))
-        cache.advance(T)
-    assert distance(torch.cat(logits, 1), expected) < 1e-12
-    after = static.positions, static.slots, static.mask
-    assert all(own is other for own, other in zip(memory, after))
-    mask = static.look(T, window)[1]
-    assert mask.dtype == (model.dtype if backend == "triton" else torch.bool)
-    assert mask.shape == (T, 24)         # a multiple of 8, which kernels of a GPU take as it is
-    cache.used = 20
-    with refused(match=f"{T} tokens do not fit a cache of 20 positions"):
-        static.follow(cache, T, window)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
@@ -304,10 +231,6 @@ def forget():
             cached.cache_clear()
 
 
-def seven():
-    return kernel.compiled("int seven(void) { return 7; }").seven()
-
-
 def test_c_can_be_done_without(monkeypatch, fresh, capfd):
     monkeypatch.setenv("MINTEAL_CACHE", "off")
     x = torch.randn(2, 30)
@@ -330,50 +253,38 @@ def test_c_without_the_newest_instructions(options, monkeypatch, fresh):
 
 
 @NO_COMPILER
-@pytest.mark.parametrize("variable, value, said", [
-    ("CC", "/nowhere/cc", "set CC"), ("CC", "false", "set CC"), ("CC", "a b/cc", "set CC"),
-    ("CC", "cc -no-such-option", "set CC"),
-    ("MINTEAL_CACHE", "/dev/null/cache", "Set MINTEAL_CACHE"),
-    ("MINTEAL_CACHE", "/proc/cache", "Set MINTEAL_CACHE"),
-])
-def test_a_setting_that_fails_is_named_once_and_got_round(variable, value, said, monkeypatch, fresh,
+@pytest.mark.parametrize("variable, value", [
+    ("CC", "/nowhere/cc"), ("CC", "cc -no-such-option"), ("MINTEAL_CACHE", "/dev/null/cache")])
+def test_a_setting_that_fails_is_named_once_and_got_round(variable, value, monkeypatch, fresh,
                                                           capfd):
     monkeypatch.setenv(variable, value)
-    assert seven() == 7
-    assert kernel.compiled("int eight(void) { return 8; }").eight() == 8
+    for answer in (7, 8):
+        assert kernel.compiled(f"int answer(void) {{ return {answer}; }}").answer() == answer
     line, = capfd.readouterr().err.splitlines()
-    assert value in line and said in line
+    assert value in line and variable in line
 
 
 @NO_COMPILER
-def test_each_cc_and_each_processor_has_a_library_of_its_own(monkeypatch, fresh, capfd):
+def test_each_cc_has_a_library_of_its_own_and_a_damaged_one_is_built_anew(monkeypatch, fresh):
     """A CC may have arguments, and blanks in its path."""
     blank = fresh.parent / "my tools" / "cc"
     blank.parent.mkdir()
     blank.write_text(f'#!/bin/sh\nexec {COMPILER} -DANSWER=3 "$@"\n')
     blank.chmod(0o755)
     source = "#ifndef ANSWER\n#define ANSWER 1\n#endif\nint answer(void) { return ANSWER; }"
-    for number, (asked, processor, answer) in enumerate([
-            ("", "ours", 1), (f"{COMPILER} -DANSWER=2", "ours", 2), (str(blank), "ours", 3),
-            (f"'{blank}' -DOTHER", "ours", 3), (str(blank), "another", 3)], start=1):
+    libraries = set()
+    for answer, asked in enumerate(("", f"{COMPILER} -DANSWER=2", str(blank)), start=1):
         forget()
         monkeypatch.setenv("CC", asked)
-        monkeypatch.setattr(kernel, "processor", lambda: processor)
         assert kernel.compiled(source).answer() == answer
-        assert len(list(fresh.iterdir())) == number
-    assert capfd.readouterr().err == ""
-
-
-@NO_COMPILER
-def test_a_library_that_does_not_load_is_built_anew(fresh, monkeypatch):
-    assert seven() == 7
-    library, = fresh.iterdir()
+        library, = set(fresh.iterdir()) - libraries
+        libraries.add(library)
     other = fresh.parent / "other"       # what is loaded must not be written to
     other.mkdir()
     (other / library.name).write_bytes(b"damaged")
     monkeypatch.setenv("MINTEAL_CACHE", str(other))
     forget()
-    assert seven() == 7
+    assert kernel.compiled(source).answer() == 3
     assert (other / library.name).stat().st_size > 1000
 
 
@@ -387,21 +298,15 @@ def test_a_library_that_does_not_load_is_built_anew(fresh, monkeypatch):
     ("model.command_line(model.main)", ">/dev/full", 2,
      "-c: error: [Errno 28] No space left on device\n"),
     ("model.command_line(model.main)", "2>&-", 0, ""),
+    ("sys.argv.append('absent'); model.command_line(model.main)", "2>/dev/full", 2, ""),
     ("model.command_line(model.main)", "<&-", 0, ""),
-    ("raise KeyboardInterrupt", "", 130, ""),              # while torch is loaded: no traceback
 ])
 def test_commands_elsewhere_and_with_closed_streams(tmp_path, code, redirection, status, said):
     command = f'{sys.executable} -c "import sys, model; {code}" {redirection}'
     ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path,
                            env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert ended.stderr == said and (ended.returncode == status or status == 130)
+    assert (ended.stderr, ended.returncode) == (said, status)
     assert bool(ended.stdout) == (status == 0)
-
-
-def test_what_nobody_can_read_stops_no_work(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))
-    monkeypatch.setattr(llama.time, "perf_counter", iter(range(0, 900, 100)).__next__)
-    assert list(llama.progress([1, 2, 3], "a line after each")) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0.8])
@@ -425,36 +330,33 @@ def test_config_defaults(tmp_path):
     assert (config.head_dim, config.num_key_value_heads, config.rope_theta) == (8, 4, 777.0)
 
 
-@pytest.mark.parametrize("stored", ["both the same", "another head", "the head alone"])
-def test_a_tied_head_that_is_stored(tmp_path, stored):
-    """Merged adapters may leave a head that is not the embedding: then it counts."""
+def test_a_tied_head_may_be_stored_alone(tmp_path):
     reference(tmp_path, tie_word_embeddings=True)
     path = tmp_path / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
-    embedding = tensors["model.embed_tokens.weight"]
-    if stored == "the head alone":
-        del tensors["model.embed_tokens.weight"]
-    head = embedding.flip(1) if stored == "another head" else embedding
-    write_safetensors(path, tensors | {"lm_head.weight": head}, {"format": "pt"})
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    write_safetensors(path, tensors, {"format": "pt"})
     ours = Llama.from_pretrained(tmp_path)
     tokens = tokens_of(ours, 1, 12)
     assert distance(ours(tokens), read_by_transformers(tmp_path)(tokens).logits) < 1e-4
-    assert ours.config.tie_word_embeddings == (stored == "the head alone")
-    assert torch.equal(ours.lm_head.weight, head)
 
 
 def test_tokenizers_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     for file, content, message in [
-        ("unread", b"", "no tokenizer: neither tokenizer.model nor tokenizer.json"),
+        ("unread", b"", "no tokenizer: neither tokenizer.json nor a tokenizer.model"),
         ("tokenizer.model", b"\ndamaged", "tokenizer.model: not a SentencePiece model"),
         ("tokenizer.model", b"IQ== 0\n",                   # of Llama-3's kind
-         "or it is not SentencePiece, and tokenizer.json is missing"),
+         "neither tokenizer.json nor a tokenizer.model that is SentencePiece"),
         ("tokenizer.json", b"{}", "needs the package transformers: pip install"),
     ]:
         (tmp_path / file).write_bytes(content)
         with refused(match=message):
             load_tokenizer(tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip("transformers")
+    with refused(match="no tokenizer that can be read"):
+        load_tokenizer(tmp_path)
 
 
 WHOLE = {"model": {}, "added_tokens": [{"id": 1, "content": "<s>"}], "post_processor": {
@@ -462,7 +364,6 @@ WHOLE = {"model": {}, "added_tokens": [{"id": 1, "content": "<s>"}], "post_proce
 
 
 @pytest.mark.parametrize("files, alone", [
-    ({}, True),
     ({"tokenizer_config": {"add_bos_token": True}, "tokenizer": WHOLE}, True),
     ({"tokenizer_config": {"added_tokens_decoder": {"0": {}, "1": {}, "2": {}}}}, True),
     ({"added_tokens": {"<pad>": 4096}}, False),
@@ -472,7 +373,6 @@ WHOLE = {"model": {}, "added_tokens": [{"id": 1, "content": "<s>"}], "post_proce
     ({"tokenizer": WHOLE | {"added_tokens": [{"id": 4096, "content": "<pad>"}]}}, False),
     ({"tokenizer": WHOLE | {"model": {"vocab": {"other": 0}}}}, False),
     ({"tokenizer": WHOLE | {"post_processor": {"single": [{"Sequence": {"id": "A"}}]}}}, False),
-    ({"tokenizer": {}}, True),
 ])
 def test_sentencepiece_reads_alone_what_no_other_file_changes(tmp_path, monkeypatch, files, alone):
     monkeypatch.setattr(llama, "HubTokenizer", lambda folder: "transformers'")
@@ -484,38 +384,16 @@ def test_sentencepiece_reads_alone_what_no_other_file_changes(tmp_path, monkeypa
     elif "tokenizer" in files:
         assert load_tokenizer(tmp_path) == "transformers'"
     else:                                # nothing is cut to pieces in silence
-        with refused(match="other files change this tokenizer.*python -m beyond reads more"):
+        with refused(match="that no other file changes; python -m beyond reads more"):
             load_tokenizer(tmp_path)
 
 
-def test_a_calibration_of_an_earlier_version_is_read_without_its_channel_weights(tmp_path):
+def test_a_damaged_calibration_is_refused(tmp_path):
+    """One without its tensors, or with another in the place of any of them."""
     path = DEMO / "calibration.safetensors"
-    old = {"fingerprint": torch.zeros(256), "distributions mine": torch.ones(3, 7, calibrate.BINS),
-           "levels mine": torch.zeros(0), "shares mine": torch.zeros(0, 3, 7),
-           "weights mine model.layers.0.mlp.up_proj": torch.ones(32)}
-    metadata = read_header(path)[1]
-    tables = json.loads(metadata["tables"]) | {"mine": "mine"}
-    write_safetensors(tmp_path / "x", read_safetensors(path) | old,
-                      metadata | {"tables": json.dumps(tables)})
-    ours, loaded = Calibration.load(path), Calibration.load(tmp_path / "x")
-    assert loaded.allocations == ours.allocations
-    assert loaded.thresholds(0.4) == ours.thresholds(0.4)
-
-
-@pytest.mark.parametrize("spoil", [
-    lambda c, greedy: c.counts[1, 2].zero_(),
-    lambda c, greedy: setattr(c, "counts", torch.ones(3, 4, 5).long()),
-    lambda c, greedy: c.shapes.pop("num_hidden_layers"),
-    lambda c, greedy: setattr(c, "shapes", []),
-    lambda c, greedy: c.tables.clear(),
-    lambda c, greedy: c.tables.update(greedy=Table(greedy.levels, torch.zeros(3, 4, 5))),
-    lambda c, greedy: greedy.shares.fill_(math.nan),
-    lambda c, greedy: greedy.shares.fill_(1.0),
-    lambda c, greedy: greedy.levels.fill_(1.0),
-])
-def test_a_damaged_calibration_is_refused(tmp_path, spoil):
-    damaged = Calibration.load(DEMO / "calibration.safetensors")
-    spoil(damaged, damaged.tables["greedy"])
-    damaged.save(tmp_path / "x")
-    with refused(match="damaged.*with: python calibrate.py"):
-        Calibration.load(tmp_path / "x")
+    metadata = {}
+    tensors = read_safetensors(path, metadata)
+    for damaged in ({}, *(tensors | {name: torch.zeros(3, 4, 5)} for name in tensors)):
+        write_safetensors(tmp_path / "x", damaged, metadata)
+        with refused(match="damaged.*with: python calibrate.py"):
+            Calibration.load(tmp_path / "x")

@@ -2,14 +2,16 @@
 
 What Speculation itself promises stands in test_all.py.
 """
+import copy
+
 import pytest
 import torch
 
 from beyond import drafts, record
 from beyond.drafts import speculate
 from beyond.tests import conftest
-from beyond.tests.conftest import DEVICE, NO_COMPILER, refused, thresholds_of, tokens_like
-from generate import fast_step, generate
+from beyond.tests.conftest import DEVICE, NO_COMPILER, thresholds_of, tokens_like
+from generate import generate
 from sparsify import sparse_mode, sparsify
 
 KINDS = ["sparse", "recycle", "model"]
@@ -22,10 +24,6 @@ def tiny_model(dtype=torch.float64, **changes):
     return conftest.tiny_model(dtype, **shape | changes)
 
 
-def prompt_like(model, length, seed=0):
-    return tokens_like(model, length, seed=seed).tolist()
-
-
 def draft_of(kind, model):
     """Return (draft, draft_thresholds) for a model that is not sparse; "sparse" makes it so.
 
@@ -36,12 +34,11 @@ def draft_of(kind, model):
         return kind, thresholds_of(model, 0.35)
     if kind == "recycle":
         return kind, None
-    other = conftest.tiny_model(model.dtype, **vars(model.config)).to(model.device)
+    other = copy.deepcopy(model)
     torch.manual_seed(5)
     for parameter in other.parameters():
         if parameter.ndim == 2:
-            noise = torch.randn(parameter.shape, dtype=model.dtype)
-            parameter.add_(0.2 * parameter.std() * noise.to(model.device))
+            parameter.add_(0.2 * parameter.std() * torch.randn_like(parameter))
     return other, None
 
 
@@ -51,7 +48,7 @@ def draft_of(kind, model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_speculation_is_greedy_decoding(kind):
     model = tiny_model(max_position_embeddings=40)
-    prompts = [prompt_like(model, 1 + 9 * seed, seed) for seed in range(3)]
+    prompts = [tokens_like(model, 1 + 9 * seed, seed=seed).tolist() for seed in range(3)]
     texts = [list(generate(model, prompt, 24)) for prompt in prompts]
     assert len(texts[2]) == 21                             # the context ends
     draft, thresholds = draft_of(kind, model)
@@ -63,11 +60,10 @@ def test_greedy_speculation_is_greedy_decoding(kind):
             did = run.statistics
             assert did.tokens == len(text) - 1             # the first is the prompt's
             assert did.passes == sum(map(len, did.times.values())) <= did.tokens
-            assert did.tokens_a_pass == did.tokens / did.passes
-            assert all(right <= judged for right, judged in zip(did.right, did.judged))
+            assert did.right <= did.judged                 # at every place
             assert draft_tokens is None or max(did.times) == min(draft_tokens, len(text) - 2)
-            right += sum(did.right)
-            judged += sum(did.judged)
+            right += did.right.total()
+            judged += did.judged.total()
     assert 0.15 < right / judged < 1
 
 
@@ -75,13 +71,15 @@ def test_greedy_speculation_is_greedy_decoding(kind):
 def test_the_verifier_may_be_sparse(kind):
     """Then the text is that of `generate` in the mode in force, whatever the draft's thresholds.
 
-    A prompt of one token is sparse in mode "decode", a longer one is not, whatever its parts.
+    A prompt of one token is sparse in mode "decode", a longer one is not, whatever its parts. What
+    others run between two tokens finds the mode and the thresholds as they were.
     """
     model = tiny_model(vocab_size=32, max_position_embeddings=300)
-    prompts = [prompt_like(model, length, seed) for length in (1, 2, drafts.PART + 1)
-               for seed in range(3)]
+    prompts = [tokens_like(model, length, seed=seed).tolist()
+               for length in (1, 2, drafts.PART + 1) for seed in range(3)]
     draft, draft_thresholds = draft_of(kind, model)
     sparsify(model, thresholds_of(model, 0.4, lm_head=0.4))
+    before = model.sparse_state.thresholds.clone()
     texts = {}
     for mode in ("off", "decode", "all"):
         with sparse_mode(model, mode):
@@ -90,7 +88,10 @@ def test_the_verifier_may_be_sparse(kind):
                 run = speculate(model, prompt, 8, draft, draft_thresholds, len(prompt) % 9 + 2,
                                 sparse_verifier=True)
                 assert run.against == ("the dense model" if mode == "off" else "the sparse model")
-                assert list(run) == text, (mode, len(prompt))
+                for token in text:
+                    assert next(run) == token, (mode, len(prompt))
+                    assert model.sparse_state.mode == mode
+                    assert torch.equal(model.sparse_state.thresholds, before)
             run = speculate(model, prompts[0], 8, draft, draft_thresholds, 3)
             assert run.against == "the dense model" and list(run) == texts["off"][0]
     firsts = {mode: [text[0] for text in texts[mode][3:]] for mode in texts}
@@ -98,29 +99,11 @@ def test_the_verifier_may_be_sparse(kind):
     assert texts["off"] != texts["decode"] != texts["all"]
 
 
-def test_interleaved_speculations_leave_no_trace():
-    model = tiny_model()
-    prompts = [prompt_like(model, 5, seed) for seed in range(4)]
-    texts = [list(generate(model, prompt, 16)) for prompt in prompts]
-    kinds = [draft_of("recycle", model), draft_of("model", model)]
-    sparsify(model, thresholds_of(model, 0.2))
-    texts[3] = list(generate(model, prompts[3], 16))
-    before = model.sparse_state.thresholds.clone()
-    kinds.append(("sparse", thresholds_of(model, 0.5)))
-    runs = [speculate(model, prompt, 16, *kind) for prompt, kind in zip(prompts, kinds)]
-    runs.append(speculate(model, prompts[3], 16, *kinds[2], sparse_verifier=True))
-    for place in range(12):                                # none comes to its end
-        for run, text in zip(runs, texts):
-            assert next(run) == text[place]
-            assert model.sparse_state.mode == "decode"
-            assert torch.equal(model.sparse_state.thresholds, before)
-
-
 @NO_COMPILER
 @pytest.mark.parametrize("kind", KINDS)
 def test_speculation_by_recorded_steps_and_graphs(kind):
     model = tiny_model(torch.float32).to(DEVICE)
-    prompt = prompt_like(model, 5)
+    prompt = tokens_like(model, 5).tolist()
     draft, thresholds = draft_of(kind, model)
     sparsify(model, thresholds_of(model, 0.2))
     for mode, sparse_verifier in (("off", False), ("decode", True)):
@@ -134,10 +117,13 @@ def test_speculation_by_recorded_steps_and_graphs(kind):
 
 
 def test_sampled_recycling_draws_what_is_drawn_without_drafts():
+    """One draw a token; meanwhile an object of one's own learns, if it can."""
     model = tiny_model()
-    for seed in range(3):                                  # one draw a token
+    for seed in range(3):
         text = list(generate(model, [1, 2], 12, 1.0, seed=seed))
-        assert list(speculate(model, [1, 2], 12, "recycle", None, 3, 1.0, seed=seed)) == text
+        draft = drafts.RecycleDraft()
+        assert list(speculate(model, [1, 2], 12, draft, None, 3, 1.0, seed=seed)) == text
+        assert draft.following.keys() >= {1, 2, *text[:-1]} and any(draft.following.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,16 +137,6 @@ def test_recycling_learns_the_likeliest_after_the_last_of_equal_tokens():
     assert draft.following == {2: likeliest[2], 5: likeliest[1], 7: likeliest[3]}
     draft.following |= {2: 5, 5: 9}
     assert draft.guess([9, 2], 4) == ([5, 9, 0, 0], None)
-
-
-@pytest.mark.parametrize("draft_tokens", [3, None])
-def test_a_draft_object_learns_if_it_can(draft_tokens):
-    model = tiny_model()
-    prompt = prompt_like(model, 5)
-    text = list(generate(model, prompt, 30))
-    draft = drafts.RecycleDraft()
-    assert list(speculate(model, prompt, 30, draft, None, draft_tokens)) == text
-    assert draft.following.keys() >= {*prompt, *text[:-1]} and set(draft.following.values()) > {0}
 
 
 @pytest.mark.parametrize("acceptance, draft_time, verify_time", [
@@ -187,32 +163,3 @@ def test_the_draft_length_adapts(acceptance, draft_time, verify_time, slow):
     assert abs(usual - best) <= (best > 0)
     assert did.acceptance[0] == pytest.approx(acceptance, abs=0.12)
     assert best or len(did.times[1]) > 5                   # it tries again
-
-
-def test_logits_that_are_no_numbers_end_a_text():
-    def spoiled(model, cache, tokens=1):
-        return lambda tokens: fast_step(model, cache)(tokens) * float("inf")
-
-    tokens = speculate(tiny_model(), [1, 2], 9, "recycle", draft_tokens=3, make_step=spoiled)
-    next(tokens)                                           # the prompt's
-    with refused(match="position 2 of the text are NaN"):
-        next(tokens)
-    model = tiny_model()
-    model.model.norm.weight[0] = float("nan")
-    with refused(match="position 1 of the text are NaN"):
-        next(speculate(model, [1, 2], 9, "recycle"))
-
-
-@pytest.mark.parametrize("options, message", [
-    ({}, 'draft "sparse" needs a model made sparse'),
-    ({"draft": "other"}, 'draft is "sparse", .*a Llama, or an object with guess'),
-    ({"draft": tiny_model(vocab_size=12)}, "the draft model has 12 tokens, the model 13"),
-    ({"draft": "recycle", "draft_tokens": 0}, "draft_tokens is 0, expected at least 1"),
-    ({"draft": "recycle", "top_p": 0.0}, "top_p is 0.0"),
-])
-def test_speculate_refuses_what_does_not_fit(options, message):
-    with refused(match=message):
-        speculate(tiny_model(), [1, 2], 4, **options)
-    model = tiny_model(threshold=0.2)
-    with refused(match="a dense prefix"), sparse_mode(model, "all", dense_prefix=2):
-        speculate(model, [1, 2], 4, "recycle", sparse_verifier=True)

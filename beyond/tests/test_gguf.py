@@ -47,16 +47,18 @@ def tiny_model(**changes):
 
 
 def write_gguf(path, model, tokenizer=None, kind="F32", part=(0, 1), without=(), more=None,
-               architecture="llama", others=None, **settings):
+               **settings):
     """Write a model as llama.cpp's converter does, each matrix of type `kind`; return the path.
 
     part: (which, of how many files). without: tensors to leave out, by their names in GGUF.
-    more: tensors to add. settings: of the model, with __ for a point; others: with whole names.
+    more: tensors to add. settings: of the model, or with a whole name; with __ for a point.
     """
     config, kind = model.config, gguf.GGMLQuantizationType[kind]
     tokenizer = bytewise() if tokenizer is None else tokenizer
-    values = {f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()} | (others or {})
-    values |= {f"llama.{name.replace('__', '.')}": value for name, value in settings.items()}
+    values = {f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()}
+    for name, value in settings.items():
+        whole = name.startswith(("general", "tokenizer"))
+        values["llama." * (not whole) + name.replace("__", ".")] = value
     tensors = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.clone()
@@ -65,7 +67,7 @@ def write_gguf(path, model, tokenizer=None, kind="F32", part=(0, 1), without=(),
             tensor = halves.transpose(1, 2).flatten(0, 2)
         tensors[chapter.gguf_name(name)] = tensor
     tensors |= more or {}
-    with chapter.writing(path, config, architecture) as writer:
+    with chapter.writing(path, config) as writer:
         for name, value in values.items():
             numbers = gguf.GGUFValueType.UINT32 if type(value) is int else None
             writer.add_key_value(name, value, numbers or gguf.GGUFValueType.get_type(value))
@@ -81,7 +83,7 @@ def write_gguf(path, model, tokenizer=None, kind="F32", part=(0, 1), without=(),
 
 
 def check_refused(path, message, tmp_path):
-    """Check that a file is refused by one line, and nothing is left."""
+    """Check that a file is refused by one line, and nothing is written."""
     before = sorted(tmp_path.iterdir())
     with refused(match=message) as error:
         chapter.convert(path, tmp_path / "out")
@@ -92,7 +94,7 @@ def check_refused(path, message, tmp_path):
 @pytest.mark.parametrize("changes, parts, options, tolerance", [
     ({}, 1, {}, 1e-4), ({"attention_bias": True}, 3, {}, 1e-4),
     ({"tie_word_embeddings": True}, 3, {}, 1e-4),
-    ({}, 1, {"kind": "Q8_0"}, 0.08), ({}, 1, {"kind": "Q4_1"}, 0.5), ({}, 1, {"kind": "F16"}, 1e-3),
+    ({}, 1, {"kind": "Q8_0"}, 0.08), ({}, 1, {"kind": "Q4_1"}, 0.5),
     ({"attention_bias": True, "mlp_bias": True}, 1,        # biases that are missing are zero
      {"without": ("blk.1.attn_output.bias", "blk.0.ffn_up.bias")}, 1e-4),
 ])
@@ -114,20 +116,15 @@ def test_the_function_is_the_same(tmp_path, monkeypatch, changes, parts, options
     ({"without": ("blk.1.ffn_up.weight",)}, r"blk.1.ffn_up.weight: missing, expected \[96, 64\]"),
     ({"without": ("token_embd.weight",)}, "tensor token_embd.weight is missing"),
     ({"block_count": 1}, r"tensor blk.1.*\], expected none in a"),
-    ({"block_count": 3}, "tensor blk.2.*: missing, expected"),
     ({"more": {"blk.0.attn_norm.bias": torch.ones(64)}}, r"norm.bias: \[64\], expected none in"),
     ({"more": {"output.weight": torch.ones(299, 64)}}, r"output.weight: \[299, 64\], expected"),
-    ({"more": {"blk.0.ffn_gate_inp.weight": torch.ones(4, 64)}}, "ffn_gate_inp.weight.* a Llama"),
     ({"more": {"output_norm.weight": torch.full((64,), torch.inf)}}, "output_norm.*not finite"),
-    ({"architecture": "falcon"}, "general.architecture is 'falcon', supported is 'llama'"),
+    ({"general__architecture": "falcon"}, "general.architecture is 'falcon', supported is 'llama'"),
     ({"rope__dimension_count": 8}, "rope.dimension_count is 8, supported is the 16 of a head"),
-    ({"rope__dimension_count": "8"}, "rope.dimension_count is '8', expected a number"),
-    ({"attention__head_count_kv": 3}, "blk.0.attn_k.weight"),
     ({"attention__causal": False}, "attention.causal is False, supported is True"),
     ({"expert_count": 8}, "expert_count is 8, supported is 0"),
     ({"rope__scaling__type": "yarn"}, "rope.scaling.type is 'yarn', supported is 'linear'"),
-    ({"rope__scaling__factor": -2.0}, "factor is -2.0, expected a number above 0"),
-    ({"rope__scaling__factor": "2"}, "rope.scaling.factor is '2', expected a number"),
+    ({"rope__scaling__factor": "2"}, 'factor is "2", expected a number above 0'),
     ({"rope__scaling__attn_factor": 0.5}, "attn_factor is 0.5, supported is 1"),
     ({"tokenizer": {}}, "tokenizer.ggml.model is None, supported are 'llama' and 'gpt2'"),
     ({"tokenizer": bytewise("gemma-9")}, "tokenizer.ggml.pre is 'gemma-9', a kind that is not"),
@@ -135,46 +132,35 @@ def test_the_function_is_the_same(tmp_path, monkeypatch, changes, parts, options
     ({"tokenizer": bytewise(merges=["x y"])}, "its tokenizer cannot be read: .*out of vocabulary"),
     ({"tokenizer": bytewise(merges=None)}, "cannot be read: tokenizer.ggml.merges is missing"),
     ({"tokenizer": bytewise(special=ENDINGS * 9)}, "tokens are 305, 273 different"),
-    ({"tokenizer": bytewise(special=[f"<{i}>" for i in range(40)])}, "in a model of 300"),
 ])
 def test_what_is_no_whole_llama_is_refused(tmp_path, changes, message):
     write_gguf(tmp_path / "model.gguf", tiny_model(tie_word_embeddings=True), **changes)
     check_refused(tmp_path / "model.gguf", message, tmp_path)
 
 
-@pytest.mark.parametrize("names, message", [
-    (["m-00001-of-00002.gguf"], "m-00002-of-00002.gguf: cannot be read"),
-    (["m-00001-of-00002.gguf", "renamed.gguf"], "renamed.gguf: one of the 2 files of a model"),
-    (["m-00002-of-00002.gguf", "m-00001-of-00002.gguf"], r"part \(1, 2\) of a model, expected"),
-])
-def test_a_part_that_is_missing_is_named(tmp_path, names, message):
-    for number, name in enumerate(names):
-        write_gguf(tmp_path / name, tiny_model(), part=(number, 2))
-    check_refused(tmp_path / names[-1], message, tmp_path)
-
-
-def test_what_is_no_gguf_is_refused(tmp_path):
+def test_what_is_no_gguf_or_not_all_of_it_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"nothing of the kind")
-    check_refused(tmp_path / "model.gguf", "not a GGUF file", tmp_path)
-    check_refused(tmp_path / "absent.gguf", "cannot be read", tmp_path)
+    check_refused(tmp_path / "model.gguf", "cannot be read as a GGUF file: ", tmp_path)
+    check_refused(tmp_path / "absent.gguf", "cannot be read as .*: No such file", tmp_path)
     writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_block_count(2)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    check_refused(tmp_path / "big.gguf", "big.gguf: a big-endian GGUF file", tmp_path)
+    check_refused(tmp_path / "big.gguf", "big.gguf: cannot be read .* it is big-endian", tmp_path)
+    for name, message in (("m-00001-of-00002.gguf", "m-00002-of-00002.gguf: cannot be read"),
+                          ("renamed.gguf", "renamed.gguf: one of the 2 files of a model")):
+        write_gguf(tmp_path / name, tiny_model(), part=(0, 2))
+        check_refused(tmp_path / name, message, tmp_path)
 
 
 @pytest.mark.parametrize("settings, factor", [             # llama-model.cpp, load_hparams
     ({}, None),
-    ({"type": "linear", "factor": 4.0}, 4.0),
     ({"factor": 4.0}, 4.0),                                # linear is what is not said
     ({"_linear": 4.0}, 4.0),                               # the older rope.scale_linear
     ({"_linear": 4.0, "factor": 2.0}, 2.0),
-    ({"type": "linear"}, None),
     ({"type": "linear", "factor": 0.0}, None),
     ({"type": "none", "factor": 4.0}, None),
-    ({"factor": 1.0}, None),
 ])
 def test_scaling_as_llama_cpp_reads_it(tmp_path, settings, factor):
     settings = {f"rope__{'scale' if name == '_linear' else 'scaling__'}{name}": value
@@ -185,9 +171,8 @@ def test_scaling_as_llama_cpp_reads_it(tmp_path, settings, factor):
     assert config.rope_scaling == (factor and {"rope_type": "linear", "factor": factor})
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_scaling_of_llama3_is_recognised(tmp_path, factor):
-    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+def test_scaling_of_llama3_is_recognised(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     model = tiny_model(rope_theta=5e5)
     plain = chapter.frequencies(model.config)
@@ -197,14 +182,13 @@ def test_scaling_of_llama3_is_recognised(tmp_path, factor):
     assert chapter.convert(path, tmp_path / "out").rope_scaling == scaling
     write_gguf(path, model, more={"rope_freqs.weight": torch.ones(8)})
     assert chapter.convert(path, tmp_path / "ones").rope_scaling is None
-    write_gguf(path, model, more={"rope_freqs.weight": freqs + 1})
-    check_refused(path, "rope_freqs.weight is not the scaling of Llama-3.1", tmp_path)
-    write_gguf(path, model, more={"rope_freqs.weight": freqs}, rope__scaling__factor=2.0)
-    check_refused(path, "rope_freqs.weight is not the scaling of Llama-3.1", tmp_path)
+    for other, settings in ((freqs + 1, {}), (freqs, {"rope__scaling__factor": 2.0})):
+        write_gguf(path, model, more={"rope_freqs.weight": other}, **settings)
+        check_refused(path, "rope_freqs.weight is not the scaling of Llama-3.1", tmp_path)
 
 
-def tokenizer_of(tmp_path, settings, others=None):
-    write_gguf(tmp_path / "model.gguf", tiny_model(), settings, others=others)
+def tokenizer_of(tmp_path, tokenizer, **settings):
+    write_gguf(tmp_path / "model.gguf", tiny_model(), tokenizer, **settings)
     chapter.convert(tmp_path / "model.gguf", tmp_path / "out")
     return load_tokenizer(tmp_path / "out")
 
@@ -212,42 +196,33 @@ def tokenizer_of(tmp_path, settings, others=None):
 TEXT = "01234ab'S \n\n\n a whole  人"
 
 
-@pytest.mark.parametrize("pre, expected", [
-    (None, "0|12|34|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
-    ("default", "0|12|34|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
-    ("falcon", "0|12|34|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
-    ("gpt-2", "0|123|4|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
-    ("smollm", "0|1|2|3|4|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
-    ("llama-bpe", "<s>|0|12|34|ab|'S|Ġ|ĊĊĊ|Ġa|Ġwhole|Ġ|Ġ|äºº"),
-    ("tekken", "<s>|0|1|2|3|4|ab|'S|Ġ|ĊĊĊ|Ġa|Ġwhole|Ġ|Ġ|äºº"),
-    ("qwen2", "0|1|2|3|4|ab|'S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
-    ("deepseek-coder", "0|1|2|3|4|ab|'|S|Ġ|Ċ|Ċ|Ċ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
-    ("deepseek-llm", "0|123|4|ab|'|S|Ġ|Ċ|Ċ|Ċ|Ġa|Ġ|w|h|o|l|e|ĠĠ|äºº"),
+@pytest.mark.parametrize("settings, expected", [
+    ({"pre": None}, "0|12|34|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ({"pre": "falcon"}, "0|12|34|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ({"pre": "gpt-2"}, "0|123|4|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ({"pre": "smollm"}, "0|1|2|3|4|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ({"pre": "llama-bpe"}, "<s>|0|12|34|ab|'S|Ġ|ĊĊĊ|Ġa|Ġwhole|Ġ|Ġ|äºº"),
+    ({"pre": "llama-bpe", "add_bos_token": False}, "0|12|34|ab|'S|Ġ|ĊĊĊ|Ġa|Ġwhole|Ġ|Ġ|äºº"),
+    ({"pre": "tekken"}, "<s>|0|1|2|3|4|ab|'S|Ġ|ĊĊĊ|Ġa|Ġwhole|Ġ|Ġ|äºº"),
+    ({"pre": "qwen2"}, "0|1|2|3|4|ab|'S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ({"pre": "deepseek-coder"}, "0|1|2|3|4|ab|'|S|Ġ|Ċ|Ċ|Ċ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº"),
+    ({"pre": "deepseek-llm"}, "0|123|4|ab|'|S|Ġ|Ċ|Ċ|Ċ|Ġa|Ġ|w|h|o|l|e|ĠĠ|äºº"),
+    ({"add_bos_token": True, "add_eos_token": True},
+     "<s>|0|123|4|ab|'|S|Ġ|ĊĊĊ|Ġa|Ġ|w|h|o|l|e|Ġ|Ġ|äºº|<s>"),
 ])
-def test_each_kind_cuts_and_begins_a_text_as_in_llama_cpp(tmp_path, pre, expected):
-    tokenizer = tokenizer_of(tmp_path, bytewise(pre, special=["<s>"], bos_token_id=269))
+def test_each_kind_cuts_and_begins_a_text_as_in_llama_cpp(tmp_path, settings, expected):
+    ends = {"bos_token_id": 269, "eos_token_id": 269}
+    tokenizer = tokenizer_of(tmp_path, bytewise(special=["<s>"], **ends | settings))
     pieces = tokenizer.pieces()
     ids = tokenizer.encode(TEXT)
     assert "|".join(pieces[i] for i in ids) == expected
     assert tokenizer.decode(ids) == TEXT
 
 
-@pytest.mark.parametrize("settings, expected", [
-    ({"add_bos_token": True}, ["<s>", "a", "a"]), ({"add_eos_token": True}, ["a", "a", "<s>"]),
-    ({"pre": "llama-bpe", "add_bos_token": False}, ["a", "a"]),
-])
-def test_what_a_text_is_given_is_what_the_file_says(tmp_path, settings, expected):
-    settings = {"bos_token_id": 269, "eos_token_id": 269} | settings
-    tokenizer = tokenizer_of(tmp_path, bytewise(special=["<s>"], **settings))
-    assert [tokenizer.pieces()[i] for i in tokenizer.encode("aa")] == expected
-
-
 @pytest.mark.parametrize("prefix, text, expected", [
-    (True, "a", "▁a"), (True, " a", "▁▁|a"), (True, "  ab", "▁▁|▁|ab"),
-    (True, "ab<mark>a", "▁|ab|<mark>|▁a"),
+    (True, " a", "▁▁|a"), (True, "ab<mark>a", "▁|ab|<mark>|▁a"),
     (True, "<s>é", "▁|<0x3C>|<0x73>|<0x3E>|<0xC3>|<0xA9>"),
-    (False, "a", "a"), (False, " a", "▁a"), (False, "  ab", "▁▁|ab"),
-    (False, "ab<mark>a", "ab|<mark>|a"), (False, "<s>é", "<0x3C>|<0x73>|<0x3E>|<0xC3>|<0xA9>"),
+    (False, "  ab", "▁▁|ab"), (False, "ab<mark>a", "ab|<mark>|a"),
 ])
 def test_sentencepiece_and_blanks(tmp_path, prefix, text, expected):
     changes = {} if prefix else {"add_space_prefix": False, "add_bos_token": True}
@@ -264,8 +239,6 @@ def test_sentencepiece_and_blanks(tmp_path, prefix, text, expected):
     ({"eos_token_id": 269}, ["<|im_end|>", "</s>", "<|eot_id|>"]),
     ({"eos_token_id": 272, "eot_token_id": 271},
      ["</s>", "<|custom|>", "<|eot_id|>", "<|im_end|>"]),
-    ({"eos_token_id": 272, "eom_token_id": 271},
-     ["</s>", "<|custom|>", "<|eot_id|>", "<|im_end|>"]),
     ({"eos_token_id": 999}, ["</s>", "<|eot_id|>", "<|im_end|>"]),
 ])
 def test_a_turn_ends_where_it_ends_in_llama_cpp(tmp_path, settings, expected):
@@ -274,31 +247,25 @@ def test_a_turn_ends_where_it_ends_in_llama_cpp(tmp_path, settings, expected):
     assert tokenizer.decode(tokenizer.eos_ids) == ""
 
 
-def test_files_beside_a_gguf_change_nothing(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "no", "eos_token": "b"}')
-    (tmp_path / "added_tokens.json").write_text('{"a": 7}')
+def test_a_chat_template_is_the_file_s(tmp_path):
     template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
-    settings = bytewise(special=ENDINGS, eos_token_id=269)
-    tokenizer = tokenizer_of(tmp_path, settings, {"tokenizer.chat_template": template})
-    pieces = tokenizer.pieces()
-    assert pieces == settings["tokens"] and pieces[tokenizer.eos_ids[0]] == "<|im_end|>"
+    tokenizer = tokenizer_of(tmp_path, bytewise(special=ENDINGS, eos_token_id=269),
+                             tokenizer__chat_template=template)
     ids = tokenizer.tokenizer.apply_chat_template([{"role": "user", "content": "a b"}],
                                                   return_dict=False)
-    assert [pieces[i] for i in ids] == ["a", "Ġ", "b", "<|im_end|>"]
+    assert [tokenizer.pieces()[i] for i in ids] == ["a", "Ġ", "b", "<|im_end|>"]
 
 
-@pytest.mark.parametrize("bits, kind", [(8, "Q8_0"), (4, "Q4_0")])
-def test_a_file_to_time_llama_cpp_with_has_the_shapes(monkeypatch, run, tmp_path, bits, kind):
+def test_a_file_to_time_llama_cpp_with_has_the_shapes(monkeypatch, run, tmp_path):
     from beyond.lab import timing
     config = Config(128, 256, 2, 2, 1, 64, 70, 64, tie_word_embeddings=True)
     monkeypatch.setitem(timing.PRESETS, "small", config)
     path = tmp_path / "small.gguf"
-    run(timing, "--gguf", path, "--shapes", "small", "--bits", bits)
+    run(timing, "--gguf", path, "--shapes", "small", "--bits", 4)
     settings, tensors = chapter.read_gguf(path)
     assert chapter.config_of(path, settings, tensors) == config
     kinds = {tensor.tensor_type.name for tensor in tensors.values()}
-    assert kinds == {kind, "Q8_0", "F32"}                  # the head's, the norms'
+    assert kinds == {"Q4_0", "Q8_0", "F32"}                # the head's is Q8_0, the norms' F32
     for tensor in tensors.values():
         values = chapter.tensor_of(path, tensor, config)
         assert values.ndim == 1 or 0.01 < values.float().std() < 0.03

@@ -7,17 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from beyond import __main__ as fast
 from beyond import codes, drafts, parallel, quantize, record
-from beyond.tests.conftest import ROOT, close, refused, thresholds_of, tiny_model
+from beyond.tests.conftest import ROOT, close, refused, thresholds_of, tiny_model, tokens_like
 from generate import generate, generate_speculative
-from model import DEMO, Llama, linear_names, read_safetensors, write_safetensors
+from model import DEMO, Llama, read_safetensors, write_safetensors
 from sparsify import skipped_share, sparse_mode, sparsify
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -68,13 +68,19 @@ def launch(folder, count, script, *arguments, alone=False):
 # --------------------------------------------------------------------------------------------------
 # The same as one process
 
-def what_a_model_does(maker, folder):
-    """Return {name: tensor} of logits and texts: the same from one process and from a rank."""
-    model = maker.from_pretrained(folder, dtype=torch.float64)
-    config = model.config
+def what_a_model_does(maker, folder, bits):
+    """Return {name: tensor} of logits and texts: the same from one process and from a rank.
+
+    bits: of a quantized model, whose activations are not rounded: sums that differ in their last
+    bit would be rounded otherwise.
+    """
+    codes.ROUND_ACTIVATIONS = False
+    model = maker.from_pretrained(folder, dtype=torch.float32 if bits else torch.float64)
     size = sum(tensor.numel() for name, tensor in model.named_parameters()
                if "_proj" in name and not name.endswith(("o_proj.bias", "down_proj.bias")))
-    tokens = torch.randint(config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    if bits:
+        codes.quantize(model, bits)
+    tokens = tokens_like(model, 2, 20)
     prompt = tokens[0, :6].tolist()
     cache = model.make_cache(2, 20)
     results = {
@@ -82,19 +88,15 @@ def what_a_model_does(maker, folder):
         "seed": torch.tensor(parallel.from_first(lambda: 5 + parallel.rank())),
         "whole": model(tokens),
         "cached": torch.cat([model(part, cache) for part in tokens.split([9, 3, 1, 1, 6], 1)], 1),
-        "greedy": torch.tensor(list(generate(model, prompt, 4))),
     }
-    thresholds = {}
-    inputs = {"o_proj": config.num_attention_heads * config.head_dim,
-              "down_proj": config.intermediate_size}
-    for i, name in enumerate(linear_names(config)):        # a number, or one a channel
-        torch.manual_seed(i)
-        channels = inputs.get(name.split(".")[-1], config.hidden_size)
-        thresholds[name] = torch.rand(() if i % 3 else channels) * (1.5 if channels < 100 else 0.6)
-    sparsify(model, parallel.part_of_thresholds(thresholds) | {"lm_head": None})
+    sparsify(model, thresholds_of(model, 0.3) | {"lm_head": None})
     with sparse_mode(model, "all"):
         results["sparse"] = model(tokens)
-    draft = tiny_model(vocab_size=config.vocab_size).double()
+    share = parallel.mean(skipped_share(model, tokens[0].tolist(), 3))
+    results["skipped"] = torch.tensor(share, dtype=torch.float64)
+    if bits:
+        return results
+    draft = tiny_model(vocab_size=model.config.vocab_size).double()
     parallel.follow_first(draft)
     texts = {
         "sparse greedy": generate(model, prompt, 4, make_step=record.make_step),
@@ -104,76 +106,47 @@ def what_a_model_does(maker, folder):
                                                    temperature=1.0, seed=1),
         "recycled": drafts.speculate(model, prompt, 4, "recycle", draft_tokens=7),
     }
-    results |= {name: torch.tensor(list(text)) for name, text in texts.items()}
-    share = parallel.mean(skipped_share(model, tokens[0].tolist(), 3))
-    return results | {"skipped": torch.tensor(share, dtype=torch.float64)}
+    return results | {name: torch.tensor(list(text)) for name, text in texts.items()}
 
 
-def what_quantized_ones_do(maker, folder):
-    """Return {name: tensor} of logits of the models in a folder, quantized when loaded.
-
-    Activations are not rounded: sums that differ in their last bit would be rounded otherwise.
-    """
-    codes.ROUND_ACTIVATIONS = False
-    results = {}
-    tokens = torch.arange(20)[None]
-    for bits in (8, 4):
-        model = maker.from_pretrained(folder)
-        codes.quantize(model, bits)
-        results[f"int{bits}"] = model(tokens)
-        sparsify(model, parallel.part_of_thresholds(thresholds_of(model, 0.3)))
-        with sparse_mode(model, "all"):
-            results[f"int{bits} sparse"] = model(tokens)
-        share = parallel.mean(skipped_share(model, tokens[0].tolist(), 1))
-        results[f"int{bits} skipped"] = torch.tensor(share)
-    return results
-
-
-def rank_of(what, folder, out):
-    """Do `what`, a function above, as a rank. Rank 0 writes down what came out."""
+def write_what_a_rank_does(folder, bits, out):
+    """Write what the function above returns. No thread of gloo may be left: see parallel.group."""
     with parallel.group("cpu"), torch.no_grad():
-        results = globals()[what](parallel, folder)
+        results = what_a_model_does(parallel, folder, int(bits))
         if parallel.rank() == 0:
-            write_safetensors(out, {name: x.contiguous() for name, x in results.items()})
+            write_safetensors(out, results)
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name]
 
 
-def by_ranks_and_alone(tmp_path, what, model, processes):
-    """Return what a function above returns, of several ranks and of one process."""
-    folder = str(tmp_path / "model")
-    model.save_pretrained(folder)
-    script = f"import sys\nfrom {__name__} import rank_of\nrank_of(*sys.argv[1:])"
-    statuses, _, errors = launch(tmp_path, processes, script, what.__name__, folder,
-                                 tmp_path / "results")
-    assert statuses == [0] * processes, errors
-    return read_safetensors(tmp_path / "results"), what(Llama, folder)
-
-
-@pytest.mark.parametrize("kind, processes", [("demo", 4), ("biases", 2), ("tied", 2)])
-def test_ranks_do_together_what_one_process_does(tmp_path, kind, processes):
+@pytest.mark.parametrize("kind, processes, bits, tolerance", [
+    ("demo", 4, 0, 1e-10), ("biases, tied", 2, 0, 1e-10),
+    ("wide", 2, 4, 1e-5),                # a group of 4 bits lies within a part
+    ("wide", 2, 8, 0.05),                # of o and down each part has its scales
+])
+def test_ranks_do_together_what_one_process_does(tmp_path, monkeypatch, kind, processes, bits,
+                                                 tolerance):
+    monkeypatch.setattr(codes, "ROUND_ACTIVATIONS", True)  # and put back what it was
     if kind == "demo":
         model = Llama.from_pretrained(DEMO)
         del model.model.layers[2:]                         # time for talk, not for layers
         model.config.num_hidden_layers = 2
+    elif kind == "wide":
+        model = tiny_model(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
     else:
-        model = tiny_model(**{"attention_bias": True, "mlp_bias": True} if kind == "biases" else
-                           {"tie_word_embeddings": True})
-    results, expected = by_ranks_and_alone(tmp_path, what_a_model_does, model, processes)
+        model = tiny_model(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    folder = str(tmp_path / "model")
+    model.save_pretrained(folder)
+    script = f"import sys, {__name__} as tests\ntests.write_what_a_rank_does(*sys.argv[1:])"
+    statuses, _, errors = launch(tmp_path, processes, script, folder, bits, tmp_path / "results")
+    assert statuses == [0] * processes, errors
+    results = read_safetensors(tmp_path / "results")
+    expected = what_a_model_does(Llama, folder, bits)
     assert 0.1 < expected["skipped"] < 0.9
     assert not close(expected["sparse"], expected["whole"], 0.01)
     assert results.pop("size") == expected.pop("size") // processes
     for name, tensor in expected.items():
-        assert close(results[name].double(), tensor.double(), 1e-10), name
-
-
-def test_ranks_quantize_their_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "ROUND_ACTIVATIONS", True)  # and put back what it was
-    model = tiny_model(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
-    results, expected = by_ranks_and_alone(tmp_path, what_quantized_ones_do, model, 2)
-    for name in ("int4", "int4 sparse", "int4 skipped"):   # a group of int4 lies within a part
-        assert close(results[name], expected[name]), name
-    for name in ("int8", "int8 skipped"):                  # of o and down each part has its scales
-        assert close(results[name], expected[name], 0.02), name
-    assert 0.1 < expected["int8 skipped"] < 0.9
+        assert close(results[name], tensor, tolerance), name
 
 
 def test_torchrun_writes_what_one_process_writes(tmp_path, run):
@@ -185,8 +158,8 @@ def test_torchrun_writes_what_one_process_writes(tmp_path, run):
     ended = subprocess.run([*torchrun, "-m", "beyond", *sparse], capture_output=True, text=True,
                            cwd=ROOT, env=ENVIRONMENT, timeout=120)
     assert ended.returncode == 0, ended.stderr
-    script = "from beyond.__main__ import main\nmain()\n"
-    statuses, written, errors = launch(tmp_path, 2, script, *drafted)
+    statuses, written, errors = launch(tmp_path, 2, "from beyond.__main__ import main\nmain()\n",
+                                       *drafted)
     assert statuses == [0, 0], errors
     for more, two in ((sparse, ended.stdout), (drafted, written)):
         one = run(fast, *more)
@@ -194,70 +167,6 @@ def test_torchrun_writes_what_one_process_writes(tmp_path, run):
         assert "8 tokens" in two and two.count("class Stack:") == 1    # rank 0 alone speaks
         skipped = [re.findall(r"[\d.]+% of the blocks", text) for text in (one, two)]
         assert skipped[0] == skipped[1] and len(skipped[0]) == ("--sparsity" in more)
-
-
-def test_ranks_hold_a_conversation_and_wait_for_a_person(tmp_path):
-    """They wait for a line longer than they wait for one another."""
-    script = """
-import datetime, sys
-from beyond import chat, folders, parallel
-from generate import generate
-from model import Llama
-
-parallel.PATIENCE = datetime.timedelta(seconds=3)
-
-def main():
-    with parallel.group("cpu"):
-        maker = parallel if parallel.ranks() > 1 else Llama
-        model, tokenizer = folders.load_model(sys.argv[1], dtype="float64", maker=maker)
-        def template(messages):
-            assert parallel.rank() == 0                    # it may hold the time
-            text = "".join(f"# {message['content']}\\n" for message in messages)
-            return tokenizer.encode(text + "def ")
-        chat.chat(tokenizer, template, None, lambda prompt: generate(model, prompt, 5),
-                  from_first=parallel.from_first)
-
-parallel.command_line(main)
-"""
-    def speak(seconds):
-        with open(tmp_path / "in", "w") as person:
-            for line in ("one\n", "two\n"):
-                print(line, file=person, flush=True)
-                time.sleep(seconds)
-
-    os.mkfifo(tmp_path / "in")
-    written = {}
-    for ranks, seconds in ((1, 0), (2, 5)):
-        threading.Thread(target=speak, args=[seconds], daemon=True).start()
-        statuses, written[ranks], errors = launch(tmp_path, ranks, script, DEMO)
-        assert statuses == [0] * ranks, errors
-    assert written[2] == 2 * written[1] and written[1].count("\n") > 1
-
-
-# --------------------------------------------------------------------------------------------------
-# What ends the ranks
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_thread_of_gloo_outlives_its_group(tmp_path):
-    """One that outlives Python may abort an orderly end. See `parallel.group`."""
-    script = """
-import pathlib
-import torch
-from beyond import parallel
-
-def threads_of_gloo():
-    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
-    return [name for name in names if "gloo" in name]
-
-with parallel.group("cpu"):
-    import torch.distributed.nn.functional                 # as PyTorch does for a meta tensor
-    parallel.summed(torch.ones(1))
-    parallel.from_first(lambda: 1)
-    assert len(threads_of_gloo()) > 3
-assert not threads_of_gloo()
-"""
-    statuses, _, errors = launch(tmp_path, 2, script)
-    assert statuses == [0, 0], errors
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
@@ -268,24 +177,13 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
                             (tmp_path / "quantized", "quantized folders are not split")):
         with refused(match=message):
             parallel.from_pretrained(folder)
-    for number in ("", "two"):
-        monkeypatch.setenv("WORLD_SIZE", number)
-        with refused(match=f"WORLD_SIZE is '{number}' in the environment"):
-            parallel.ranks()
 
 
-@pytest.mark.parametrize("line, statuses, message", [
-    ("raise InputError('all ranks meet this')", {2}, "rank.py: error: all ranks meet this"),
-    ("parallel.from_first(lambda: open('nowhere'))", {2}, "No such file or directory: 'nowhere'"),
-    ("if parallel.rank() == 1: raise InputError('rank 1 alone')", {2}, "error: rank 1 alone"),
-    ("1 / 0", {1}, "ZeroDivisionError: division by zero"),
-    ("die_in_a_text()", {2, 9}, "rank 0: another process has ended or does not answer"),
-    (None, {2, 9}, "rank.py: error: the processes cannot be joined"),
-])
-def test_what_ends_one_rank_ends_all_with_one_message(tmp_path, line, statuses, message):
-    """In seconds, and where a rank dies without torchrun, which would end the others itself."""
-    script = f"""
-import datetime, os
+# --------------------------------------------------------------------------------------------------
+# What ends the ranks
+
+ENDING = f"""
+import datetime, os, sys
 from beyond import parallel
 from generate import generate
 from model import InputError
@@ -297,19 +195,31 @@ def die_in_a_text():
             os._exit(9)
 
 def main():
-    if {line is None}:
+    if sys.argv[1] == "die at once":
         parallel.PATIENCE = datetime.timedelta(seconds=3)
         if parallel.rank() == 1:
             os._exit(9)
     with parallel.group("cpu"):
         parallel.from_first(lambda: 1)
-        {line}
+        exec(sys.argv[1])
         parallel.from_first(lambda: 1)
 
 parallel.command_line(main)
 """
+
+
+@pytest.mark.parametrize("line, statuses, message", [
+    ("raise InputError('all ranks meet this')", {2}, "rank.py: error: all ranks meet this"),
+    ("parallel.from_first(lambda: open('nowhere'))", {2}, "No such file or directory: 'nowhere'"),
+    ("if parallel.rank() == 1: raise InputError('rank 1 alone')", {2}, "error: rank 1 alone"),
+    ("1 / 0", {1}, "ZeroDivisionError: division by zero"),
+    ("die_in_a_text()", {2, 9}, "rank 0: another process has ended or does not answer"),
+    ("die at once", {2, 9}, "rank.py: error: the processes cannot be joined"),
+])
+def test_what_ends_one_rank_ends_all_with_one_message(tmp_path, line, statuses, message):
+    """In seconds, and where a rank dies without torchrun, which would end the others itself."""
     began = time.perf_counter()
-    ended, _, errors = launch(tmp_path, 2, script, alone=9 in statuses)
+    ended, _, errors = launch(tmp_path, 2, ENDING, line, alone=9 in statuses)
     assert time.perf_counter() - began < 60                # PATIENCE is ten minutes
     assert set(ended) - {-signal.SIGTERM} == statuses, errors      # not aborted
     assert message in errors

@@ -28,22 +28,7 @@ the water had sunk to them. There was one difficulty. When the bowl is full, the
 harder and runs out faster; when it is nearly empty, it only drips. So the marks had to be closer
 together at the bottom than at the top, or the bowl had to be narrower there. Greek and Arab
 engineers built clocks of this kind that rang bells, opened doors and moved figures.
-
-The mechanical clock was invented in Europe towards the end of the thirteenth century. A weight on
-a rope turned a wheel, and a device called the escapement let the wheel move on by one tooth at a
-time. These clocks stood in church towers, they had no hands, and they were wrong by a quarter of
-an hour a day. This changed when Christiaan Huygens built the first pendulum clock in 1656. A
-pendulum of a given length takes the same time for each swing, whether the swing is wide or narrow,
-and his clock was wrong by less than a minute a day.
-
-At sea a pendulum is of no use, because the ship itself swings. But sailors needed a good clock
-more than anybody else, since it told them how far east or west they were. In 1714 the British
-government promised twenty thousand pounds to whoever solved the problem. John Harrison, a
-carpenter, worked on it for most of his life. His fourth clock, which looked like a large watch,
-was tested on a voyage to Jamaica in 1761, and after two months at sea it was five seconds slow.
 """
-
-
 CONTEXT = 512            # tokens a window where the model is calibrated
 
 
@@ -60,36 +45,10 @@ def theirs():
     return transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
-def held_in(real):
-    """1025 tokens to calibrate with, (N,): what Python's help says, another kind of English."""
-    topics = pytest.importorskip("pydoc_data.topics").topics
-    ids = real[1].encode("\n".join(topics[name] for name in sorted(topics))[:8000])
-    return torch.tensor(ids[:2 * CONTEXT + 1])
-
-
-@pytest.fixture(scope="module")
-def rotated(real, held_in, tmp_path_factory):
-    """The folder, in the principal directions of the activations."""
-    stream, heads = rotate.covariances(real[0], windows_of(held_in, CONTEXT))
-    out = tmp_path_factory.mktemp("smollm2") / "rotated"
-    rotate.rotate(SMOLLM2, out, rotate.principal_directions(stream),
-                  rotate.principal_directions(heads), torch.float32)
-    return out
-
-
-@pytest.fixture(scope="module")
-def page(real):
-    """The tokens of the page, (N,)."""
-    return torch.tensor(real[1].encode(PAGE))
-
-
-def test_logits_are_those_of_transformers(real, theirs, page):
-    assert close(real[0](page[None]), theirs(page[None]).logits, 1e-4)
-
-
-def test_it_knows_the_capital_of_france(real):
+def test_it_is_the_model_of_transformers(real, theirs):
     model, tokenizer = real
+    page = torch.tensor([tokenizer.encode(PAGE)])
+    assert close(model(page), theirs(page).logits, 1e-4)
     prompt = tokenizer.encode("The capital of France is")
     assert tokenizer.decode(list(generate(model, prompt, 1))).strip() == "Paris"
 
@@ -110,17 +69,24 @@ def test_a_turn_of_a_chat_is_that_of_transformers(real, theirs, run, system):
                                 *(["--system", system] if system else []))
 
 
-# The tolerances are wide: Python's help is not the same in all versions. The rotated model realises
-# less than 50 %, since the directions of so short a text are its own.
-@pytest.mark.parametrize("kind, expected, realised", [("plain", 36.9, 0.52),
-                                                      ("rotated", 28.8, 0.39)])
-def test_the_perplexity_of_a_page_at_half_of_the_weights(request, page, held_in, kind, expected,
-                                                         realised):
-    folder = request.getfixturevalue("rotated") if kind == "rotated" else SMOLLM2
-    model = Llama.from_pretrained(folder, dtype=torch.float32)
-    dense = perplexity(model, page, len(page) - 1)
-    assert dense == pytest.approx(19.34, rel=0.01)         # a rotation changes nothing
-    sparsify(model, calibrate(model, held_in, CONTEXT).thresholds(0.5))
-    sparse = perplexity(model, page, len(page) - 1)
-    assert sparse == pytest.approx(expected, rel=0.15)
-    assert realised_sparsity(model) == pytest.approx(realised, abs=0.04)
+def test_the_perplexity_of_a_page_at_half_of_the_weights(real, tmp_path):
+    """The tolerances are wide: what it is calibrated on, Python's help, differs between versions.
+
+    The rotated model realises less than 50 %, since the directions of so short a text are its own.
+    """
+    topics = pytest.importorskip("pydoc_data.topics").topics
+    model, tokenizer = real
+    text = "\n".join(topics[name] for name in sorted(topics))[:8000]
+    held_in = torch.tensor(tokenizer.encode(text)[:2 * CONTEXT + 1])
+    page = torch.tensor(tokenizer.encode(PAGE))
+    Q, R = map(rotate.principal_directions,
+               rotate.covariances(model, windows_of(held_in, CONTEXT)))
+    rotate.rotate(SMOLLM2, tmp_path / "rotated", Q, R, torch.float32)
+    for folder, expected, realised in ((SMOLLM2, 43.5, 0.52), (tmp_path / "rotated", 34.7, 0.39)):
+        model = Llama.from_pretrained(folder, dtype=torch.float32)
+        dense = perplexity(model, page, len(page) - 1)
+        assert dense == pytest.approx(23.75, rel=0.01)     # a rotation changes nothing
+        sparsify(model, calibrate(model, held_in, CONTEXT).thresholds(0.5))
+        sparse = perplexity(model, page, len(page) - 1)
+        assert sparse == pytest.approx(expected, rel=0.15)
+        assert realised_sparsity(model) == pytest.approx(realised, abs=0.04)
