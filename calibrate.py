@@ -202,12 +202,17 @@ def calibrate(model, tokens, context=None, source="unknown text"):
     with contextlib.ExitStack() as hooks:                  # takes them away again
         for linear in counts:
             hooks.enter_context(linear.register_forward_pre_hook(add))
-        for part in progress(windows.split(BATCH), "calibrating"):
-            model(part.to(model.device), last_only=True)
+        run_windows(model, windows, "calibrating")
     layers = len(model.model.layers)
     return Calibration(model.config, f"{windows.numel():,} tokens of {source}",
                        torch.stack(list(counts.values())).view(layers, len(SITES), BINS),
                        {"uniform": (torch.zeros(0), torch.zeros(0, layers, len(LINEARS)))})
+
+
+def run_windows(model, windows, label):
+    """Run windows (W, T) through a model, a few at a time, for hooks to look on."""
+    for part in progress(windows.split(BATCH), label):
+        model(part.to(model.device), last_only=True)
 
 
 def some_windows(model, tokens, number, length):

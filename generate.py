@@ -34,7 +34,7 @@ import kernel
 from calibrate import load_calibration
 from model import (DEMO, KVCache, Llama, Parser, check_tokens, command_line,
                    linear_names, load_model, natural, require, share)
-from sparsify import SparseLinear, skipped_share, sparse_mode, sparsify
+from sparsify import SparseLinear, bytes_a_token, skipped_share, sparse_mode, sparsify
 
 import torch
 
@@ -644,19 +644,15 @@ class Writer:
         else:
             prompt = self.tokenizer.encode(PROMPT if text is None else text)
         check_prompt(self.model, prompt, self.arguments.max_new_tokens)
-        device = self.model.device.type
-        threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-        print(f"{name}, {str(self.model.dtype).removeprefix('torch.')}, {device}{threads}, "
-              f"torch {torch.__version__}")
+        print(circumstances(name, self.model))
         return prompt
 
     def say_skipped(self, prompt, ids):
         """Say what a token of a sparse text read."""
         skipped = self.skipped_share(self.model, prompt + ids, len(prompt))
-        blocks, head = (sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers())) / 1e6
-                        for part in (self.model.model.layers, self.model.lm_head))
-        print(f"{skipped:.1%} of the blocks' weights skipped: {head + (1 - skipped) * blocks:,.1f} "
-              f"MB read a token, of {head + blocks:,.1f}")
+        read, whole = (bytes_a_token(self.model, each) / 1e6 for each in (skipped, 0))
+        print(f"{skipped:.1%} of the blocks' weights skipped: {read:,.1f} MB read a token, of "
+              f"{whole:,.1f}")
 
     def compare(self, names, prompt, tokens):
         """Time two ways to write in turn, in three rounds of so many tokens."""
@@ -669,6 +665,14 @@ class Writer:
         (plain, slow), (other, fast) = best.items()
         print(f"in turn, the best of three: {plain} {slow:.1f} tokens/s, {other} {fast:.1f}\n"
               f"{other} over {plain}: {fast / max(slow, 1e-9):.2f}x")
+
+
+def circumstances(name, model):
+    """Return what the times of a model, loaded by a name, depend on, as text."""
+    device = model.device.type
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    return (f"{name}, {str(model.dtype).removeprefix('torch.')}, {device}{threads}, "
+            f"torch {torch.__version__}")
 
 
 def rate(times):

@@ -88,7 +88,12 @@ def sparse_gemv(x, weight_t, threshold, backend=None):
     name = backend or best_backend(weight_t)
     if name not in BACKENDS:
         raise ValueError(f"backend is {', '.join(BACKENDS)} or None, not {backend!r}")
-    return BACKENDS[name](x.contiguous(), weight_t, as_threshold(threshold, x))
+    return multiply(name, x, weight_t, threshold)
+
+
+def multiply(backend, x, weight, threshold):
+    """Return a product of a backend unchecked: its x (..., in), weight and threshold must fit."""
+    return BACKENDS[backend](x.contiguous(), weight, as_threshold(threshold, x))
 
 
 def as_threshold(threshold, x):
@@ -596,6 +601,31 @@ def copies_of(inputs, outputs, dtype, device, total=512_000_000):
     return [block[(row + i) % 256] for i in range(copies)]
 
 
+def show_time(name, seconds, size, best):
+    """Print a row: milliseconds, GB/s of the `size` bytes that were read, the speed over `best`."""
+    print(f"{name:>12} {seconds * 1e3:9.3f} {size / seconds / 1e9:7.1f} {best / seconds:6.2f}x",
+          flush=True)
+
+
+def time_levels(product, weights, xs, levels, best, seconds=0.5):
+    """Print, and return, the times of our product at each level: {"ours, 50%": seconds}.
+
+    product(x, weight, threshold), of xs (8, 1, in) and weights in turn; levels: shares of the
+    inputs that are dropped; best: seconds that ratios are to; seconds: for each time.
+    """
+    inputs = xs.shape[-1]
+    times = {}
+    for level in levels:
+        thresholds = [threshold_dropping(x, level) for x in xs]
+        name = f"ours, {level:.0%}"
+        times[name] = median_time(
+            lambda i: product(xs[i % 8], weights[i % len(weights)], thresholds[i % 8]), xs.device,
+            seconds)
+        kept_bytes = weights[0].nbytes * (1 - round(level * inputs) / inputs)
+        show_time(name, times[name], kept_bytes, best)
+    return times
+
+
 def time_shape(inputs, outputs, dtype, device, levels, seconds=0.5, total=512_000_000):
     """Print, and return, the times of a product: {one of PyTorch's ways, or "ours, 50%": seconds}.
 
@@ -614,20 +644,12 @@ def time_shape(inputs, outputs, dtype, device, levels, seconds=0.5, total=512_00
             "x @ weight_t": lambda i: x @ weights[i % n]}
     times = {name: median_time(way, device, seconds) for name, way in ways.items()}
     best = min(times.values())
-    read = dict.fromkeys(times, 1)       # of the weight
-    for level in levels:
-        thresholds = [threshold_dropping(each, level) for each in xs]
-        name = f"ours, {level:.0%}"
-        read[name] = 1 - round(level * inputs) / inputs
-        times[name] = median_time(
-            lambda i: sparse_gemv(xs[i % 8], weights[i % n], thresholds[i % 8]), device, seconds)
     size = weights[0].nbytes
     print(f"\n{inputs} x {outputs} {str(dtype).removeprefix('torch.')}, {size / 1e6:.0f} MB\n"
           f"{'':>12} {'ms':>9} {'GB/s':>7} {'ratio':>7}")
     for name, time_of in times.items():
-        print(f"{name:>12} {time_of * 1e3:9.3f} {read[name] * size / time_of / 1e9:7.1f} "
-              f"{best / time_of:6.2f}x", flush=True)
-    return times
+        show_time(name, time_of, size, best)
+    return times | time_levels(sparse_gemv, weights, xs, levels, best, seconds)
 
 
 def main():

@@ -85,9 +85,9 @@ class SparseLinear(nn.Module):
 
     def product(self, x):
         """Return the product of the large entries of x (..., in), which has few rows."""
-        # kernel.sparse_gemv without its checks, which take a tenth of it in the demo
-        backend = kernel.BACKENDS[kernel.best_backend(self.weight_t)]
-        return backend(x.contiguous(), self.weight_t, kernel.as_threshold(self.threshold, x))
+        # Not by sparse_gemv, whose checks take a tenth of its time in the demo.
+        backend = kernel.best_backend(self.weight_t)
+        return kernel.multiply(backend, x, self.weight_t, self.threshold)
 
     def dense(self, x):
         """Return the product of all entries of x (..., in)."""
@@ -250,6 +250,13 @@ def skipped_share(model, ids, prompt):
     with counted(model), sparse_mode(model, "all", dense_prefix=prompt):
         model(tokens, last_only=True)
     return realised_sparsity(model)
+
+
+def bytes_a_token(model, skipped):
+    """Return the bytes of weights that a step reads where a share of the blocks' is skipped."""
+    blocks, head = (sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+                    for part in (model.model.layers, model.lm_head))
+    return head + (1 - skipped) * blocks
 
 
 @torch.no_grad()

@@ -205,8 +205,8 @@ def codes_gemv(x, weight, threshold, backend=None):
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point "
                          f"(..., {weight.shape[0]}) of 1 to {kernel.MAX_ROWS} rows on "
                          f"{weight.codes.device}")
-    product = kernel.BACKENDS[f"codes-{backend or kernel.best_backend(x)}"]
-    y = product(x.reshape(-1, x.shape[-1]).contiguous(), weight, kernel.as_threshold(threshold, x))
+    name = f"codes-{backend or kernel.best_backend(x)}"
+    y = kernel.multiply(name, x.reshape(-1, x.shape[-1]), weight, threshold)
     return y.view(*x.shape[:-1], -1)
 
 

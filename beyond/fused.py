@@ -388,7 +388,7 @@ FINGERPRINTS = {
     "model.RMSNorm.forward": "0976a305",
     "generate.StaticCache.append": "f67c63f8",
     "sparsify.SparseLinear.forward": "b269e4b9",
-    "sparsify.SparseLinear.product": "7fa3e7b6",
+    "sparsify.SparseLinear.product": "f7aafd13",
     "kernel.kept": "86747180",
 }
 

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 from beyond.folders import (check_new_folder, is_quantized, load_model, read_config,
                             rewrite_checkpoint)
-from calibrate import BATCH, SINKS, some_windows
+from calibrate import SINKS, run_windows, some_windows
 from model import (EMBEDDING, HEAD, Llama, Parser, command_line, default_context, map_checkpoint,
                    progress, read_tokens, require)
 
@@ -79,8 +79,7 @@ def covariances(model, windows):
             for norm in (block.input_layernorm, block.post_attention_layernorm):
                 hooks.enter_context(norm.register_forward_pre_hook(add_stream))
             hooks.enter_context(block.self_attn.o_proj.register_forward_pre_hook(add_heads))
-        for part in progress(windows.split(BATCH), "rotating, covariances"):
-            model(part.to(model.device), last_only=True)
+        run_windows(model, windows, "rotating, covariances")
     return stream.cpu(), heads.cpu()
 
 

@@ -16,7 +16,7 @@ from beyond.quantize import checked_group, make_parser
 from calibrate import SINKS, calibrate, load_calibration
 from generate import generate
 from model import command_line, default_context, natural, progress, read_tokens, windows_of
-from sparsify import quality, sparse_mode, sparsify
+from sparsify import bytes_a_token, quality, sparse_mode, sparsify
 
 LEVELS = (0.25, 0.4, 0.5, 0.65)            # of sparsity, in the table
 TRAINING = 20_000                          # tokens that each model is calibrated on
@@ -37,8 +37,6 @@ def table(arguments, group):
             codes.quantize(model, bits, group, head_bits=arguments.head_bits)
         calibration = calibrate(model, read_tokens(tokenizer, None, "train")[0][:TRAINING])
         held_out = read_tokens(tokenizer, arguments.held_out, "held-out")[0][:arguments.tokens]
-        blocks, head = (sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
-                        for part in (model.model.layers, model.lm_head))
         settings = [calibration.thresholds(level, "uniform") for level in LEVELS]
         sparsify(model, settings[0] | {"lm_head": None})
         ways = [functools.partial(sparse_mode, model, "all" if each else "off", each)
@@ -50,7 +48,7 @@ def table(arguments, group):
                 speed = rate(generate(model, held_out[:64].tolist(), 200,
                                       make_step=record.make_step))
             print(f"{bits:5} {level:9.0%} {realised:9.1%} {perplexity:11.3f} {kl:8.4f} "
-                  f"{(head + (1 - realised) * blocks) / 1e6:11.3f} {speed:9.1f}", flush=True)
+                  f"{bytes_a_token(model, realised) / 1e6:11.3f} {speed:9.1f}", flush=True)
 
 
 @torch.no_grad()

@@ -42,7 +42,6 @@ import model as llama
 from beyond import fused
 from beyond.codes import QuantizedLinear, codes_gemv
 from beyond.folders import load_model
-from beyond.lab import timing
 from beyond.lab.timing import BITS, random_codes, rate, time_product
 from calibrate import load_calibration
 from generate import StaticCache, fast_step, first_difference, generate
@@ -166,7 +165,7 @@ def graph_time(call, device, seconds=0.5, launches=20):
 
 @torch.no_grad()
 def products(device, arguments=None):
-    kernel.median_time = timing.median_time = graph_time   # for the rest of this process
+    kernel.median_time = graph_time      # for the rest of this process
     for inputs, outputs in SHAPES:
         for kind in ("bfloat16", *BITS):
             time_product(inputs, outputs, kind, device, (0, 0.5, 0.75), TOTAL)

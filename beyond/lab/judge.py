@@ -31,10 +31,10 @@ import torch
 from beyond.lab.figures import check_figure, pyplot, save_figure
 from beyond.lab.peers import PEERS, peer_maker
 from beyond.quantize import add_quantize, load
-from calibrate import (BATCH, BINS, SINKS, SITE_OF, histogram, load_calibration, quantile,
+from calibrate import (BINS, SINKS, SITE_OF, histogram, load_calibration, quantile, run_windows,
                        some_windows)
 from kernel import kept
-from model import (Parser, command_line, default_context, natural, progress, read_tokens, require,
+from model import (Parser, command_line, default_context, natural, read_tokens, require,
                    share, windows_of)
 from sparsify import quality, sparse_mode, sparsify
 
@@ -129,8 +129,7 @@ def source_settings(model, calibration, windows, dense_prefix=0, level=0.5):
         counts.add_(histogram(model.model.norm(x)[:, SINKS:]).cpu())
 
     with model.model.layers[-1].register_forward_hook(add):
-        for part in progress(windows.split(BATCH), "the head's inputs"):
-            model(part, last_only=True)
+        run_windows(model, windows, "the head's inputs")
     for dropped in (0.25, 0.4, 0.5):
         alone["lm_head", dropped] = {"lm_head": quantile(counts, dropped).float()}
     nothing = dict.fromkeys(thresholds)

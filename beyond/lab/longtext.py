@@ -31,9 +31,10 @@ from beyond import attend, record
 from beyond.attend import Plan, read_less
 from beyond.folders import read_config
 from beyond.lab.figures import check_figure, pyplot, save_figure
-from beyond.lab.timing import ROUNDS, WARM_UP, circumstances, seconds_of
+from beyond.lab.timing import ROUNDS, WARM_UP, seconds_of
 from beyond.quantize import add_quantize, load
 from calibrate import load_calibration
+from generate import circumstances
 from model import (Parser, block_linears, check_output, command_line, default_context, linear_names,
                    natural, preset_config, progress, read_tokens, replacing, require, share,
                    windows_of, write_json)

@@ -24,7 +24,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from calibrate import BATCH, BINS, SINKS, histogram, quantile
+from calibrate import BINS, SINKS, histogram, quantile, run_windows
 from kernel import kept
 from model import linear_names, progress
 from sparsify import sparse_mode
@@ -116,8 +116,7 @@ def make_cats(model, windows):
             def add(module, inputs, y, activation=activation, row=row):
                 row += histogram(activation(y)[:, SINKS:]).cpu()
             hooks.enter_context(linear.register_forward_hook(add))
-        for part in progress(windows.split(BATCH), "cats, gates"):
-            model(part, last_only=True)
+        run_windows(model, windows, "cats, gates")
     size = 2 * linears[0].in_features * linears[0].out_features      # of up and down
 
     def places_at(share):
@@ -196,8 +195,7 @@ def second_moments(model, windows):
                 of += x.T @ x
             for linear in (block.self_attn.k_proj, block.mlp.gate_proj):
                 hooks.enter_context(linear.register_forward_pre_hook(add))
-        for part in progress(windows.split(BATCH), "larosa, principal directions"):
-            model(part, last_only=True)
+        run_windows(model, windows, "larosa, principal directions")
     return moments
 
 

@@ -26,8 +26,8 @@ from beyond import quantize, record
 from beyond.codes import QuantizedWeight, codes_gemv
 from beyond.gguf import gguf_name, package, writing
 from calibrate import load_calibration
-from generate import plain_step
-from kernel import median_time, threshold_dropping, time_shape
+from generate import circumstances, plain_step
+from kernel import time_levels, time_shape
 from model import (PRESETS, Llama, Parser, block_linears, check_output, command_line, find_device,
                    linear_names, natural, progress, share)
 from sparsify import sparse_mode, sparsify
@@ -65,12 +65,6 @@ def seconds_of(call, device):
     return time.perf_counter() - began
 
 
-def circumstances(name, model):
-    """Return what the times of a model depend on, as text."""
-    return (f"{name}, {str(model.dtype).removeprefix('torch.')}, {model.device.type}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-
-
 def load_sparse(arguments, sparsity):
     """Return the model that options name, made sparse, and print what its times depend on."""
     model, _ = quantize.load(arguments)
@@ -92,7 +86,6 @@ def time_product(inputs, outputs, kind, device, levels, total=512_000_000):
     times = time_shape(inputs, outputs, dtype, device, () if kind in BITS else levels, total=total)
     if kind not in BITS:
         return
-    best = min(times.values())
     weights = [random_codes(inputs, outputs, BITS[kind], device)]
     size = weights[0].nbytes
     while len(weights) * size < total:
@@ -101,13 +94,7 @@ def time_product(inputs, outputs, kind, device, levels, total=512_000_000):
     if device.type == "cuda":
         xs = xs.to(dtype)                                  # a model on a CPU gives float32
     print(f"{kind}, {size / 1e6:.0f} MB")
-    for level in levels:
-        thresholds = [threshold_dropping(x, level) for x in xs]
-        seconds = median_time(lambda i: codes_gemv(xs[i % 8], weights[i % len(weights)],
-                                                   thresholds[i % 8]), device)
-        read = size * (1 - round(level * inputs) / inputs)
-        print(f"{f'ours, {level:.0%}':>12} {seconds * 1e3:9.3f} {read / seconds / 1e9:7.1f} "
-              f"{best / seconds:6.2f}x", flush=True)
+    time_levels(codes_gemv, weights, xs, levels, min(times.values()))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import kernel
 import model as llama
 from beyond import codes, fused
 from beyond.codes import codes_gemv
-from beyond.lab import gpu, timing
+from beyond.lab import gpu
 from beyond.tests import conftest
 from beyond.tests.conftest import DEVICE, ROOT, close, thresholds_of
 from generate import StaticCache
@@ -238,8 +238,7 @@ def toy(monkeypatch):
     for name, value in dict(SHAPES=((128, 200),) * 2, TOTAL=1 << 16, TOKENS=4).items():
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu, "graph_time", lambda call, device, seconds=0.5: call(0) is None or 1.0)
-    for module in (kernel, timing):      # a part changes them
-        monkeypatch.setattr(module, "median_time", kernel.median_time)
+    monkeypatch.setattr(kernel, "median_time", kernel.median_time)   # a part changes it
     monkeypatch.setattr(torch, "compile", lambda **options: lambda function: function)
 
 
