@@ -398,25 +398,30 @@ if triton is not None:
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
     @triton.jit
-    def list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr, rows, channels, per_split,
+    def load_split(x_ptr, rows, channels, per_split, ROWS: tl.constexpr, SPAN: tl.constexpr):
+        """Return a split's channels (SPAN,), which of x it has (ROWS, SPAN), and x there."""
+        first = tl.program_id(1) * per_split
+        row = tl.arange(0, ROWS)[:, None]
+        channel = first + tl.arange(0, SPAN)
+        inside = (row < rows) & (channel < tl.minimum(first + per_split, channels))[None, :]
+        x = tl.load(x_ptr + row * channels + channel[None, :], mask=inside, other=0.0)
+        return channel, inside, x
+
+    @triton.jit
+    def list_kept(channel, inside, x, threshold_ptr, channel_ptr, input_ptr, channels,
                   STEP: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
-        """List which channels of a program's split any row of x (rows, channels) keeps.
+        """List which channels of a program's split any row of x keeps, as load_split gives them.
 
         Written, for this program alone: channel int32 (SPAN,), the kept ones in their order, then
         -1; input (ROWS, SPAN), what each row keeps of them, 0 for what it drops. Returns where the
         two are, and the number of kept channels. threshold: (channels,), or () with STEP 0.
         """
-        split = tl.program_id(1)
-        program = split * tl.num_programs(0) + tl.program_id(0)
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         channel_ptr += program * SPAN
         input_ptr += program * SPAN * ROWS
         row = tl.arange(0, ROWS)[:, None]
         index = tl.arange(0, SPAN)
-        channel = split * per_split + index                                     # (SPAN,)
-        exists = channel < tl.minimum((split + 1) * per_split, channels)
-        inside = (row < rows) & exists[None, :]                                 # (ROWS, SPAN)
-        x = tl.load(x_ptr + row * channels + channel[None, :], mask=inside, other=0.0)
-        threshold = tl.load(threshold_ptr + channel * STEP, mask=exists, other=0.0)
+        threshold = tl.load(threshold_ptr + channel * STEP, mask=channel < channels, other=0.0)
         keep = ((tl.abs(x.to(tl.float32)) <= threshold[None, :]) == 0) & inside     # NaN is kept
         needed = tl.max(keep.to(tl.int32), axis=0)                              # by any row
         before = tl.cumsum(needed) - needed
@@ -486,8 +491,9 @@ if triton is not None:
         tile = tl.program_id(0)
         split = tl.program_id(1)
         splits = tl.num_programs(1)
-        channel_ptr, input_ptr, count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr,
-                                                  rows, channels, per_split, STEP, ROWS, SPAN)
+        channel, inside, x = load_split(x_ptr, rows, channels, per_split, ROWS, SPAN)
+        channel_ptr, input_ptr, count = list_kept(channel, inside, x, threshold_ptr, channel_ptr,
+                                                  input_ptr, channels, STEP, ROWS, SPAN)
         output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                     # (BLOCK_OUT,)
         sums = add_rows(weight_ptr, channel_ptr, input_ptr, count, output, outputs, ROWS, SPAN,
                         BLOCK_OUT)
@@ -548,7 +554,7 @@ def launch_product(function, x, inputs, y, outputs, dtype, block=128, per_split=
     listed = new(splits * tiles, padded, span, dtype=dtype)
     partial = new(splits, rows, sum(outputs), dtype=torch.float32)
     launch(function, (tiles, splits), x, *inputs, channel, listed, partial, tickets(x.device), y,
-           rows, channels, *outputs, per_split, ROWS=padded, SPAN=span, BLOCK_OUT=block,
+           rows, channels, sum(outputs), per_split, ROWS=padded, SPAN=span, BLOCK_OUT=block,
            **constants)
 
 

@@ -1,17 +1,19 @@
-"""Fewer launches on a GPU: a block in eight of them.
+"""Fewer launches on a GPU: a block in five of them.
 
 On a GPU a decode step is a row of kernels, one after the other, and each of them takes a few
 microseconds to begin and to end, in which the memory is idle. The seven linears of a block read
 only four inputs, and what lies between them is small. So a block is
 
-    norm                         one launch
-    q_proj, k_proj, v_proj       one: the products of one input
-    rotate q and k, append       one, to the cache
+    q_proj, k_proj, v_proj       one launch: the products of one input
     attention                    one, PyTorch's
-    o_proj                       one, and the residual sum where the partial sums are added
-    norm                         one
-    gate_proj, up_proj           one, and silu(gate) * up where the partial sums are added
-    down_proj                    one, and the residual sum
+    o_proj                       one
+    gate_proj, up_proj           one
+    down_proj                    one
+
+and the products do what lies between them, too. Where x is to be normed, every program norms the
+channels of its split before it lists those that are kept. The last program of a tile adds up the
+partial sums. There q and k are rotated, and k and v written to the cache; silu(gate) * up is
+formed; or the residual is added, and the sum of the result's squares is left for the next norm.
 
 The products are those of kernel.py, for up to three linears side by side: the first tiles belong to
 the first linear, the next ones to the second. Each has its own threshold.
@@ -20,12 +22,13 @@ the first linear, the next ones to the second. Each has its own threshold.
     splits of channels  │ q  q  q  q │ k  k │ v  v │
 
 Their weights may also be codes of 8 or 4 bits, as codes.py packs them. The matrix units would want
-these in another order, so they are multiplied one by one, in float32. To make a code a number costs
-two operations: a shift, and the bits of an exponent around it, for which it reads 128 + code.
+these in another order, so they are multiplied one by one, in float32. A code becomes a number in
+two operations: a shift, and the bits of an exponent around it. Read as a float32 that is 128 +
+code, or 256 + code where a code has 8 bits.
 
-The seam: `Block.forward`. `fuse(model)` gives the blocks of a model another one, which takes and
-returns what theirs does. It is a second copy of what model.py and sparsify.py do: where their code
-has changed, fused.py says so and steps aside. A block with a module or method of a reader's, or
+The seam: `Block.forward`. `fuse(model)` gives a model's blocks another one, which takes and returns
+what theirs does. It is a second copy of what model.py and sparsify.py do: where their code has
+changed, fused.py says so and steps aside. A block with a module or method of a reader's, or
 with a hook, as several processes have them (parallel.py), runs as model.py has it; so do calls that
 are not sparse, or of many rows.
 
@@ -43,28 +46,63 @@ import kernel
 from beyond.codes import QuantizedLinear, QuantizedWeight
 from generate import StaticCache
 from kernel import triton
-from model import MLP, Attention, Block, RMSNorm, note
+from model import MLP, Attention, Block, RMSNorm, note, rotate
 from sparsify import SparseLinear
 
-AHEAD = False            # programmatic dependent launch (sm_90 and later); no card has timed it yet
+BLOCK_OUT = 128          # outputs of a tile; twice as many where one row meets codes
+# No card has timed these two yet; lab/gpu.py does.
+JOINED = True            # norms and rotation within the products; False: PyTorch's
+AHEAD = False            # programmatic dependent launch (sm_90 and later)
 
 if triton is not None:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from kernel import add_parts, add_rows, is_last, list_kept
+    from kernel import add_parts, add_rows, is_last, list_kept, load_split
 
     @triton.jit
     def begin(AHEAD: tl.constexpr):
-        """Wait for the launch before this one, under whose end this one may begin, to be over."""
+        """Wait for the end of the launch before, which this one overlaps; let the next begin."""
         if AHEAD:
             gdc_wait()
             gdc_launch_dependents()
 
     @triton.jit
-    def one_of(tile, tiles0, tiles1, first, second, third):
-        """Return what belongs to the linear of a tile."""
-        return tl.where(tile < tiles0, first, tl.where(tile < tiles0 + tiles1, second, third))
+    def linear_of(tile, outputs, BLOCK_OUT: tl.constexpr):
+        """Return which of the linears side by side has a tile, its tile there, its first output."""
+        linear = 0
+        first_output = 0
+        for i in tl.static_range(len(outputs) - 1):
+            tiles = tl.cdiv(outputs[i], BLOCK_OUT)
+            later = (linear == i) & (tile >= tiles)
+            linear = tl.where(later, i + 1, linear)
+            tile = tl.where(later, tile - tiles, tile)
+            first_output += tl.where(later, outputs[i], 0)
+        return linear, tile, first_output
+
+    @triton.jit
+    def choose(linear, values):
+        """Return a linear's value of a tuple that has one for each."""
+        chosen = values[0]
+        for i in tl.static_range(1, len(values)):
+            chosen = tl.where(linear == i, values[i], chosen)
+        return chosen
+
+    @triton.jit
+    def normed(x, channel, norm, rows, channels, ROWS: tl.constexpr, PARTS: tl.constexpr):
+        """Return x / sqrt(mean(x²) + eps) * gain of a split's channels, in x's dtype: (ROWS, SPAN).
+
+        norm: squares float32 (rows, parts), over parts the sum of a row's x²; gain (channels,);
+        parts; eps.
+        """
+        squares_ptr, gain_ptr, parts, eps = norm
+        row = tl.arange(0, ROWS)[:, None]
+        part = tl.arange(0, PARTS)[None, :]
+        squares = tl.load(squares_ptr + row * parts + part, mask=(row < rows) & (part < parts),
+                          other=0.0)
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / channels + eps)              # (ROWS,)
+        gain = tl.load(gain_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        return (x.to(tl.float32) * scale[:, None] * gain[None, :]).to(x.dtype)
 
     @triton.jit
     def add_codes(codes_ptr, scale_ptr, zero_ptr, channel_ptr, input_ptr, count, tile, group,
@@ -111,134 +149,114 @@ if triton is not None:
         output = (word // 16 * 16 * LANES + word % 16)[:, None] + 16 * tl.arange(0, LANES)
         output = tl.reshape(output, (WORDS * LANES,))
         real = output < outputs
-        if BITS == 8:
-            scale = tl.load(scale_ptr + output, mask=real, other=0.0)
-            zero = tl.full((WORDS * LANES,), 256 + 128, tl.float32)
-        else:
-            place = group * outputs + output
-            scale = tl.load(scale_ptr + place, mask=real, other=0.0).to(tl.float32)
+        place = output if BITS == 8 else group * outputs + output
+        scale = tl.load(scale_ptr + place, mask=real, other=0.0).to(tl.float32)
+        zero = 256.0 + 128
+        if BITS == 4:
             zero = 128 + tl.load(zero_ptr + place, mask=real, other=0).to(tl.float32)
         return output, scale * (sums - zero * tl.sum(total, axis=0)[:, None])
 
     @triton.jit
-    def joint_product_kernel(x_ptr, residual_ptr, weight0_ptr, weight1_ptr, weight2_ptr,
-                             scale0_ptr, scale1_ptr, scale2_ptr, zero0_ptr, zero1_ptr, zero2_ptr,
-                             threshold0_ptr, threshold1_ptr, threshold2_ptr, channel_ptr, input_ptr,
-                             partial_ptr, ticket_ptr, y_ptr, rows, channels, outputs0, outputs1,
-                             outputs2, per_split, STEP: tl.constexpr, ROWS: tl.constexpr,
+    def store_heads(y, other, linear, output, out, real, rope, y_ptr, D: tl.constexpr):
+        """Store a tile of q, k or v, q and k rotated, where joint_product_kernel says.
+
+        y float32 (ROWS, BLOCK_OUT); other: of each channel the other one of its pair.
+        """
+        cos_ptr, sin_ptr, slot_ptr, keys_ptr, values_ptr, tokens, length = rope
+        row = tl.arange(0, y.shape[0])[:, None]
+        batch = row // tokens
+        token = row % tokens
+        channel = (output % D)[None, :]
+        head = batch * (out // D) + (output // D)[None, :]
+        if linear < 2:
+            angle = token * D + channel
+            cos = tl.load(cos_ptr + angle).to(tl.float32)
+            y = y * cos + other * tl.load(sin_ptr + angle).to(tl.float32)
+        if linear == 0:
+            place = (head * tokens + token) * D + channel
+            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
+        else:
+            cache_ptr = tl.where(linear == 1, keys_ptr, values_ptr)
+            slot = (head * length + tl.load(slot_ptr + token)) * D + channel
+            tl.store(cache_ptr + slot, y.to(cache_ptr.dtype.element_ty), mask=real)
+
+    @triton.jit
+    def joint_product_kernel(x_ptr, weights, scales, zeros, thresholds, outputs, norm, residual,
+                             rope, channel_ptr, input_ptr, partial_ptr, ticket_ptr, y_ptr, rows,
+                             channels, width, per_split, STEP: tl.constexpr, ROWS: tl.constexpr,
                              SPAN: tl.constexpr, BLOCK_OUT: tl.constexpr, BITS: tl.constexpr,
-                             GATED: tl.constexpr, RESIDUAL: tl.constexpr, AHEAD: tl.constexpr):
+                             PARTS: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr,
+                             AHEAD: tl.constexpr):
         """y[row, j] = sum over channels of kept x[row, i] * weight[i, j], for linears side by side.
 
-        grid (tiles of all linears, splits of per_split channels). y (rows, outputs0 + outputs1 +
-        outputs2); GATED: (rows, outputs0), silu(first) * second. RESIDUAL: residual, like y, is
-        added. x, thresholds, and what each program writes: as in kernel.sparse_product_kernel;
-        partial float32 (splits, rows, outputs of all). BITS 0: weight_l (channels, outputs_l),
-        scale_l and zero_l not read. BITS 8 or 4: they are the codes, scales and zeros of a
-        QuantizedWeight; for 4 a split is a group.
+        grid (tiles of all linears, splits of per_split channels). x, thresholds, and what each
+        program writes: as in kernel.sparse_product_kernel; partial float32 (splits, rows, width).
+        Tuples, one for each linear: weights (channels, outputs), or with BITS 8 or 4 the codes of a
+        QuantizedWeight, whose scales and zeros follow, and for 4 a split is a group; thresholds;
+        outputs, of which `width` is the sum. y (rows, width). The next three are empty, or else:
+        norm: x is normed first, see normed, with PARTS the parts rounded up to a power of 2.
+        residual: what is added, like y; and squares float32 (rows, tiles), which are written.
+        rope: cos, sin (tokens, D); slots int64 (tokens,); keys, values (B, groups, length, D) where
+        k and v are written; tokens; length. The linears are q, k and v, and y is q, rotated,
+        (B, queries, tokens, D); rows are (B, tokens), and D divides BLOCK_OUT.
+        GATED: y is silu(first) * second, (rows, outputs of one).
         """
-        tile = tl.program_id(0)
         split = tl.program_id(1)
         splits = tl.num_programs(1)
-        tiles0 = tl.cdiv(outputs0, BLOCK_OUT)
-        tiles1 = tl.cdiv(outputs1, BLOCK_OUT)
-        outputs = one_of(tile, tiles0, tiles1, outputs0, outputs1, outputs2)
-        first_output = one_of(tile, tiles0, tiles1, 0, outputs0, outputs0 + outputs1)
-        first_tile = one_of(tile, tiles0, tiles1, 0, tiles0, tiles0 + tiles1)
-        weight_ptr = one_of(tile, tiles0, tiles1, weight0_ptr, weight1_ptr, weight2_ptr)
-        scale_ptr = one_of(tile, tiles0, tiles1, scale0_ptr, scale1_ptr, scale2_ptr)
-        zero_ptr = one_of(tile, tiles0, tiles1, zero0_ptr, zero1_ptr, zero2_ptr)
-        threshold_ptr = one_of(tile, tiles0, tiles1, threshold0_ptr, threshold1_ptr, threshold2_ptr)
-        tile -= first_tile
+        linear, tile, first_output = linear_of(tl.program_id(0), outputs, BLOCK_OUT)
+        out = choose(linear, outputs)
+        weight_ptr = choose(linear, weights)
         begin(AHEAD)
-        channel_ptr, input_ptr, count = list_kept(x_ptr, threshold_ptr, channel_ptr, input_ptr,
-                                                  rows, channels, per_split, STEP, ROWS, SPAN)
+        channel, inside, x = load_split(x_ptr, rows, channels, per_split, ROWS, SPAN)
+        if len(norm) > 0:
+            x = normed(x, channel, norm, rows, channels, ROWS, PARTS)
+        channel_ptr, input_ptr, count = list_kept(channel, inside, x, choose(linear, thresholds),
+                                                  channel_ptr, input_ptr, channels, STEP, ROWS,
+                                                  SPAN)
         row = tl.arange(0, ROWS)[:, None]
         if BITS == 0:
             output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)                 # (BLOCK_OUT,)
             padded = tl.arange(0, 16)[:, None]
-            sums = add_rows(weight_ptr, channel_ptr, input_ptr, count, output, outputs, ROWS, SPAN,
+            sums = add_rows(weight_ptr, channel_ptr, input_ptr, count, output, out, ROWS, SPAN,
                             BLOCK_OUT)                                          # (16, BLOCK_OUT)
         else:
             padded = row
-            output, sums = add_codes(weight_ptr, scale_ptr, zero_ptr, channel_ptr, input_ptr, count,
-                                     tile, split, outputs, ROWS, SPAN, BLOCK_OUT * BITS // 32,
-                                     BITS)
-        width = outputs0 + outputs1 + outputs2
+            output, sums = add_codes(weight_ptr, choose(linear, scales), choose(linear, zeros),
+                                     channel_ptr, input_ptr, count, tile, split, out, ROWS, SPAN,
+                                     BLOCK_OUT * BITS // 32, BITS)
         tl.store(partial_ptr + (split * rows + padded) * width + first_output + output[None, :],
-                 sums, mask=(padded < rows) & (output < outputs)[None, :])
+                 sums, mask=(padded < rows) & (output < out)[None, :])
         # Gate and up have the same outputs: the last of both adds up both.
-        number = tile if GATED else tile + first_tile
-        if is_last(ticket_ptr + number, 2 * splits if GATED else splits):
-            real = (row < rows) & (output < outputs)[None, :]                   # (ROWS, BLOCK_OUT)
-            place = row * width + output[None, :]
+        ticket_ptr += tile if GATED else tl.program_id(0)
+        if is_last(ticket_ptr, 2 * splits if GATED else splits):
+            real = (row < rows) & (output < out)[None, :]                       # (ROWS, BLOCK_OUT)
+            size = rows * width
             if GATED:
-                gate = add_parts(partial_ptr, place, real, splits, rows * width, ROWS, BLOCK_OUT)
-                up = add_parts(partial_ptr, place + outputs0, real, splits, rows * width, ROWS,
-                               BLOCK_OUT)
-                y = gate / (1.0 + tl.exp(-gate)) * up
-                place = row * outputs + output[None, :]
-            else:
-                place += first_output
-                y = add_parts(partial_ptr, place, real, splits, rows * width, ROWS, BLOCK_OUT)
-            if RESIDUAL:                 # rounded before, as the model's is
+                first_output = 0
+            place = row * width + first_output + output[None, :]
+            y = add_parts(partial_ptr, place, real, splits, size, ROWS, BLOCK_OUT)
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)            # rounded as the model's is
+            if GATED:
+                up = add_parts(partial_ptr, place + out, real, splits, size, ROWS, BLOCK_OUT)
+                y = y / (1.0 + tl.exp(-y)) * up
+                place = row * out + output[None, :]
+            if len(residual) > 0:
+                y += tl.load(residual[0] + place, mask=real, other=0.0).to(tl.float32)
                 y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-                y += tl.load(residual_ptr + place, mask=real, other=0.0).to(tl.float32)
-            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
-
-    @triton.jit
-    def rotate_kernel(qkv_ptr, cos_ptr, sin_ptr, slot_ptr, query_ptr, key_ptr, value_ptr, tokens,
-                      queries, groups, length, D: tl.constexpr, BLOCK: tl.constexpr,
-                      AHEAD: tl.constexpr):
-        """Turn q and k by their positions, and write k and v to a cache.
-
-        grid (B * tokens, queries + 2 * groups heads): a program has a head of D channels, in BLOCK,
-        the next power of 2. qkv (B, tokens, heads, D); cos, sin (tokens, D); slot int64 (tokens,)
-        query (B, queries, tokens, D); key and value (B, groups, length, D).
-        """
-        text = tl.program_id(0) // tokens
-        token = tl.program_id(0) % tokens
-        head = tl.program_id(1)
-        channel = tl.arange(0, BLOCK)
-        exists = channel < D
-        qkv_ptr += (tl.program_id(0) * tl.num_programs(1) + head) * D
-        begin(AHEAD)
-        x = tl.load(qkv_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-        slot = tl.load(slot_ptr + token)
-        if head < queries + groups:
-            other = tl.load(qkv_ptr + (channel + D // 2) % D, mask=exists, other=0.0)  # of the pair
-            cos = tl.load(cos_ptr + token * D + channel, mask=exists, other=0.0)
-            sin = tl.load(sin_ptr + token * D + channel, mask=exists, other=0.0)
-            x = x * cos.to(tl.float32) + other.to(tl.float32) * sin.to(tl.float32)
-        if head < queries:
-            query_ptr += ((text * queries + head) * tokens + token).to(tl.int64) * D
-            tl.store(query_ptr + channel, x.to(query_ptr.dtype.element_ty), mask=exists)
-        elif head < queries + groups:
-            key_ptr += ((text * groups + head - queries) * length + slot) * D
-            tl.store(key_ptr + channel, x.to(key_ptr.dtype.element_ty), mask=exists)
-        else:
-            value_ptr += ((text * groups + head - queries - groups) * length + slot) * D
-            tl.store(value_ptr + channel, x.to(value_ptr.dtype.element_ty), mask=exists)
-
-    @triton.jit
-    def norm_kernel(x_ptr, weight_ptr, y_ptr, size, eps, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
-        """y = x / sqrt(mean(x²) + eps) * weight.
-
-        grid (rows,): a program has a row of `size` channels, in BLOCK, the next power of 2.
-        """
-        channel = tl.arange(0, BLOCK)
-        exists = channel < size
-        place = tl.program_id(0) * size + channel
-        begin(AHEAD)
-        x = tl.load(x_ptr + place, mask=exists, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x) / size + eps)
-        y = x * scale * tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=exists)
+                squares = tl.sum(y * y, axis=1)[:, None]
+                tl.store(residual[1] + row * tl.num_programs(0) + tile, squares, mask=row < rows)
+            if len(rope) > 0:
+                place += tl.where(output % D < D // 2, D // 2, -(D // 2))[None, :]
+                other = add_parts(partial_ptr, place, real, splits, size, ROWS, BLOCK_OUT)
+                other = other.to(y_ptr.dtype.element_ty).to(tl.float32)
+                store_heads(y, other, linear, output, out, real, rope, y_ptr, D)
+            else:
+                tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=real)
 
 
 def ahead(x):
-    """Return what every launch of this file is given, for a tensor's device."""
-    begins_early = AHEAD and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Return the arguments that let a launch on x's device begin early, or not."""
+    begins_early = AHEAD and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"AHEAD": True, "launch_pdl": True} if begins_early else {"AHEAD": False}
 
 
@@ -247,32 +265,47 @@ def kind_of(weight):
     return (0, None) if isinstance(weight, torch.Tensor) else (weight.bits, weight.group)
 
 
-def joint_gemv(x, weights, thresholds, gated=False, residual=None):
+def joint_gemv(x, weights, thresholds, gated=False, residual=None, norm=None, rope=None):
     """Return the sparse products of one to three linears with the same x, in one launch on a GPU.
 
     x: (..., in), 1 to 8 rows in all, contiguous; float32, float16 or bfloat16
     weights: for each linear (in, out_l); or for each a QuantizedWeight, all of one kind
     thresholds: for each a float32 tensor, all () or all (in,)
     gated: there are two linears of one width; return silu(first) * second, (..., out)
-    residual: of one linear, (..., out) of x's dtype, contiguous, which is added
-    Returns the outputs side by side, (..., sum of out_l), in x's dtype. Raises ValueError without
-    Triton.
+    residual: of one linear, (..., out) of x's dtype, contiguous, which is added; the result y has
+        y.squares, float32 (rows, parts): over parts they add up to the squares of y's rows
+    norm: (squares, gain (in,), eps): x is first normed; squares as above, of x
+    rope: of q, k and v of x (B, T, in): cos, sin (T, D), slots int64 (T,), keys, values (B, G, S,
+        D), all contiguous: v, and k rotated, are written to the slots. D divides BLOCK_OUT. Return
+        q rotated, (B, H, T, D)
+    Otherwise returns the outputs side by side, (..., sum of out_l), in x's dtype. Raises ValueError
+    without Triton.
     """
     rows = x.shape[:-1].numel()
     bits, group = kind_of(weights[0])
-    absent = 3 - len(weights)            # linears without outputs, which no tile reaches
-    outputs = [weight.shape[1] for weight in weights] + [0] * absent
-    weights = [*weights, *[weights[0]] * absent]
-    thresholds = [*thresholds, *[thresholds[0]] * absent]
     names = ("codes", "scales", "zeros" if group else "codes")
-    pointers = ([getattr(weight, name) for name in names for weight in weights] if bits
-                else 3 * weights)
+    pointers = ([tuple(getattr(weight, name) for weight in weights) for name in names] if bits
+                else [tuple(weights), (), ()])
+    outputs = tuple(weight.shape[1] for weight in weights)
+    block = 2 * BLOCK_OUT if bits and rows == 1 else BLOCK_OUT
     y = x.new_empty(*x.shape[:-1], outputs[0] if gated else sum(outputs))
+    parts = D = 0
+    if norm is not None:
+        squares, gain, eps = norm
+        parts = squares.shape[1]
+        norm = squares, gain, parts, eps
+    if rope is not None:
+        T, D = rope[0].shape
+        y = x.new_empty(x.shape[0], outputs[0] // D, T, D)
+        rope = *rope, T, rope[3].shape[2]
+    if residual is not None:
+        y.squares = x.new_empty(rows, triton.cdiv(outputs[0], block), dtype=torch.float32)
+        residual = residual, y.squares
     kernel.launch_product(
-        joint_product_kernel, x, (x if residual is None else residual, *pointers, *thresholds), y,
-        outputs, torch.float32 if bits else weights[0].dtype, 256 if bits and rows == 1 else 128,
-        group, STEP=thresholds[0].ndim, BITS=bits, GATED=gated, RESIDUAL=residual is not None,
-        **ahead(x))
+        joint_product_kernel, x,
+        (*pointers, tuple(thresholds), outputs, norm or (), residual or (), rope or ()), y, outputs,
+        torch.float32 if bits else weights[0].dtype, block, group, STEP=thresholds[0].ndim,
+        BITS=bits, PARTS=triton.next_power_of_2(parts), GATED=gated, D=D, **ahead(x))
     return y
 
 
@@ -284,78 +317,80 @@ kernel.BACKENDS["codes-triton"] = (
 # --------------------------------------------------------------------------------------------------
 # In the model
 
-def product(x, *linears, **more):
-    """Return joint_gemv of x (..., in) and SparseLinears."""
-    return joint_gemv(x, [linear.weight_t for linear in linears],
-                      [linear.threshold for linear in linears], **more)
+def product(x, *linears, norm=None, rope=None, **more):
+    """Return joint_gemv of x (B, T, in) and SparseLinears. norm: the RMSNorm before them, or None.
 
-
-def norm(x, module):
-    """Return an RMSNorm of x (B, T, hidden)."""
-    y = torch.empty_like(x)
-    size = x.shape[-1]
-    kernel.launch(norm_kernel, (x.numel() // size,), x, module.weight, y, size, module.eps,
-                  BLOCK=triton.next_power_of_2(size), num_warps=8, **ahead(x))
-    return y
-
-
-def rotate_and_append(y, attention, context):
-    """Return q (B, H, T, D), rotated, and a StaticCache's k and v (B, G, S, D) with the new ones.
-
-    y: (B, T, (H + 2 G) * D), q, k and v of new tokens. context: their model.Context.
+    PyTorch does what cannot be done within the product.
     """
-    B, T, width = y.shape
-    D, cache = attention.head_dim, context.cache
-    keys, values = cache.keys[attention.layer], cache.values[attention.layer]
-    groups = keys.shape[1]
-    q = y.new_empty(B, width // D - 2 * groups, T, D)
-    kernel.launch(rotate_kernel, (B * T, width // D), y, context.cos, context.sin, cache.slots, q,
-                  keys, values, T, q.shape[1], groups, keys.shape[2], D=D,
-                  BLOCK=triton.next_power_of_2(D), num_warps=1, **ahead(y))
-    return q, keys, values
+    weights = [linear.weight_t for linear in linears]
+    thresholds = [linear.threshold for linear in linears]
+    if norm is not None:
+        # What the product before has left with x. It is stale once x was written to: PyTorch counts
+        # that, but not in inference mode, nor what goes by x.data or a kernel of your own.
+        squares = None if x.is_inference() or x._version else getattr(x, "squares", None)
+        if JOINED and squares is not None:
+            more["norm"] = squares, norm.weight, norm.eps
+        else:
+            x = norm(x)
+    if rope is None or JOINED and BLOCK_OUT % rope[0].shape[1] == 0:       # tiles hold whole heads
+        return joint_gemv(x, weights, thresholds, rope=rope, **more)
+    cos, sin, slots, keys, values = rope
+    D = cos.shape[1]
+    y = joint_gemv(x, weights, thresholds, **more).unflatten(-1, (-1, D)).transpose(1, 2)
+    q, k, v = y.split([linear.out_features // D for linear in linears], 1)
+    keys.index_copy_(2, slots, rotate(k, cos, sin).to(keys.dtype))
+    values.index_copy_(2, slots, v.to(values.dtype))
+    return rotate(q, cos, sin)
 
 
-# What a block that runs fused consists of: not of subclasses, nor with methods put on an instance.
+# The classes that a fused block may consist of, no subclass, and what nobody may have put on one.
 KNOWN = {Attention, MLP, RMSNorm, SparseLinear, QuantizedLinear, QuantizedWeight}
 METHODS = {"forward", "qkv", "gated", "product"}
 
 
 class FusedBlock(Block):
-    """A Block of eight launches."""
+    """A Block of five launches."""
 
     def forward(self, x, context):
-        if not self.is_whole(x, context):
+        if not self.fits(x, context):
             return super().forward(x, context)
-        attention, mlp = self.self_attn, self.mlp
+        attention, mlp, cache = self.self_attn, self.mlp, context.cache
+        keys, values = cache.keys[attention.layer], cache.values[attention.layer]
+        rope = context.cos.contiguous(), context.sin.contiguous(), cache.slots, keys, values
         x = x.contiguous()               # a transposed embedding's is not
-        y = norm(x, self.input_layernorm)
-        y = product(y, attention.q_proj, attention.k_proj, attention.v_proj)
-        y = attention.attend(*rotate_and_append(y, attention, context), context.mask)
-        x = product(y.transpose(1, 2).flatten(2), attention.o_proj, residual=x)
-        y = norm(x, self.post_attention_layernorm)
-        y = product(y, mlp.gate_proj, mlp.up_proj, gated=True)
+        q = product(x, attention.q_proj, attention.k_proj, attention.v_proj,
+                    norm=self.input_layernorm, rope=rope)
+        y = attention.attend(q, keys, values, context.mask).transpose(1, 2).flatten(2)
+        x = product(y.contiguous(), attention.o_proj, residual=x)
+        y = product(x, mlp.gate_proj, mlp.up_proj, norm=self.post_attention_layernorm, gated=True)
         return product(y, mlp.down_proj, residual=x)
 
-    def is_whole(self, x, context):
-        """Return whether the block is as this file knows it, and sparse in a call of few rows."""
-        attention, mlp = self.self_attn, self.mlp
-        parts = ((attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+    def fits(self, x, context):
+        """Return whether the block is as this file knows it, in a sparse call of few rows."""
+        attention, mlp, cache = self.self_attn, self.mlp, context.cache
+        sites = ((attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
                  (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
         inner = list(self.modules())[1:]
-        return (x.shape[0] * x.shape[1] <= kernel.MAX_ROWS
-                and type(context.cache) is StaticCache     # which says where its slots are
+        B, T, _ = x.shape
+        return (B * T <= kernel.MAX_ROWS
+                and kernel.fits_triton(x)
+                and type(cache) is StaticCache             # which says where its slots are
+                and cache.keys.shape[1] == B and cache.slots.shape == (T,)
+                and cache.keys.is_contiguous() and cache.values.is_contiguous()
+                and context.cos.shape == (T, attention.head_dim)
                 and all(type(module) in KNOWN for module in inner)
                 and not any(module._forward_hooks or module._forward_pre_hooks
                             or vars(module).keys() & METHODS for module in (self, *inner))
                 and mlp.activation is torch.nn.functional.silu
                 and all(linear.bias is None and linear.state is not None
                         and linear.state.is_sparse() and not linear.state.dense_prefix
-                        for part in parts for linear in part)
-                and all(len({kind_of(linear.weight_t) for linear in part}) == 1 for part in parts))
+                        and linear.threshold.shape == (linear.in_features,)
+                        for site in sites for linear in site)
+                and all(len({kind_of(linear.weight_t) for linear in site}) == 1 for site in sites))
 
 
 def fuse(model):
-    """Let the blocks of a Llama run in eight launches, where they can; return the model.
+    """Let the blocks of a Llama run in five launches, where they can; return the model.
 
     That is so in sparse calls of few rows, on a GPU or in Triton's interpreter. All else runs as
     before. The model may be made sparse before or after. Where the code that is replaced is not
@@ -389,6 +424,7 @@ FINGERPRINTS = {
     "generate.StaticCache.append": "f67c63f8",
     "sparsify.SparseLinear.forward": "b269e4b9",
     "sparsify.SparseLinear.product": "f7aafd13",
+    "beyond.codes.QuantizedLinear.product": "b210762c",
     "kernel.kept": "86747180",
 }
 

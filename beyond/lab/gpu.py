@@ -8,8 +8,10 @@ spoils all that follows in the same one. A part that fails is said, and the next
 exit status is 1 if something is not shown to be right.
 
     right       products against float64, the demo's text, fused too, against the CPU's
-    models      tokens a second at Llama-3-8B's shapes, a CUDA graph a step: dense, core, beyond
-    products    us of a product in a CUDA graph, over copies larger than the cache
+    models      tokens a second at Llama-3-8B's shapes, a CUDA graph a step: dense, core, beyond,
+                and what could be faster; passes of 1 and 4 tokens
+    products    us of a product in a CUDA graph, over copies larger than the cache, and of one whose
+                programs list other numbers of channels
     profile     the kernels that a step spends its time in
     others      tokens a second of gpt-fast, compiled; the authors' kernel beside ours
     launches    what a step launches, counted without a GPU, and the step that follows from it
@@ -51,8 +53,10 @@ from sparsify import sparse_mode, sparsify
 
 PRESET = "llama-3-8b"
 SHAPES = ((4096, 1024), (4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096), (4096, 28672))
+SPANS = (64, 128, 256, 512)
 TOTAL = 1 << 29                          # bytes of weights: more than a cache holds
 TOKENS = 64                              # of a text
+patch = mock.patch.object
 ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -142,11 +146,26 @@ def models(device, arguments=None):
     show("core, x @ weight_t")
     for level in tables:
         show("core", level)
+    with (patch(llama, "rotate", torch.compile(llama.rotate)),
+          patch(llama.RMSNorm, "forward", torch.compile(llama.RMSNorm.forward))):
+        show("core, norms and rotation compiled", 0.5)
+    cache = model.make_cache(1, 64)
+    step = fast_step(model, cache)
+    for T in (1, 4):
+        tokens = torch.ones(1, T, dtype=torch.int64, device=device)
+
+        def verify(i):
+            cache.used = 8
+            step(tokens)
+
+        with sparse_mode(model, "off"):
+            print(f"a dense pass of {T} tokens: {1e3 * median_time(verify, device):.2f} ms")
     fused.fuse(model)
     for level in tables:
         show("beyond, fused", level)
-    with mock.patch.object(fused, "AHEAD", True):
-        show("beyond, fused, dependent launches", 0.5)
+    for name, value in (("JOINED", False), ("AHEAD", True)):
+        with patch(fused, name, value):
+            show(f"beyond, fused, {name} {value}", 0.5)
     for bits in (8, 4):
         make_sparse(model, bits)
         for level in (0, 0.5):
@@ -169,6 +188,17 @@ def products(device, arguments=None):
     for inputs, outputs in SHAPES:
         for kind in ("bfloat16", *BITS):
             time_product(inputs, outputs, kind, device, (0, 0.5, 0.75), TOTAL)
+    x = torch.randn(1, SHAPES[0][0], device=device).bfloat16()
+    threshold = threshold_dropping(x, 0.5)
+    for inputs, outputs in SHAPES[:3]:
+        weights = copies_of(inputs, outputs, x.dtype, device, TOTAL)
+        for span in SPANS:
+            with patch(kernel, "launch_product",
+                       functools.partial(kernel.launch_product, per_split=span)):
+                seconds = graph_time(lambda i: sparse_gemv(x, weights[i % len(weights)], threshold,
+                                                           "triton"), device, 0.1)
+            print(f"{inputs} x {outputs}, 50 %, a program lists {span} channels: "
+                  f"{1e6 * seconds:.1f} us", flush=True)
 
 
 @torch.no_grad()
@@ -246,8 +276,8 @@ def others(device, arguments):
 
 # us of a launch in a step of Llama-3-8B at 50 %, bfloat16, on an H200, by the profile of a step (of
 # products the mean; norms: alone), 1.0 of others, and before each launch.
-COST = {"joint_product_kernel": 21.0, "mm": 235, "rotate_kernel": 1.7, "norm_kernel": 1.7,
-        "rms_norm": 4.1, "scaled_dot_product_attention": 6.2}
+COST = {"joint_product_kernel": 21.0, "mm": 235, "rms_norm": 4.1,
+        "scaled_dot_product_attention": 6.2}
 GAP = 0.86
 NO_LAUNCH = {"_unsafe_view", "empty", "new_empty", "empty_like", "promote_types",
              "zeros"}                    # of the tickets, made once
@@ -287,7 +317,6 @@ def meta_step(model, mode, fuse=False, tokens=1, build=None):
             build(function, grid, x, *arguments, **constants)
         return torch.empty_like(x)
 
-    patch = mock.patch.object
     norm, attention = (functools.partial(launch, function, None)
                        for function in (torch.rms_norm, F.scaled_dot_product_attention))
     with (patch(kernel, "launch", launch),
@@ -350,7 +379,7 @@ def registers(device=None, arguments=None, capabilities=(80, 90, 100), rows_of_x
                   flush=True)
 
         for rows in rows_of_x:
-            model = meta_model(1)
+            model = meta_model(2)        # the second finds what the first has left for its norm
             meta_step(model, "all", False, rows, build)
             for bits in (16, 8, 4):
                 make_sparse(model, bits)
