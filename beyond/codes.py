@@ -466,7 +466,7 @@ static inline void order(const float *sums, float *ordered) {
 struct product {
     const uint8_t *codes, *zeros;
     const void *scales;
-    float *y, *offset;
+    float *offset;
     struct eight *x;
     int *begin, *channel;
     long spans, tokens, out, pitch;                   // pitch: bytes of a row of codes
@@ -499,7 +499,7 @@ static void list_kept(struct product *p, const float *x, const float *threshold,
             float *offset = &p->offset[s * p->tokens + t], sum = 0;
             for (int k = 0; k < n; k += 8)
                 sum += fill(&p->x[(eights + k / 8) * p->tokens + t], kept[t] + k);
-            *offset = sum + (BITS == 8 && s ? offset[-p->tokens] : 0);         // int8: of all spans
+            *offset = sum;
         }
         eights += n / 8;
     }
@@ -508,16 +508,18 @@ static void list_kept(struct product *p, const float *x, const float *threshold,
         p->channel[r] = eights ? p->channel[8 * eights - 1] : 0;
 }
 
-/* Computes the outputs [first, first + columns) of all tokens. */
-static void outputs(const struct product *p, long first, long columns) {
+/* Sets `columns` outputs of y (tokens, out), from `first` on, to the sums of the spans from `begin`
+   to `end`. */
+static void outputs(const struct product *p, float *y, long begin, long end, long first,
+                    long columns) {
     long tokens = p->tokens, size = (columns + OUTPUTS - 1) / OUTPUTS * 64;
     long stride = size * CODES / 4;
     float sums[tokens * stride] __attribute__((aligned(64)));
     float ordered[OUTPUTS] __attribute__((aligned(64)));
-    for (long t = 0; t < tokens; t++) memset(p->y + t * p->out + first, 0, columns * sizeof(float));
-    for (long s = 0; s < p->spans; s++) {
+    for (long t = 0; t < tokens; t++) memset(y + t * p->out + first, 0, columns * sizeof(float));
+    for (long s = begin; s < end; s++) {
         int eights;
-        if (BITS == 4 || s == 0) memset(sums, 0, sizeof sums);       // int8: one scale for all
+        if (BITS == 4 || s == begin) memset(sums, 0, sizeof sums);   // int8: one scale for all
         for (long k = p->begin[s]; k < p->begin[s + 1]; k += eights) {
             const uint8_t *row[16 * EIGHTS];
             const struct eight *x = p->x + k * tokens;
@@ -529,20 +531,22 @@ static void outputs(const struct product *p, long first, long columns) {
             else if (tokens == 1) add_eights(EIGHTS, row, x, sums, size, 1, 0);
             else add_eights(EIGHTS, row, x, sums, size, tokens, stride);
         }
-        if (BITS == 8 && s + 1 < p->spans) continue;
-        for (long t = 0; t < tokens; t++)
+        if (BITS == 8 && s + 1 < end) continue;
+        for (long t = 0; t < tokens; t++) {
+            float offset = 0;
+            for (long i = BITS == 8 ? begin : s; i <= s; i++) offset += p->offset[i * tokens + t];
             for (long j = 0; j < columns; j += OUTPUTS) {
                 long n = columns - j < OUTPUTS ? columns - j : OUTPUTS;
                 long at = first + j + (BITS == 8 ? 0 : s * p->out);
-                float *restrict y = p->y + t * p->out + first + j;
-                float offset = p->offset[s * tokens + t];
+                float *restrict to = y + t * p->out + first + j;
                 order(sums + t * stride + j, ordered);
                 for (long i = 0; i < n; i++) {
                     float scale = BITS == 8 ? ((const float *)p->scales)[at + i]
                                             : of_bfloat16(((const uint16_t *)p->scales)[at + i]);
-                    y[i] += scale * (ordered[i] - (BITS == 8 ? 1 : p->zeros[at + i]) * offset);
+                    to[i] += scale * (ordered[i] - (BITS == 8 ? 1 : p->zeros[at + i]) * offset);
                 }
             }
+        }
     }
 }
 
@@ -552,7 +556,7 @@ int codes_product(const float *x, const uint8_t *codes, const void *scales, cons
                   long size, const float *threshold, long step, float *y, long tokens, long in,
                   long out, long threads) {
     long spans = (in + size - 1) / size, most = spans * ((size + 7) / 8);      // eights
-    struct product p = { codes, zeros, scales, y, .spans = spans, .tokens = tokens, .out = out,
+    struct product p = { codes, zeros, scales, .spans = spans, .tokens = tokens, .out = out,
                          .pitch = (out + OUTPUTS - 1) / OUTPUTS * 64 };
     p.x = malloc(most * tokens * sizeof *p.x + (8 * (most + 2 * EIGHTS) + spans + 1) * sizeof(int)
                  + spans * tokens * sizeof(float));
@@ -563,12 +567,27 @@ int codes_product(const float *x, const uint8_t *codes, const void *scales, cons
     list_kept(&p, x, threshold, step, in, size);
     long worth = 1 + p.begin[spans] * 8 * p.pitch / WORTH;
     if (threads > worth) threads = worth;
-    // Equal parts of the outputs, as many for each thread: the sums of one fit the cache
-    long parts = threads * (1 + (tokens * out - 1) / (threads * ROOM));
-    long columns = (out + parts * 128 - 1) / (parts * 128) * 128;
+    // Blocks of outputs: the sums of one fit the cache. Short rows are not cut for more threads, as
+    // memory is slow where little is read at a place: then the threads share the spans, each share
+    // with a y of its own. There are as many parts for each thread.
+    long blocks = 1 + (tokens * out - 1) / ROOM;
+    while (threads % blocks && blocks % threads) blocks++;
+    long shares = blocks < threads ? threads / blocks : 1;
+    long columns = (out + blocks * 128 - 1) / (blocks * 128) * 128;
+    if (shares > spans) shares = spans;
+    float *partial = malloc((shares - 1) * tokens * out * sizeof *partial);
+    if (!partial) shares = 1;
     #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (long first = 0; first < out; first += columns)
-        outputs(&p, first, out - first < columns ? out - first : columns);
+    for (long part = 0; part < shares * blocks; part++) {
+        long share = part % shares, first = part / shares * columns;
+        if (first < out)
+            outputs(&p, share ? partial + (share - 1) * tokens * out : y, share * spans / shares,
+                    (share + 1) * spans / shares, first,
+                    out - first < columns ? out - first : columns);
+    }
+    for (long share = 1; share < shares; share++)
+        for (long i = 0; i < tokens * out; i++) y[i] += partial[(share - 1) * tokens * out + i];
+    free(partial);
     free(p.x);
     return 0;
 }

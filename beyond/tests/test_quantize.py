@@ -133,14 +133,16 @@ def test_products_of_codes_against_float64(backend):
 
 @pytest.mark.parametrize("backend", IN_C, indirect=True)
 @BOTH
-def test_threads_share_many_outputs(bits, backend, monkeypatch):
-    """More outputs than a thread has room for, spans without a channel, products worth threads."""
+def test_threads_share_outputs_or_channels(bits, backend, monkeypatch):
+    """More outputs than a thread has room for, or few; spans without a channel."""
     torch.manual_seed(0)
-    weight = codes.quantize_weight(torch.randn(9000, 640), bits, 32, clipping=(1.0,))
-    exact = weight.dequantized(torch.float64)
-    for rows, threads in [(1, 1), (1, 3), (7, 2)]:
+    wide, narrow = (codes.quantize_weight(torch.randn(shape), bits, 32, clipping=(1.0,))
+                    for shape in ((9000, 640), (700, 8960)))
+    for weight, rows, threads in [(wide, 1, 1), (wide, 1, 3), (wide, 7, 2), (narrow, 1, 2),
+                                  (narrow, 1, 3), (narrow, 8, 2)]:
+        exact = weight.dequantized(torch.float64)
         monkeypatch.setattr(kernel, "THREADS", threads)
-        x = torch.randn(rows, 640)
+        x = torch.randn(rows, len(exact))
         x[:, 100:500] = 0
         y = codes.codes_gemv(x, weight, 0.5, "c")
         expected = (x * kernel.kept(x, torch.tensor(0.5))).double() @ exact
