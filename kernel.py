@@ -399,7 +399,7 @@ if triton is not None:
 
     @triton.jit
     def load_split(x_ptr, rows, channels, per_split, ROWS: tl.constexpr, SPAN: tl.constexpr):
-        """Return a split's channels (SPAN,), which of x it has (ROWS, SPAN), and x there."""
+        """Return a split's channels (SPAN,), a mask of what x has there (ROWS, SPAN), and x."""
         first = tl.program_id(1) * per_split
         row = tl.arange(0, ROWS)[:, None]
         channel = first + tl.arange(0, SPAN)
