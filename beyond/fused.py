@@ -317,13 +317,11 @@ kernel.BACKENDS["codes-triton"] = (
 # --------------------------------------------------------------------------------------------------
 # In the model
 
-def product(x, *linears, norm=None, rope=None, **more):
+def product(x, *linears, norm=None, **more):
     """Return joint_gemv of x (B, T, in) and SparseLinears. norm: the RMSNorm before them, or None.
 
-    PyTorch does what cannot be done within the product.
+    The norm is PyTorch's where the product before has left no squares.
     """
-    weights = [linear.weight_t for linear in linears]
-    thresholds = [linear.threshold for linear in linears]
     if norm is not None:
         # What the product before has left with x. It is stale once x was written to: PyTorch counts
         # that, but not in inference mode, nor what goes by x.data or a kernel of your own.
@@ -332,15 +330,8 @@ def product(x, *linears, norm=None, rope=None, **more):
             more["norm"] = squares, norm.weight, norm.eps
         else:
             x = norm(x)
-    if rope is None or JOINED and BLOCK_OUT % rope[0].shape[1] == 0:       # tiles hold whole heads
-        return joint_gemv(x, weights, thresholds, rope=rope, **more)
-    cos, sin, slots, keys, values = rope
-    D = cos.shape[1]
-    y = joint_gemv(x, weights, thresholds, **more).unflatten(-1, (-1, D)).transpose(1, 2)
-    q, k, v = y.split([linear.out_features // D for linear in linears], 1)
-    keys.index_copy_(2, slots, rotate(k, cos, sin).to(keys.dtype))
-    values.index_copy_(2, slots, v.to(values.dtype))
-    return rotate(q, cos, sin)
+    return joint_gemv(x, [linear.weight_t for linear in linears],
+                      [linear.threshold for linear in linears], **more)
 
 
 # The classes that a fused block may consist of, no subclass, and what nobody may have put on one.
@@ -355,11 +346,19 @@ class FusedBlock(Block):
         if not self.fits(x, context):
             return super().forward(x, context)
         attention, mlp, cache = self.self_attn, self.mlp, context.cache
-        keys, values = cache.keys[attention.layer], cache.values[attention.layer]
-        rope = context.cos.contiguous(), context.sin.contiguous(), cache.slots, keys, values
+        layer, D = attention.layer, attention.head_dim
+        cos, sin = context.cos.contiguous(), context.sin.contiguous()
+        keys, values = cache.keys[layer], cache.values[layer]
+        linears = attention.q_proj, attention.k_proj, attention.v_proj
         x = x.contiguous()               # a transposed embedding's is not
-        q = product(x, attention.q_proj, attention.k_proj, attention.v_proj,
-                    norm=self.input_layernorm, rope=rope)
+        if JOINED and BLOCK_OUT % D == 0:                  # a tile holds whole heads
+            q = product(x, *linears, norm=self.input_layernorm,
+                        rope=(cos, sin, cache.slots, keys, values))
+        else:
+            heads = product(x, *linears, norm=self.input_layernorm).unflatten(-1, (-1, D))
+            q, k, v = heads.transpose(1, 2).split([each.out_features // D for each in linears], 1)
+            q = rotate(q, cos, sin)
+            cache.append(layer, rotate(k, cos, sin), v)
         y = attention.attend(q, keys, values, context.mask).transpose(1, 2).flatten(2)
         x = product(y.contiguous(), attention.o_proj, residual=x)
         y = product(x, mlp.gate_proj, mlp.up_proj, norm=self.post_attention_layernorm, gated=True)
